@@ -1,0 +1,1 @@
+"""Speed and memory against what people use now: ``python -m benchmarks.run``; README.md says what each figure is."""

@@ -1,0 +1,81 @@
+"""What the CPU kernels are held to, and what ``cpu.json`` says of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks.problem import SPARSE
+
+MIB = 1 << 20
+
+
+class Target(NamedTuple):
+    what: str
+    where: str
+    value: float | None  #: None: not measured in this run
+    bound: float
+    at_least: bool  #: else at most
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def targets(results: dict[str, Any]) -> list[Target]:
+    frame = pd.DataFrame(results["cases"])
+    memory = pd.DataFrame(results["memory"])
+    sizes = frame[["rows", "vocab", "dtype"]].drop_duplicates()
+    found: list[Target] = []
+    for rows, vocab, dtype in sizes.itertuples(index=False):
+        if dtype == "float16":
+            continue
+        here = frame[(frame.rows == rows) & (frame.vocab == vocab) & (frame.dtype == dtype)]
+        where = f"V = {vocab}, {dtype}"
+        tnff = here[here.method == "tnff"].set_index(["contender", "negatives", "active_share"])
+
+        def step(
+            column: str, contender: str, negatives: str = "none", of: pd.DataFrame = tnff
+        ) -> float | None:
+            key = (contender, negatives, 1)
+            value = of[column].get(key) if key in of.index else None
+            return None if value is None or value != value else float(value)
+
+        def add(what: str, value: float | None, bound: float, at_least: bool, where: str = where) -> None:
+            found.append(Target(what, where, value, bound, at_least))
+
+        add("in place, share of the bandwidth", step("fraction_of_floor", "in place"),
+            0.5 if dtype == "float32" else 0.25, True)  # fmt: skip
+        add("in place, times naive", step("times_naive", "in place"), 20, True)
+        add("fresh, times naive", step("times_naive", "fresh"), 5, True)
+        add("fresh, times compiled", step("times_compiled", "fresh"), 1, True)
+
+        whole = step("ms_min", "in place")
+        for negatives in ("64 a row", "4000 shared"):
+            ms = step("ms_min", "in place", negatives)
+            ratio = ms / whole if ms and whole else None
+            add(f"{negatives} negative ids, times the time of none", ratio, 1.15, False)
+        sparse = here[here.active_share < 1]
+        share = None
+        if whole and len(sparse):
+            a = float(sparse.active_share.iloc[0])
+            share = (3 * a + (1 - a)) / 3 * whole / float(sparse.ms_min.iloc[0])
+        add(f"{SPARSE:.0%} of rows active, share of its own floor", share, 0.85, True)
+
+        mine = memory[(memory.vocab == vocab) & (memory.dtype == dtype)].set_index("contender")
+        for contender, bound in (("in place", MIB + 64 * rows), ("fresh", rows * vocab * _width(dtype) + MIB)):
+            value = mine.bytes_beyond_inputs.get(contender)
+            value = None if value is None else value / MIB
+            add(f"{contender}, MiB beyond the inputs", value, bound / MIB, False)
+    calls = results["overhead_us"]
+    for contender in ("fresh", "in place"):
+        value = calls[contender] - calls["empty"] if contender in calls else None
+        found.append(Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 30, False))
+    return found
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,229 @@
+"""The measurements on a CPU, one a test. ``benchmarks/results.py`` turns them into ratios.
+
+Minima are what counts, of explicitly many rounds. A step in place overwrites its logits, so these
+are restored before every round, outside the time, and before every other measurement that is
+compared with it, so that all start from the same caches.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.conftest import THREADS
+from benchmarks.contenders import (
+    CONTENDERS,
+    forward,
+    make_loss,
+    model_output,
+    training_step,
+)
+from benchmarks.oracle import check_gradient
+from benchmarks.problem import SPARSE, Negatives, Problem, Size, floor_bytes
+
+Measure = Callable[..., None]
+
+
+def rounds(contender: str, size: Size) -> int:
+    """As many as a run of a few minutes allows: some of these take seconds each."""
+    small = size.vocab < 100_000
+    if "naive" in contender:
+        return 5 if small else 3
+    if contender == "compiled":
+        return 7 if small else 4
+    return 30 if small else 15
+
+
+def minor_faults(call: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def measure_step(
+    measure: Measure, problem: Problem, contender: str, method: str, negatives: Negatives = "none"
+) -> None:
+    loss_function = make_loss(contender, method)
+    with_gradient = "forward" not in contender
+
+    def call() -> Tensor:
+        return (training_step if with_gradient else forward)(loss_function, problem)
+
+    problem.restore()
+    if with_gradient:
+        check_gradient(call(), problem, method)
+    problem.restore()
+    faults = minor_faults(call)  # after a first call, so that these are every call's
+    share = problem.active_share
+    measure(
+        call,
+        setup=problem.restore,
+        rounds=rounds(contender, problem.size),
+        kind="step",
+        contender=contender,
+        method=method,
+        negatives=negatives,
+        active_share=share,
+        floor_bytes=floor_bytes(problem.size, method, share, with_gradient),
+        minor_faults=faults,
+        **problem.size._asdict(),
+    )
+
+
+def is_half(size: Size) -> bool:
+    return size.dtype == "float16"
+
+
+def is_not_half(size: Size) -> bool:
+    return not is_half(size)
+
+
+def is_first(size: Size) -> bool:
+    """The size at which the other methods are compared, for want of time."""
+    return size.dtype == "float32" and size.vocab < 100_000
+
+
+# --- what the machine can do ---------------------------------------------------------------------
+
+
+def _halves(x: Tensor) -> list[np.ndarray]:
+    return np.array_split(x.numpy().ravel(), THREADS)
+
+
+@pytest.mark.parametrize("writer", ["torch", "numpy"])
+@pytest.mark.parametrize("target", ["over an input", "elsewhere"])
+def test_bandwidth(measure: Measure, problem: Problem, writer: str, target: str) -> None:
+    """c = a + b over arrays of the logits' size: two reads, one write. The best variant is the floor.
+
+    16-bit logits are added as half as many float32, because only the bytes matter.
+    """
+    a, b = (x.view(torch.float32) for x in (problem.logits, problem.ref_logits))
+    out = a if target == "over an input" else torch.zeros_like(a)
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = list(zip(_halves(a), _halves(b), _halves(out), strict=True))
+
+        def numpy_add() -> None:
+            list(pool.map(lambda part: np.add(part[0], part[1], out=part[2]), parts))
+
+        measure(
+            numpy_add if writer == "numpy" else lambda: torch.add(a, b, out=out),
+            setup=problem.restore,
+            rounds=30,
+            kind="bandwidth",
+            contender=f"{writer}, {target}",
+            floor_bytes=3 * problem.size.bytes,
+            **problem.size._asdict(),
+        )
+
+
+@pytest.mark.parametrize("memory", ["resident", "new"])
+def test_first_touch(measure: Measure, problem: Problem, memory: str) -> None:
+    """Writing a gradient's worth of zeros: the difference is what the pages of a new one cost."""
+    shape, dtype = problem.logits.shape, problem.logits.dtype
+    resident = torch.zeros(shape, dtype=dtype)
+
+    def call() -> Tensor:
+        return (resident if memory == "resident" else torch.empty(shape, dtype=dtype)).zero_()
+
+    call()
+    faults = minor_faults(call)
+    measure(
+        call,
+        rounds=20,
+        kind="first touch",
+        contender=memory,
+        minor_faults=faults,
+        **problem.size._asdict(),
+    )
+
+
+# --- training steps ------------------------------------------------------------------------------
+
+
+@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_tnff(measure: Measure, problem: Problem, contender: str) -> None:
+    measure_step(measure, problem, contender, "tnff")
+
+
+@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.parametrize("contender", ["in place", "fresh"])
+@pytest.mark.parametrize("method", ["tnrf", "ul+ll"])
+def test_other_methods(measure: Measure, problem: Problem, method: str, contender: str) -> None:
+    measure_step(measure, problem, contender, method)
+
+
+@pytest.mark.sizes.with_args(is_first)
+@pytest.mark.parametrize("contender", ["naive", "compiled"])
+@pytest.mark.parametrize("method", ["tnrf", "ul+ll"])
+def test_other_methods_peers(
+    measure: Measure, problem: Problem, method: str, contender: str
+) -> None:
+    measure_step(measure, problem, contender, method)
+
+
+@pytest.mark.sizes.with_args(is_half)
+@pytest.mark.parametrize("contender", ["in place", "fresh", "naive"])
+def test_float16(measure: Measure, problem: Problem, contender: str) -> None:
+    measure_step(measure, problem, contender, "tnff")
+
+
+@pytest.mark.sizes.with_args(is_not_half)
+def test_sparse(measure: Measure, problem: Problem) -> None:
+    """One row in ten is active: the others cost their zeros."""
+    measure_step(measure, problem.with_active_share(SPARSE), "in place", "tnff")
+
+
+@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.parametrize("negatives", ["64 a row", "4000 shared"])
+def test_negatives(measure: Measure, problem: Problem, negatives: Negatives) -> None:
+    measure_step(measure, problem.with_negatives(negatives), "in place", "tnff", negatives)
+
+
+# --- the cost of a call --------------------------------------------------------------------------
+
+
+class _Empty(torch.autograd.Function):
+    """The least that a loss with a gradient costs in Python."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor) -> Tensor:
+        ctx.shape = logits.shape  # type: ignore[attr-defined]
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> Tensor:
+        return upstream.new_empty(ctx.shape)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("contender", ["empty", "fresh", "in place", "naive"])
+def test_overhead(measure: Measure, contender: str) -> None:
+    """Forward and backward of one row of eight: time in which no work of note is done."""
+    logits, ref_logits = torch.randn(1, 8), torch.randn(1, 8)
+    labels, weights = torch.tensor([3]), torch.tensor([-1.0])
+    loss_function = None if contender == "empty" else make_loss(contender, "tnff")
+
+    def call() -> None:
+        output = model_output(logits)
+        if loss_function is None:
+            loss = _Empty.apply(output)
+        else:
+            loss = loss_function(output, ref_logits, labels, weights, None)
+        loss.backward()
+
+    measure(
+        call,
+        rounds=200,  # short ones: each a chance to meet no other process
+        iterations=100,
+        kind="overhead",
+        contender=contender,
+        rows=1,
+        vocab=8,
+        dtype="float32",
+    )

@@ -1,0 +1,806 @@
+// The CPU kernel: rows over OpenMP threads, a row in tiles that stay in the L1 cache, SIMD by the compiler. This file
+// is compiled once per instruction set (TNT_ISA names its namespace); bind.cpp picks one at run time.
+//
+// A row takes two passes. The first reads z and r from memory, tile by tile: maximum, then sums of exponentials. The
+// second finds the row in the cache and yields the loss and the gradient. Removed tokens would break both loops, so
+// they are patched out: a tile that holds some is copied, they become -inf there (which adds exactly 0 to every sum
+// and has gradient 0), and their logits go to short arrays that the same loops process as a group of their own.
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "params.h"
+#include "row_math.h"
+
+namespace tnt {
+inline namespace TNT_ISA {
+namespace {
+
+constexpr int TILE = 1024;  // three float tiles fill 12 KiB of a 32 KiB L1 cache
+constexpr size_t CACHE_LINE = 64;
+
+// --------------------------------------------------------------------------------------------------- stored types
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+TNT_FN float load(float x) { return x; }
+TNT_FN double load(double x) { return x; }
+TNT_FN float load(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
+TNT_FN float load(Float16 x) {  // in integers, because compilers vectorise that for every instruction set
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const float scaled = bits_as<float>(magnitude) * 0x1p112f;  // exact, subnormals included
+  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits_as<uint32_t>(scaled);
+  return bits_as<float>(bits | (x.bits & 0x8000u) << 16);
+}
+
+TNT_FN void store(float* to, float x) { *to = x; }
+TNT_FN void store(double* to, double x) { *to = x; }
+TNT_FN void store(BFloat16* to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+TNT_FN void store(Float16* to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+}
+
+template <class Logit>
+using RealOf = decltype(load(Logit{}));
+
+// -------------------------------------------------------------------------------------------------- tile kernels
+// Each runs over n <= TILE entries. Float sums stay within a tile; across tiles they are added in double. They are
+// functions of their own, not inlined: inside the large row functions the vectoriser gives up on some of them.
+
+#if defined(__GNUC__)
+#define TNT_TILE __attribute__((noinline))
+#else
+#define TNT_TILE
+#endif
+
+template <class Real>
+constexpr Real LOWEST = static_cast<Real>(-3.4028234663852886e38);  // where an ExpSum starts
+
+template <class Logit, class Real>
+TNT_TILE void load_tile(const Logit* from, Real* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+
+template <class Logit, class Real>
+TNT_TILE void store_tile(const Real* from, Logit* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+}
+
+// Σ e^{(x-max)/T} relative to a maximum that the tile may exceed, and the tile's own maximum, which tells whether the
+// sum is good: a float has room for e^{40} on either side of 1.
+template <class Real>
+struct TileSums {
+  Real policy, reference, moment, policy_max, reference_max;
+};
+
+// Policy and reference in one loop and by the same instructions: equal inputs give equal sums.
+template <class Real>
+TNT_TILE TileSums<Real> tile_pair_sums(const Real* z, const Real* r, int64_t n, Real z_max, Real r_max, Real scale) {
+  Real z_sum = 0, r_sum = 0, z_top = LOWEST<Real>, r_top = LOWEST<Real>;
+#pragma omp simd reduction(+ : z_sum, r_sum) reduction(max : z_top, r_top)
+  for (int64_t i = 0; i < n; ++i) {
+    z_sum += exponential((z[i] - z_max) * scale);
+    r_sum += exponential((r[i] - r_max) * scale);
+    z_top = z[i] > z_top ? z[i] : z_top;
+    r_top = r[i] > r_top ? r[i] : r_top;
+  }
+  return {z_sum, r_sum, 0, z_top, r_top};
+}
+
+// As tile_pair_sums, and the moment of the reverse KL: Σ e^{(z-mz)/T} ((z - r - centre)/T).
+template <class Real>
+TNT_TILE TileSums<Real> tile_pair_moment(const Real* z, const Real* r, int64_t n, Real z_max, Real r_max, Real scale,
+                                         Real centre, Real inverse_t) {
+  Real z_sum = 0, r_sum = 0, moment = 0, z_top = LOWEST<Real>, r_top = LOWEST<Real>;
+#pragma omp simd reduction(+ : z_sum, r_sum, moment) reduction(max : z_top, r_top)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real weight = exponential((z[i] - z_max) * scale);
+    z_sum += weight;
+    r_sum += exponential((r[i] - r_max) * scale);
+    moment += weight == Real(0) ? Real(0) : weight * ((z[i] - r[i] - centre) * inverse_t);
+    z_top = z[i] > z_top ? z[i] : z_top;
+    r_top = r[i] > r_top ? r[i] : r_top;
+  }
+  return {z_sum, r_sum, moment, z_top, r_top};
+}
+
+template <class Real>
+TNT_TILE TileSums<Real> tile_sum(const Real* x, int64_t n, Real max, Real scale) {
+  Real sum = 0, top = LOWEST<Real>;
+#pragma omp simd reduction(+ : sum) reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) {
+    sum += exponential((x[i] - max) * scale);
+    top = x[i] > top ? x[i] : top;
+  }
+  return {sum, 0, 0, top, 0};
+}
+
+template <class Real>
+TNT_TILE double tile_moment(const Real* x, int64_t n, Real max, Real scale, Real inverse_t) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real centred = x[i] - max, weight = exponential(centred * scale);
+    sum += weight == Real(0) ? Real(0) : weight * (centred * inverse_t);
+  }
+  return sum;
+}
+
+template <class Real>
+TNT_TILE double tile_total(const Real* x, int64_t n, Real max, Real inverse_t) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += (x[i] - max) * inverse_t;
+  return sum;
+}
+
+// The coefficients of a row as its tile loops want them.
+template <class Real>
+struct TileCoefficients {
+  Real scale, inverse_t;  // of exponents; of differences
+  Real p_max, p_inverse, p_log_sum, q_max, q_inverse, centre, offset, kl_centre, kept_max, weight, bias;
+  Real eps, smoothing_norm, log_smoothing_norm, loss;
+  Real row_scale;  // factor on the gradient
+
+  TileCoefficients(const RowCoefficients& c, const RowScalars& row, double row_scale_)
+      : scale(exponent_scale<Real>(row.inverse_temperature)),
+        inverse_t(Real(row.inverse_temperature)),
+        p_max(Real(c.policy_max)),
+        p_inverse(Real(c.policy_inverse)),
+        p_log_sum(Real(c.policy_log_sum)),
+        q_max(Real(c.reference_max)),
+        q_inverse(Real(c.reference_inverse)),
+        centre(Real(c.centre)),
+        offset(Real(c.offset)),
+        kl_centre(Real(c.kl_centre)),
+        kept_max(Real(c.kept_max)),
+        weight(Real(c.weight * row_scale_)),
+        bias(Real(c.bias * row_scale_)),
+        eps(Real(row.eps)),
+        smoothing_norm(Real(1 / (1 + row.vocab * row.eps))),
+        log_smoothing_norm(Real(-log1p(row.vocab * row.eps))),
+        loss(Real(c.loss)),
+        row_scale(Real(row_scale_)) {}
+};
+
+// LL, UL, NL outside the set.
+template <class Real>
+TNT_TILE void tile_weighted_exp(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) gradient[i] = c.weight * exponential((z[i] - c.kept_max) * c.scale) + c.bias;
+}
+
+// The KLs come in two versions. While |d| < BOUNDED on all of a tile, e^d needs no second exponential of its own: the
+// first version computes only with that and returns the largest |d|, by which the caller sees whether it may be used.
+template <class Real>
+struct TileKL {
+  Real loss, largest;
+};
+
+template <class Real>
+TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, Real* gradient, int64_t n,
+                                              const TileCoefficients<Real>& c) {
+  Real loss = 0, largest = 0;
+#pragma omp simd reduction(+ : loss) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
+    const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
+    const Element<Real> e = forward_kl_element(q, d);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+    const Real size = d < 0 ? -d : d;
+    largest = size > largest ? size : largest;
+  }
+  return {loss, largest};
+}
+
+template <class Real>
+TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+  Real loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
+    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
+    const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
+    const Element<Real> e = forward_kl_element(p, q, d);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+  }
+  return loss;
+}
+
+template <class Real>
+TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, Real* gradient, int64_t n,
+                                              const TileCoefficients<Real>& c) {
+  Real loss = 0, largest = 0;
+#pragma omp simd reduction(+ : loss) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
+    const Real x = (z[i] - r[i] - c.centre) * c.inverse_t, d = x + c.offset;
+    const Element<Real> e = reverse_kl_element(p, d, x - c.kl_centre);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+    const Real size = d < 0 ? -d : d;
+    largest = size > largest ? size : largest;
+  }
+  return {loss, largest};
+}
+
+template <class Real>
+TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+  Real loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
+    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
+    const Real x = (z[i] - r[i] - c.centre) * c.inverse_t;
+    const Element<Real> e = reverse_kl_element(p, q, x + c.offset, x - c.kl_centre);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+  }
+  return loss;
+}
+
+// Uniform smoothing: the target is (q* + eps) / (1 + V eps) everywhere, and log q̃ takes a logarithm per entry.
+template <class Real, bool REVERSE>
+TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+  Real loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real centred = z[i] - c.p_max;
+    const Real p = exponential(centred * c.scale) * c.p_inverse;
+    const Real smoothed = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse + c.eps;
+    const Real q = smoothed * c.smoothing_norm;
+    const Real log_p = centred * c.inverse_t - c.p_log_sum;
+    const Real d = log_p - (logarithm(smoothed) + c.log_smoothing_norm);
+    const Element<Real> e = REVERSE ? reverse_kl_element(p, q, d, d - c.loss) : forward_kl_element(p, q, d);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+  }
+  return loss;
+}
+
+// ------------------------------------------------------------------------------------------------------ the memory
+
+template <class Real>
+struct alignas(CACHE_LINE) Scratch {  // one per thread
+  alignas(CACHE_LINE) Real z[TILE], r[TILE], gradient[TILE];
+  std::vector<int64_t> ids;  // the row's set, ascending
+  std::vector<Real> set_z, set_r, set_gradient;
+};
+
+// Past the cache, so that zeroing a row reads nothing.
+void stream_zeros(void* to, size_t bytes) {
+#if defined(__SSE2__)
+  char* at = static_cast<char*>(to);
+  const size_t head = std::min(bytes, (CACHE_LINE - reinterpret_cast<uintptr_t>(at) % CACHE_LINE) % CACHE_LINE);
+  memset(at, 0, head);
+  at += head;
+  bytes -= head;
+  for (; bytes >= CACHE_LINE; at += CACHE_LINE, bytes -= CACHE_LINE)
+    for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(at) + k, _mm_setzero_si128());
+  memset(at, 0, bytes);
+#else
+  memset(to, 0, bytes);
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------------- one row
+
+template <class Logit>
+class Row {
+ public:
+  using Real = RealOf<Logit>;
+
+  Row(const RowParams& params, const std::vector<int64_t>& shared_ids, Scratch<Real>& scratch)
+      : p_(params), shared_ids_(shared_ids), s_(scratch) {
+    row_.uniform = p_.uniform_smoothing && p_.eps > 0;  // without eps the two smoothings are one
+    row_.eps = p_.eps;
+    row_.nl_floor = p_.nl_floor;
+    row_.inverse_temperature = 1 / p_.temperature;
+    row_.vocab = p_.vocab;
+    scale_ = exponent_scale<Real>(row_.inverse_temperature);
+    inverse_t_ = Real(row_.inverse_temperature);
+  }
+
+  // Loss times its weight; `inverse_normalizer` enters the gradient alone.
+  double run(int64_t index, double inverse_normalizer) {
+    index_ = index;
+    z_ = static_cast<const Logit*>(p_.logits) + index * p_.logits_stride;
+    r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index * p_.ref_logits_stride : nullptr;
+    g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index * p_.grad_stride : nullptr;
+    label_ = p_.labels[index];
+    const double weight = p_.weights ? static_cast<const Real*>(p_.weights)[index] : 1.0;
+    if (weight == 0 || label_ == p_.ignore_index) return inactive();
+
+    collect_set(weight);
+    const bool negative = !s_.ids.empty();
+    row_.loss = negative ? p_.negative_loss : p_.positive_loss;
+    // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
+    log_kappa_ = 0;
+    partial_ = -1;
+    const bool kl = row_.loss == FORWARD_KL || row_.loss == REVERSE_KL;
+    if (kl && weight < 0 && weight > -1 && label_pushed_) {
+      partial_ = label_;
+      log_kappa_ = log1p(weight);
+      s_.ids.erase(std::lower_bound(s_.ids.begin(), s_.ids.end(), label_));
+    }
+    if (row_.loss == LOG_LIKELIHOOD) s_.ids.assign(1, label_);
+    row_.set_size = static_cast<int64_t>(s_.ids.size());
+
+    double row_weight = weight;
+    if (negative) {
+      row_weight = p_.alpha ? static_cast<const Real*>(p_.alpha)[index * p_.alpha_stride] : p_.alpha_value;
+      if ((row_.loss == UNLIKELIHOOD || row_.loss == NEGATIVE_LIKELIHOOD) && weight < 0) row_weight *= -weight;
+    }
+
+    gather_set();
+    if (p_.upstream) {
+      gradient_only();
+      return 0;
+    }
+    return forward(negative, row_weight, row_weight * inverse_normalizer * row_.inverse_temperature);
+  }
+
+ private:
+  double inactive() {
+    if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Logit));
+    if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0;
+    write_stats(0, NAN, NAN, NAN, NAN);
+    if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = 0;
+    return 0;
+  }
+
+  // The row's negative set S, ascending and without duplicates.
+  void collect_set(double weight) {
+    label_pushed_ = weight < 0;
+    s_.ids.clear();
+    if (p_.negative_ids && p_.negative_ids_stride == 0) {
+      s_.ids = shared_ids_;
+    } else if (p_.negative_ids) {
+      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
+      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
+        if (ids[k] >= 0) s_.ids.push_back(ids[k]);
+      if (!std::is_sorted(s_.ids.begin(), s_.ids.end())) std::sort(s_.ids.begin(), s_.ids.end());
+      s_.ids.erase(std::unique(s_.ids.begin(), s_.ids.end()), s_.ids.end());
+    }
+    if (weight < 0) {
+      const auto at = std::lower_bound(s_.ids.begin(), s_.ids.end(), label_);
+      if (at != s_.ids.end() && *at == label_) label_pushed_ = false;  // named as a negative: removed, whatever w is
+      else s_.ids.insert(at, label_);
+    }
+  }
+
+  bool reads_reference() const { return row_.loss == FORWARD_KL || row_.loss == REVERSE_KL; }
+  bool uniform_kl() const { return row_.uniform && reads_reference(); }
+
+  void gather_set() {
+    const size_t n = s_.ids.size();
+    s_.set_z.resize(n);
+    s_.set_gradient.resize(n);
+    for (size_t k = 0; k < n; ++k) s_.set_z[k] = load(z_[s_.ids[k]]);
+    if (!reads_reference()) return;
+    s_.set_r.resize(n);
+    for (size_t k = 0; k < n; ++k) s_.set_r[k] = load(r_[s_.ids[k]]);
+    if (partial_ >= 0) {
+      partial_z_ = load(z_[partial_]);
+      partial_r_ = load(r_[partial_]);
+    }
+  }
+
+  // Calls body(z, r, at, n) for every tile in order, with the set and the partially pushed y at -inf in r, and in z
+  // too unless `keep_z`. A tile that needs no patch is read where it is.
+  template <class Body>
+  void for_each_tile(bool keep_z, Body body) {
+    auto next = s_.ids.begin();
+    const bool pair = reads_reference();
+    for (int64_t at = 0; at < p_.vocab; at += TILE) {
+      const int64_t n = std::min<int64_t>(TILE, p_.vocab - at);
+      const auto begin = next;
+      while (next != s_.ids.end() && *next < at + n) ++next;
+      const bool has_partial = partial_ >= at && partial_ < at + n;
+      const bool patched = begin != next || has_partial;
+      const Real* z = stage(z_ + at, n, patched && !keep_z, s_.z);
+      const Real* r = pair ? stage(r_ + at, n, patched, s_.r) : nullptr;
+      const auto patch = [&](int64_t column) {
+        if (!keep_z) s_.z[column - at] = -INFINITY;
+        if (pair) s_.r[column - at] = -INFINITY;
+      };
+      if (patched) std::for_each(begin, next, patch);
+      if (has_partial) patch(partial_);
+      body(z, r, at, n);
+    }
+  }
+
+  // body(begin, n) for [0, n) without `column`, where it lies in there.
+  template <class Body>
+  static void around(int64_t column, int64_t n, Body body) {
+    if (column < 0 || column >= n) return body(0, n);
+    body(0, column);
+    body(column + 1, n - column - 1);
+  }
+
+  static const Real* stage(const Logit* from, int64_t n, bool copy, Real* to) {
+    if constexpr (std::is_same_v<Logit, Real>) {
+      if (!copy) return from;
+    }
+    load_tile(from, to, n);
+    return to;
+  }
+
+  // ---- first pass
+
+  // Whether sums relative to `max` are too large for comfort, as the entries exceed it by far.
+  bool too_low(Real max, Real top) const { return (top - max) * scale_ > Real(40); }
+
+  ExpSum exp_sum(const Real* x, int64_t n, Real& max, bool moment) const {
+    TileSums<Real> sums = tile_sum(x, n, max, scale_);
+    if (too_low(max, sums.policy_max)) {
+      max = sums.policy_max;
+      sums = tile_sum(x, n, max, scale_);
+    }
+    return {double(max), double(sums.policy), moment ? tile_moment(x, n, max, scale_, inverse_t_) : 0};
+  }
+
+  ExpSum set_sum(const std::vector<Real>& x, bool moment) const {
+    ExpSum sum;
+    Real max = LOWEST<Real>;
+    const int64_t n = static_cast<int64_t>(x.size());
+    for (int64_t at = 0; at < n; at += TILE)
+      sum = merge(sum, exp_sum(x.data() + at, std::min<int64_t>(TILE, n - at), max, moment), row_.inverse_temperature);
+    return sum;
+  }
+
+  RowStatistics statistics() {
+    RowStatistics s;
+    const bool pair = reads_reference(), entropy = p_.row_stats != nullptr;
+    const bool moment = row_.loss == REVERSE_KL && !row_.uniform;
+    const double inverse_t = row_.inverse_temperature;
+    // Tiles are summed relative to the maximum so far, in the loop that finds their own.
+    Real z_max = LOWEST<Real>, r_max = LOWEST<Real>;
+    bool centred = false;
+    const auto pair_sums = [&](const Real* z, const Real* r, int64_t n) {
+      return moment ? tile_pair_moment(z, r, n, z_max, r_max, scale_, Real(s.centre), inverse_t_)
+                    : tile_pair_sums(z, r, n, z_max, r_max, scale_);
+    };
+    for_each_tile(false, [&](const Real* z, const Real* r, int64_t, int64_t n) {
+      if (!pair) {
+        s.policy = merge(s.policy, exp_sum(z, n, z_max, entropy), inverse_t);
+        return;
+      }
+      TileSums<Real> sums = pair_sums(z, r, n);
+      const bool z_low = too_low(z_max, sums.policy_max), r_low = too_low(r_max, sums.reference_max);
+      if (z_low || r_low) {
+        if (z_low) z_max = sums.policy_max;
+        if (r_low) r_max = sums.reference_max;
+        if (!centred) s.centre = static_cast<float>(double(z_max) - double(r_max));
+        if (!(s.centre > -1e30 && s.centre < 1e30)) s.centre = 0;
+        centred = true;
+        sums = pair_sums(z, r, n);
+      }
+      const double old_max = s.policy.max;
+      const double entropy_moment = entropy ? tile_moment(z, n, z_max, scale_, inverse_t_) : 0;
+      s.policy = merge(s.policy, {double(z_max), double(sums.policy), entropy_moment}, inverse_t);
+      s.reference = merge(s.reference, {double(r_max), double(sums.reference), 0}, inverse_t);
+      if (moment) {
+        s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
+                      rescale(sums.moment, (double(z_max) - s.policy.max) * inverse_t);
+      }
+    });
+    if (partial_ >= 0) add_partial(s, moment);
+    s.policy_set = set_sum(s_.set_z, entropy || moment);
+    if (entropy && pair) s.reference_set = set_sum(s_.set_r, false);
+    if (row_.loss == LOG_LIKELIHOOD && row_.uniform) {
+      for_each_tile(true, [&](const Real* z, const Real*, int64_t at, int64_t n) {
+        around(label_ - at, n, [&](int64_t begin, int64_t count) {
+          s.policy_total += tile_total(z + begin, count, Real(s.policy.max), inverse_t_);
+        });
+      });
+    }
+    return s;
+  }
+
+  // An infinite moment (a reference of -inf) whose weight underflows to 0 is nothing, not NaN.
+  static double rescale(double moment, double shift) {
+    if (shift == 0) return moment;
+    const double factor = ::exp(shift);
+    return factor == 0 ? 0 : moment * factor;
+  }
+
+  void add_partial(RowStatistics& s, bool moment) const {
+    const double inverse_t = row_.inverse_temperature;
+    const double old_max = s.policy.max;
+    const bool z_lost = partial_z_ == -INFINITY, r_lost = partial_r_ == -INFINITY;
+    if (!z_lost) s.policy = merge(s.policy, {double(partial_z_), 1, 0}, inverse_t);
+    if (!r_lost) s.reference = merge(s.reference, {double(partial_r_), ::exp(log_kappa_), 0}, inverse_t);
+    if (moment && !z_lost) {
+      const double x = (double(partial_z_) - double(partial_r_) - s.centre) * inverse_t - log_kappa_;
+      s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
+                    rescale(x, (double(partial_z_) - s.policy.max) * inverse_t);
+    }
+  }
+
+  // ---- second pass: the gradient (if `write`) times `scale`; returns what the loss still lacks
+
+  double second_pass(const RowCoefficients& c, double scale, bool write) {
+    const TileCoefficients<Real> t(c, row_, scale);
+    double loss = 0;
+    bool bounded = true;  // until a tile says otherwise
+    for_each_tile(uniform_kl(), [&](const Real* z, const Real* r, int64_t at, int64_t n) {
+      Real* gradient = s_.gradient;
+      if (uniform_kl()) {
+        around(partial_ - at, n, [&](int64_t begin, int64_t count) {
+          loss += row_.loss == REVERSE_KL
+                      ? tile_uniform_kl<Real, true>(z + begin, r + begin, gradient + begin, count, t)
+                      : tile_uniform_kl<Real, false>(z + begin, r + begin, gradient + begin, count, t);
+        });
+      } else if (reads_reference()) {
+        const bool forward = row_.loss == FORWARD_KL;
+        TileKL<Real> kl{0, 0};
+        if (bounded) {
+          kl = forward ? tile_forward_kl_bounded(z, r, gradient, n, t) : tile_reverse_kl_bounded(z, r, gradient, n, t);
+          bounded = kl.largest < BOUNDED && kl.loss == kl.loss;
+        }
+        if (!bounded) kl.loss = forward ? tile_forward_kl(z, r, gradient, n, t) : tile_reverse_kl(z, r, gradient, n, t);
+        loss += kl.loss;
+      } else {
+        tile_weighted_exp(z, gradient, n, t);
+      }
+      if (write) store_tile(gradient, g_ + at, n);
+    });
+    if (!uniform_kl()) loss += set_elements(c, scale, write);
+    if (partial_ >= 0) loss += partial_element(c, scale, write);
+    return loss;
+  }
+
+  // Loss and gradient of the set: removed tokens of a KL, S of UL and NL, y of LL.
+  double set_elements(const RowCoefficients& c, double scale, bool write) {
+    const int64_t n = row_.set_size;
+    const Real *z = s_.set_z.data(), max = Real(c.policy_max), inverse = Real(c.policy_inverse), factor = Real(scale);
+    Real* gradient = s_.set_gradient.data();
+    Real loss = 0;
+    if (row_.loss == LOG_LIKELIHOOD) {
+      gradient[0] = Real(c.set_value * scale);
+    } else if (row_.loss == REVERSE_KL) {
+      const Real target = Real(c.set_value), offset = Real(c.set_offset), centre = Real(c.set_centre);
+#pragma omp simd reduction(+ : loss)
+      for (int64_t i = 0; i < n; ++i) {
+        const Real p = exponential((z[i] - max) * scale_) * inverse;
+        const Real log_weight = (z[i] - max) * inverse_t_;
+        const Element<Real> e = reverse_kl_element(p, target, log_weight + offset, log_weight - centre);
+        loss += e.loss;
+        gradient[i] = e.gradient * factor;
+      }
+    } else if (row_.loss == NEGATIVE_LIKELIHOOD) {
+      const Real least = Real(row_.nl_floor + c.policy_log_sum), active_count = Real(c.set_value);
+      for (int64_t i = 0; i < n; ++i) {
+        const Real active = (z[i] - max) * inverse_t_ >= least ? Real(1) : Real(0);
+        gradient[i] = factor * (active - active_count * (exponential((z[i] - max) * scale_) * inverse));
+      }
+    } else {  // UL and the forward KL: p_s
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) gradient[i] = factor * (exponential((z[i] - max) * scale_) * inverse);
+    }
+    if (write)
+      for (int64_t i = 0; i < n; ++i) store(g_ + s_.ids[i], gradient[i]);
+    return loss;
+  }
+
+  // y of a KL row with -1 < w < 0.
+  double partial_element(const RowCoefficients& c, double scale, bool write) {
+    const double inverse_t = row_.inverse_temperature, z = partial_z_, r = partial_r_;
+    const double log_p = (z - c.policy_max) * inverse_t - c.policy_log_sum;
+    const double p = ::exp(log_p);
+    double q = ::exp((r - c.reference_max) * inverse_t + log_kappa_) * c.reference_inverse;
+    double x = (z - r - c.centre) * inverse_t - log_kappa_, d = x + c.offset, kl_centre = c.kl_centre;
+    if (row_.uniform) {
+      q = (q + row_.eps) / (1 + row_.vocab * row_.eps);
+      x = d = log_p - ::log(q);
+      kl_centre = c.loss;
+    }
+    const Element<double> e =
+        row_.loss == FORWARD_KL ? forward_kl_element(p, q, d) : reverse_kl_element(p, q, d, x - kl_centre);
+    if (write) store(g_ + partial_, Real(e.gradient * scale));
+    return e.loss;
+  }
+
+  double negative_likelihood(RowCoefficients& c) {
+    const Real max = Real(c.policy_max), least = Real(row_.nl_floor + c.policy_log_sum);
+    double total = 0;
+    int64_t active = 0;
+    for (const Real z : s_.set_z) {
+      const Real log_weight = (z - max) * inverse_t_;
+      if (log_weight < least) {
+        total += row_.nl_floor;
+      } else {
+        total += double(log_weight) - c.policy_log_sum;
+        ++active;
+      }
+    }
+    c.weight *= double(active);
+    c.set_value = double(active);
+    return total;
+  }
+
+  // ---- the calls
+
+  double forward(bool negative, double row_weight, double scale) {
+    const bool write = g_ != nullptr;
+    RowStatistics s;
+    RowCoefficients c;
+    if (row_.loss != NONE || p_.row_stats) {
+      s = statistics();
+      c = row_coefficients(row_, s);
+    }
+    if (row_.loss == NEGATIVE_LIKELIHOOD) c.loss = negative_likelihood(c);
+    if (uniform_kl() && row_.loss == REVERSE_KL) c.loss = second_pass(c, 0, false);  // its gradient needs the KL first
+    const bool kl = reads_reference();
+    const bool known = !kl || (uniform_kl() && row_.loss == REVERSE_KL);
+    if (row_weight == 0 || row_.loss == NONE) scale = 0;
+    if (!known)
+      c.loss += second_pass(c, scale, write && scale != 0);
+    else if (write && scale != 0)
+      second_pass(c, scale, true);
+
+    // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN.
+    const bool lost = c.loss != c.loss || (c.loss == INFINITY && (row_.loss == REVERSE_KL || row_.loss == UNLIKELIHOOD));
+    if (lost && scale != 0) scale = NAN;
+    if (write && (scale == 0 || scale != scale)) fill(scale);
+    if (p_.coefficients) write_coefficients(c, scale);
+    if (p_.row_stats) diagnose(s, c, negative, kl);
+    const double weighted = scale == 0 && (row_weight == 0 || row_.loss == NONE) ? 0 : row_weight * c.loss;
+    if (p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
+    return weighted;
+  }
+
+  void gradient_only() {
+    const Real upstream = static_cast<const Real*>(p_.upstream)[index_ * p_.upstream_stride];
+    double scale;
+    const RowCoefficients c = read_coefficients(scale);
+    scale *= upstream;
+    if (scale == 0 || scale != scale) return fill(scale);
+    second_pass(c, scale, true);
+  }
+
+  void fill(double value) {
+    if (value == 0) return stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Logit));
+    for (int64_t i = 0; i < p_.vocab; ++i) store(g_ + i, Real(value));
+  }
+
+  Real* coefficients() const { return static_cast<Real*>(p_.coefficients) + index_ * ROW_COEFFICIENTS; }
+
+  void write_coefficients(const RowCoefficients& c, double scale) const {
+    static_assert(sizeof(RowCoefficients) == (ROW_COEFFICIENTS - 1) * sizeof(double));
+    double values[ROW_COEFFICIENTS];
+    memcpy(values, &c, sizeof c);
+    values[ROW_COEFFICIENTS - 1] = scale;
+    std::transform(values, values + ROW_COEFFICIENTS, coefficients(), [](double x) { return Real(x); });
+  }
+
+  RowCoefficients read_coefficients(double& scale) const {
+    double values[ROW_COEFFICIENTS];
+    std::copy_n(coefficients(), ROW_COEFFICIENTS, values);
+    RowCoefficients c;
+    memcpy(&c, values, sizeof c);
+    scale = values[ROW_COEFFICIENTS - 1];
+    return c;
+  }
+
+  void diagnose(const RowStatistics& s, const RowCoefficients& c, bool negative, bool kl) const {
+    const double inverse_t = row_.inverse_temperature;
+    const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
+    const double entropy = c.policy_log_sum - all.moment / all.sum;
+    double mass = negative ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum : 0;
+    double ref_mass = kl ? 0 : NAN;
+    if (partial_ >= 0) mass += ::exp((partial_z_ - c.policy_max) * inverse_t) * c.policy_inverse;
+    if (kl && negative) {  // p° itself: without κ on the partially pushed y
+      ExpSum set = s.reference_set, everything = merge(s.reference, s.reference_set, inverse_t);
+      if (partial_ >= 0 && partial_r_ != -INFINITY) {
+        set = merge(set, {double(partial_r_), 1, 0}, inverse_t);
+        everything = merge(everything, {double(partial_r_), -::expm1(log_kappa_), 0}, inverse_t);
+      }
+      ref_mass = set.sum * ::exp((set.max - everything.max) * inverse_t) / everything.sum;
+    }
+    write_stats(c.loss, kl ? c.loss : NAN, mass, ref_mass, entropy);
+  }
+
+  void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
+    if (!p_.row_stats) return;
+    Real* at = static_cast<Real*>(p_.row_stats) + index_;
+    for (const double value : {loss, kl, mass, ref_mass, entropy}) {
+      *at = Real(value);
+      at += p_.rows;
+    }
+  }
+
+  const RowParams& p_;
+  const std::vector<int64_t>& shared_ids_;
+  Scratch<Real>& s_;
+  RowScalars row_;
+  Real scale_, inverse_t_;
+  int64_t index_ = 0, label_ = 0, partial_ = -1;
+  double log_kappa_ = 0;
+  Real partial_z_ = 0, partial_r_ = 0;
+  bool label_pushed_ = false;
+  const Logit *z_ = nullptr, *r_ = nullptr;
+  Logit* g_ = nullptr;
+};
+
+// ------------------------------------------------------------------------------------------------------- all rows
+
+std::vector<int64_t> sorted_set(const int64_t* ids, int64_t count) {
+  std::vector<int64_t> set;
+  std::copy_if(ids, ids + count, std::back_inserter(set), [](int64_t id) { return id >= 0; });
+  std::sort(set.begin(), set.end());
+  set.erase(std::unique(set.begin(), set.end()), set.end());
+  return set;
+}
+
+template <class Logit>
+void run(const RowParams& p) {
+  using Real = RealOf<Logit>;
+  int64_t active = 0;
+  for (int64_t i = 0; i < p.rows; ++i)
+    active += (!p.weights || static_cast<const Real*>(p.weights)[i] != 0) && p.labels[i] != p.ignore_index;
+  double inverse_normalizer = 1;
+  if (p.reduction == Reduction::MEAN) {
+    const double normalizer = p.normalizer == p.normalizer ? p.normalizer : double(active);
+    inverse_normalizer = normalizer == 0 ? 0 : 1 / normalizer;
+  }
+  const bool shared = p.negative_ids && p.negative_ids_stride == 0;
+  const std::vector<int64_t> shared_ids =
+      shared ? sorted_set(p.negative_ids, p.negative_ids_count) : std::vector<int64_t>();
+
+  std::vector<double> losses(static_cast<size_t>(p.rows));
+  // Rows are handed out a few at a time: ignored rows cost little, and a large vocabulary balances badly by blocks.
+  const int64_t grain = std::max<int64_t>(1, 16384 / p.vocab);
+  const int threads = int(std::min<int64_t>(p.threads, (p.rows + grain - 1) / grain));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const auto scratch = std::make_unique<Scratch<Real>>();
+    Row<Logit> row(p, shared_ids, *scratch);
+#pragma omp for schedule(dynamic, grain)
+    for (int64_t i = 0; i < p.rows; ++i) losses[size_t(i)] = row.run(i, inverse_normalizer);
+  }
+  if (p.reduction == Reduction::NONE || !p.loss) return;
+  double total = 0;
+  for (const double loss : losses) total += loss;
+  *static_cast<Real*>(p.loss) = Real(inverse_normalizer == 0 ? 0 : total * inverse_normalizer);
+}
+
+}  // namespace
+
+void run_rows(const RowParams& p) {
+  switch (p.dtype) {
+    case DType::FLOAT32: return run<float>(p);
+    case DType::BFLOAT16: return run<BFloat16>(p);
+    case DType::FLOAT16: return run<Float16>(p);
+    case DType::FLOAT64: return run<double>(p);
+  }
+}
+
+}  // namespace TNT_ISA
+}  // namespace tnt

@@ -1,0 +1,323 @@
+// The mathematics of one row, for host and device. MATH: a row is one token position with policy logits z,
+// reference logits r, p = softmax(z / T), q = softmax(r / T), a set R of removed tokens (n of them) and the target
+// q* (q without R, renormalised). Natural logarithms throughout; 1/T and log2(e) are folded into `exponent_scale`.
+//
+// Three stages, each a set of plain functions:
+//   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable
+//   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
+//   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define TNT_FN __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define TNT_FN inline __attribute__((always_inline))
+#else
+#define TNT_FN inline
+#endif
+
+// Every instruction set gets a namespace of its own: the same inline functions, compiled with other flags, would
+// otherwise be merged by the linker, and an AVX-512 body could run on a machine without it.
+#ifndef TNT_ISA
+#define TNT_ISA host
+#endif
+
+namespace tnt {
+inline namespace TNT_ISA {
+
+enum RowLoss : int {  // as tnt_kernels.objectives.RowLoss
+  NONE = 0,
+  FORWARD_KL = 1,
+  REVERSE_KL = 2,
+  LOG_LIKELIHOOD = 3,
+  UNLIKELIHOOD = 4,
+  NEGATIVE_LIKELIHOOD = 5,
+};
+
+// ------------------------------------------------------------------------------------------ elementary functions
+
+// Contraction is off in the build and every fused multiply-add is written out, so that the two log-sum-exps of a row
+// come from the same instructions and p = q gives exactly 0. Without FMA hardware, std::fma would be a library call.
+TNT_FN float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+TNT_FN double fused_multiply_add(double a, double b, double c) { return a * b + c; }
+
+template <class To, class From>
+TNT_FN To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To result;
+  memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+constexpr double LOG2_E = 1.4426950408889634074;
+constexpr double LN_2 = 0.69314718055994530942;
+
+// What (x - max) is multiplied by before exponential(): log2(e)/T where exponential is 2^x, 1/T where it is e^x.
+template <class Real>
+TNT_FN Real exponent_scale(double inverse_temperature);
+template <>
+TNT_FN float exponent_scale<float>(double inverse_temperature) {
+  return static_cast<float>(LOG2_E * inverse_temperature);
+}
+template <>
+TNT_FN double exponent_scale<double>(double inverse_temperature) {
+  return inverse_temperature;
+}
+
+// 2^x for x < 128, 0 below -127 (-inf gives exactly 0), NaN for NaN. Relative error 1.6e-7, 0 at 0: x is split at the nearest
+// integer by adding 1.5 * 2^23, whose low bits then hold that integer; 2^fraction is a minimax polynomial.
+TNT_FN float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  return exp2f(x);
+#else
+  constexpr float rounder = 12582912.0f;
+  x = -127.0f > x ? -127.0f : x;  // in this order: NaN stays
+  const float shifted = x + rounder;
+  const float f = x - (shifted - rounder);
+  float y = 0x1.5bba14p-10f;
+  y = fused_multiply_add(y, f, 0x1.3cea88p-7f);
+  y = fused_multiply_add(y, f, 0x1.c6b752p-5f);
+  y = fused_multiply_add(y, f, 0x1.ebf9bcp-3f);
+  y = fused_multiply_add(y, f, 0x1.62e42ap-1f);
+  y = fused_multiply_add(y, f, 1.0f);
+  const uint32_t power = (bits_as<uint32_t>(shifted) + 127u) << 23;  // -127 gives the bits of 0.0f
+  return y * bits_as<float>(power);
+#endif
+}
+TNT_FN double exponential(double x) { return ::exp(x); }
+
+// log x for x >= 0, -inf for 0. Relative error 2e-7 (near 1: of x - 1).
+TNT_FN float logarithm(float x) {
+#if defined(__CUDA_ARCH__)
+  return logf(x);
+#else
+  const bool tiny = x < 0x1p-126f;
+  const uint32_t bits = bits_as<uint32_t>(tiny ? x * 0x1p25f : x);
+  const uint32_t centred = bits - 0x3f3504f3u;  // the mantissa then lies in [sqrt(1/2), sqrt(2))
+  const float exponent = static_cast<float>(static_cast<int32_t>(centred) >> 23) - (tiny ? 25.0f : 0.0f);
+  const float f = bits_as<float>((centred & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  float y = -0x1.3e9698p-4f;
+  y = fused_multiply_add(y, f, 0x1.05ae04p-3f);
+  y = fused_multiply_add(y, f, -0x1.0c9354p-3f);
+  y = fused_multiply_add(y, f, 0x1.22bcb0p-3f);
+  y = fused_multiply_add(y, f, -0x1.5485dap-3f);
+  y = fused_multiply_add(y, f, 0x1.99a22ep-3f);
+  y = fused_multiply_add(y, f, -0x1.00020ap-2f);
+  y = fused_multiply_add(y, f, 0x1.555550p-2f);
+  y = fused_multiply_add(y, f, -0x1.fffffep-2f);
+  y = fused_multiply_add(y * f, f, f);
+  y = fused_multiply_add(exponent, static_cast<float>(LN_2), y);
+  return x > 0.0f ? (x < INFINITY ? y : x) : (x == 0.0f ? -INFINITY : NAN);
+#endif
+}
+TNT_FN double logarithm(double x) { return ::log(x); }
+
+// e^d - 1 and φ(d) = e^d - 1 - d for |d| < BOUNDED, both without cancellation near 0. Relative error 2e-7 (float), a few
+// ulp (double); beyond the bound anything but a trap.
+constexpr int BOUNDED = 16;
+template <class Real>
+struct Expm1 {
+  Real value, phi;
+};
+TNT_FN Expm1<float> expm1_phi(float d) {
+  constexpr float rounder = 12582912.0f;
+  const float shifted = fused_multiply_add(d, static_cast<float>(LOG2_E), rounder);
+  const float k = shifted - rounder;
+  const float f = fused_multiply_add(k, static_cast<float>(-LN_2), d);  // |f| < 0.35
+  float y = 0x1.a072c0p-13f;  // φ(f)/f²
+  y = fused_multiply_add(y, f, 0x1.6d42cap-10f);
+  y = fused_multiply_add(y, f, 0x1.11114cp-7f);
+  y = fused_multiply_add(y, f, 0x1.5554eap-5f);
+  y = fused_multiply_add(y, f, 0x1.555556p-3f);
+  y = fused_multiply_add(y, f, 0.5f);
+  const float phi = y * f * f;
+  const float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
+  Expm1<float> result;
+  result.value = fused_multiply_add(power, f + phi, power - 1.0f);
+  result.phi = k == 0.0f ? phi : result.value - d;
+  return result;
+}
+TNT_FN Expm1<double> expm1_phi(double d) {
+  double y = 1.0;  // φ(d) = d²/2 (1 + d/3 (1 + d/4 (...)))
+  for (int k = 19; k >= 3; --k) y = 1.0 + y * d / k;
+  const double value = ::expm1(d);
+  return {value, d < 1 && d > -1 ? 0.5 * y * d * d : value - d};
+}
+
+// log(1 + e^x), right at both ends.
+TNT_FN double softplus(double x) {
+  return x > 0 ? x + log1p(::exp(-x)) : log1p(::exp(x));  // +inf -> +inf, -inf -> 0, NaN -> NaN
+}
+
+// -------------------------------------------------------------------------------------------- 1. row statistics
+
+// Σ e^{(x - max)/T} over some entries, and optionally Σ e^{(x - max)/T} (x - max)/T. `max` is their maximum or near it.
+// It starts at the lowest finite float, not at -inf, so that rows and slices of -inf need no special case: their sums
+// are 0.
+struct ExpSum {
+  double max = -3.4028234663852886e38;
+  double sum = 0;
+  double moment = 0;
+};
+
+TNT_FN ExpSum merge(const ExpSum& a, const ExpSum& b, double inverse_temperature) {
+  if (a.max == b.max) return {a.max, a.sum + b.sum, a.moment + b.moment};
+  ExpSum result;
+  result.max = a.max < b.max ? b.max : a.max;
+  const double shift_a = (a.max - result.max) * inverse_temperature;
+  const double shift_b = (b.max - result.max) * inverse_temperature;
+  const double scale_a = ::exp(shift_a), scale_b = ::exp(shift_b);
+  result.sum = scale_a * a.sum + scale_b * b.sum;
+  result.moment = 0;
+  if (a.sum != 0) result.moment += scale_a * (a.moment + a.sum * shift_a);
+  if (b.sum != 0) result.moment += scale_b * (b.moment + b.sum * shift_b);
+  return result;
+}
+
+struct RowStatistics {
+  ExpSum policy;             // z over the kept entries (for LL, UL, NL: those outside the set)
+  ExpSum reference;          // r over the same entries, with κ
+  ExpSum policy_set;         // z over the set
+  ExpSum reference_set;      // r over the set (diagnostics only)
+  double kl_moment = 0;      // Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
+  double centre = 0;         // any number near max z - max r, fixed before the first term
+  double policy_total = 0;   // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
+};
+
+// ------------------------------------------------------------------------------------------ 2. row coefficients
+
+struct RowScalars {  // what a row is, besides its logits
+  int loss = NONE;
+  bool uniform = false;
+  double eps = 0;
+  double nl_floor = 0;  // -inf: none
+  double inverse_temperature = 1;
+  int64_t vocab = 0;
+  int64_t set_size = 0;
+};
+
+// p_v = exponential((z_v - policy_max) * exponent_scale) * policy_inverse, q*_v likewise, and
+// d_v = (z_v - r_v - centre)/T + offset, for the losses that compare p with a target.
+// For LL, UL and NL, outside the set: gradient = weight * exponential((z_v - kept_max) * exponent_scale) + bias. The
+// maximum is that of the entries outside, because under UL their shares stay finite while their p underflow.
+struct RowCoefficients {
+  double policy_max = 0, policy_inverse = 0, policy_log_sum = 0;
+  double reference_max = 0, reference_inverse = 0;
+  double centre = 0, offset = 0;
+  double kl_centre = 0;    // reverse KL: gradient p_v (x_v - kl_centre), x_v = d_v - offset
+  double set_offset = 0;   // reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
+  double set_centre = 0;   // gradient p_s ((z_s - policy_max)/T - set_centre)
+  double set_value = 0;    // reverse KL: q̃ of a removed token; LL: the gradient of y
+  double kept_max = 0, weight = 0, bias = 0;
+  double loss = 0;         // the part of the loss that needs no second pass
+};
+
+TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatistics& s) {
+  RowCoefficients c;
+  const double inverse_t = row.inverse_temperature;
+  const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
+  const double kept_inverse = ::exp((s.policy.max - all.max) * inverse_t) / all.sum;  // p_v = e^{(z - kept max)/T} * this
+  const double removed = s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum;
+  const double log_sum = ::log(all.sum);
+  // log of the odds p(set) / p(outside), from the two sums alone: right for p(set) near 0 and near 1.
+  const double log_odds = (s.policy_set.max - s.policy.max) * inverse_t + ::log(s.policy_set.sum / s.policy.sum);
+
+  c.policy_max = all.max;
+  c.policy_inverse = 1 / all.sum;
+  c.policy_log_sum = log_sum;
+  c.kept_max = s.policy.max;
+
+  const double n = static_cast<double>(row.set_size), v = static_cast<double>(row.vocab);
+  if (row.loss == LOG_LIKELIHOOD) {  // -log p_y = softplus(-log odds of y)
+    c.loss = softplus(-log_odds);
+    c.weight = kept_inverse;
+    c.set_value = -s.policy.sum * kept_inverse;  // p_y - 1 without the subtraction
+    if (row.uniform) {  // cross-entropy against the one-hot label, smoothed
+      const double norm = 1 / (1 + v * row.eps);
+      const double log_p_total = s.policy_total - (v - 1) * (log_sum + (all.max - s.policy.max) * inverse_t) - c.loss;
+      c.loss = (c.loss - row.eps * log_p_total) * norm;
+      c.bias = -row.eps * norm;
+      c.set_value += (v - 1) * row.eps * norm;
+    }
+  } else if (row.loss == UNLIKELIHOOD) {  // -log(1 - p(S)); outside S the gradient is -p(S) p_v / (1 - p(S))
+    c.loss = softplus(log_odds);
+    c.weight = -removed / s.policy.sum;
+  } else if (row.loss == NEGATIVE_LIKELIHOOD) {  // Σ log p_s, taken over the set; outside it the gradient is -n p_v
+    c.weight = -kept_inverse;                    // for one active token; their number and the loss come from the set
+  } else if (row.loss == FORWARD_KL || row.loss == REVERSE_KL) {
+    // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number.
+    c.reference_max = s.reference.max;
+    c.reference_inverse = 1 / s.reference.sum;
+    // Any centre serves: one that a float32 holds, with the remainder in `offset`, costs no digits in a float32 kernel.
+    c.centre = static_cast<float>(all.max - s.reference.max);
+    c.offset = ::log(s.reference.sum / all.sum) + (c.centre - (all.max - s.reference.max)) * inverse_t;
+    if (row.loss == REVERSE_KL && !row.uniform) {
+      const double log_norm = log1p(row.eps * n);
+      c.set_value = row.eps / (1 + row.eps * n);
+      c.reference_inverse /= 1 + row.eps * n;
+      c.offset += log_norm;
+      c.set_offset = log_norm - ::log(row.eps) - log_sum;
+      // d - KL = (d - M) + p(other group) (M - M of the other group), with M the mean of d over the entry's own group,
+      // kept or removed. Nothing cancels: not near p = q (M is 0 there), and not for p(R) near 1.
+      const double kept = s.policy.sum * kept_inverse;
+      c.kl_centre = s.kl_moment / s.policy.sum + (s.centre - c.centre) * inverse_t;
+      if (removed > 0) {
+        const double set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - all.max) * inverse_t;
+        const double excess = c.kl_centre + c.offset - (set_mean + c.set_offset);  // M kept - M removed
+        c.set_centre = set_mean + (kept > 0 ? kept * excess : 0);
+        c.kl_centre -= removed * excess;
+      }
+    } else if (row.loss == FORWARD_KL && !row.uniform) {
+      c.loss = removed;  // q* is 0 there, so each of them gives p_s
+    }
+  }
+  return c;
+}
+
+// ----------------------------------------------------------------------------------------------- 3. row elements
+
+template <class Real>
+struct Element {
+  Real loss, gradient;
+};
+
+// KL(q*‖p): q* φ(d), d = log p - log q*; gradient p - q* = q* (e^d - 1).
+template <class Real>
+TNT_FN Element<Real> forward_kl_element(Real q, Real d) {  // |d| < BOUNDED
+  const Expm1<Real> e = expm1_phi(d);
+  return {q * e.phi, q * e.value};
+}
+template <class Real>
+TNT_FN Element<Real> forward_kl_element(Real p, Real q, Real d) {  // any d, ±inf and NaN (0 against 0) too
+  const bool bounded = d < Real(BOUNDED) && d > Real(-BOUNDED);
+  const Element<Real> e = forward_kl_element(q, d);
+  const Real difference = p - q;
+  const Real loss = q == Real(0) ? p : fused_multiply_add(-q, d, difference);
+  return {bounded ? e.loss : loss, bounded ? e.gradient : difference};
+}
+
+// KL(p‖q̃): p φ(-d), d = log p - log q̃; gradient p (d - KL), with d - KL given as `excess`.
+template <class Real>
+TNT_FN Element<Real> reverse_kl_element(Real p, Real d, Real excess) {  // |d| < BOUNDED
+  return {p * expm1_phi(-d).phi, p * excess};
+}
+template <class Real>
+TNT_FN Element<Real> reverse_kl_element(Real p, Real q, Real d, Real excess) {
+  const bool bounded = d < Real(BOUNDED) && d > Real(-BOUNDED);
+  const Element<Real> e = reverse_kl_element(p, d, excess);
+  const Real loss = p == Real(0) ? q : fused_multiply_add(p, d, q - p);
+  return {bounded ? e.loss : loss, p == Real(0) ? Real(0) : e.gradient};
+}
+
+}  // namespace TNT_ISA
+}  // namespace tnt

@@ -1,0 +1,199 @@
+"""The installation that the tests run on, and builds of this tree as elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import tnt_kernels
+from tnt_kernels import _build_info
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(
+    code: str, cwd: Path | None = None, *flags: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# --- This installation ----------------------------------------------------------------------------
+
+
+def test_one_version():
+    assert version("tnt_kernels") == tnt_kernels.__version__
+    native = pytest.importorskip("tnt_kernels._C")
+    assert native.version == tnt_kernels.__version__
+
+
+def test_the_build_is_recorded():
+    build = _build_info.load()
+    try:
+        from tnt_kernels import _C
+    except ImportError:
+        assert build.native_missing
+        return
+    assert build.native_missing == ""
+    assert build.openmp == _C.openmp()
+    here = _C.instruction_sets()  # those of the build that this machine has too
+    assert list(here) == [isa for isa in build.instruction_sets if isa in here]
+    assert here[0] == "baseline"
+
+
+def test_an_installation_without_a_record_is_no_error(tmp_path):
+    assert "pip install" in _build_info.load(tmp_path / "absent.json").native_missing
+
+
+def test_types_are_shipped():
+    assert (Path(tnt_kernels.__file__).parent / "py.typed").exists()
+
+
+PROBE = """
+import json, sys
+import torch
+before = set(sys.modules)
+import tnt_kernels
+modules = sorted(set(sys.modules) - before)
+try:
+    import tnt_kernels._C
+except ImportError:
+    pass
+import numpy
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+print(json.dumps({
+    "modules": modules,
+    "maps": maps,
+    "subnormals": bool(numpy.float32(1e-40) * numpy.float32(1) > 0),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process():
+    """What a process looks like after the import; one process, as importing torch takes seconds."""
+    result = run(PROBE)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_import_leaves_the_heavy_packages_alone(fresh_process):
+    loaded = {name.partition(".")[0] for name in fresh_process["modules"]}
+    assert "tnt_kernels" in loaded
+    assert not loaded & {
+        "triton",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "pandas",
+        "tokenizers",
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_process_has_one_openmp_runtime(fresh_process):
+    """That is torch's: ``_C`` asks for libgomp.so.1, which torch has loaded by then."""
+    library = re.compile(r"\S*/lib(?:gomp|omp|iomp)[^/\s]*$", re.MULTILINE)
+    runtimes = set(library.findall(fresh_process["maps"]))
+    assert len(runtimes) == 1, runtimes
+    assert "/torch" in runtimes.pop()
+
+
+def test_subnormals_survive_the_import(fresh_process):
+    """A library linked with -ffast-math sets flush-to-zero for the whole process."""
+    assert fresh_process["subnormals"]
+
+
+# --- Builds of this tree --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what is tracked, without what builds leave."""
+    left_behind = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__"
+    )
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    return shutil.copytree(ROOT, tmp_path / "tree", ignore=left_behind)
+
+
+def build(tree: Path, kind: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds into ``tree/dist`` the way pip does, but without isolation."""
+    code = f"import setuptools.build_meta as backend; backend.build_{kind}('dist')"
+    return run(code, tree, **environment)
+
+
+def built_wheel(tree: Path) -> zipfile.ZipFile:
+    (wheel,) = (tree / "dist").glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_source_distribution_builds_what_the_tree_does(tree):
+    result = build(tree, "sdist")
+    assert result.returncode == 0, result.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as contents:
+        names = {name.partition("/")[2] for name in contents.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.*")}
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".json"))]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nowhere/c++"}, "no C++ compiler"),
+        ({"CXX": "c++", "PATH": "/nowhere"}, "no C++ compiler"),
+        ({"TNT_KERNELS_SKIP_CPU_BUILD": "1"}, "TNT_KERNELS_SKIP_CPU_BUILD"),
+    ],
+    ids=["no CXX", "nothing on PATH", "skipped"],
+)
+def test_python_alone_is_built_and_records_what_is_missing(tree, environment, reason):
+    result = build(tree, "wheel", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "WITHOUT native kernels" in result.stderr
+    with built_wheel(tree) as wheel:
+        names = wheel.namelist()
+        record = json.loads(wheel.read("tnt_kernels/_build_info.json"))
+    assert "tnt_kernels/py.typed" in names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("tests/")]
+    assert reason in record["native_missing"]
+
+
+def test_python_alone_runs(tree):
+    assert build(tree, "wheel", CXX="/nowhere/c++").returncode == 0
+    installed = tree / "installed"
+    with built_wheel(tree) as wheel:
+        wheel.extractall(installed)
+    # Without site, or the finder of an editable installation would lend its _C to this package.
+    path = os.pathsep.join([str(installed), str(Path(torch.__file__).parents[1])])
+    code = "from tnt_kernels.cli import main; main(['info'])"
+    info = run(code, installed, "-S", PYTHONPATH=path)
+    assert info.returncode == 0, info.stderr
+    assert "none: no C++ compiler" in info.stdout
+
+
+def test_a_compiler_that_fails_is_an_error(tree):
+    result = build(tree, "wheel", CXX="false")
+    assert result.returncode != 0
+    assert "TNT_KERNELS_SKIP_CPU_BUILD=1" in result.stderr

@@ -1,0 +1,8 @@
+"""Fused kernels for Targeted Negative Training: ``import tnt_kernels as tnt``; start at ``tnt.tnt_loss``."""
+
+from tnt_kernels._version import __version__
+from tnt_kernels.functional import RowStats, tnt_loss
+from tnt_kernels.losses import TNTLoss
+from tnt_kernels.objectives import METHODS, Objective
+
+__all__ = ["METHODS", "Objective", "RowStats", "TNTLoss", "__version__", "tnt_loss"]

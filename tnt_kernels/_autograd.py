@@ -1,0 +1,84 @@
+"""The autograd function around the operators: what is kept for backward, and when the gradient is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tnt_kernels import _ops
+from tnt_kernels._ops import RowTensors
+from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends.call import Scalars
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward under way may come again (``retain_graph=True``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class TNTLossFunction(torch.autograd.Function):
+    """Loss and row statistics of logits that need a gradient.
+
+    The gradient of "mean" and "sum" is written in forward, while the logits are at hand, and neither logits nor
+    reference are kept. It is written in backward instead, from ``ROW_COEFFICIENTS`` numbers a row and the two logits,
+    where forward cannot know it well: under "none" (every row has its upstream gradient) and for float16 (the mean's
+    1/N would underflow before a GradScaler's factor arrives).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tensors: RowTensors, scalars: Scalars, inplace: bool, with_stats: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.scalars, ctx.inplace, ctx.spent = scalars, inplace, False
+        ctx.deferred = scalars.reduction == "none" or logits.dtype == torch.float16
+        if ctx.deferred:
+            loss, *more, coefficients = _ops.row_losses(
+                logits, *tensors, *scalars, False, with_stats, True
+            )
+            ctx.save_for_backward(logits, coefficients, *tensors)
+        elif inplace:
+            loss, stats = _ops.row_losses_(logits, *tensors, *scalars, with_stats)
+            ctx.save_for_backward(logits)
+            more = [stats]
+        else:
+            loss, gradient, *more = _ops.row_losses(
+                logits, *tensors, *scalars, True, with_stats, False
+            )
+            ctx.save_for_backward(gradient)
+        if not with_stats:
+            return loss
+        ctx.mark_non_differentiable(*more)
+        ctx.set_materialize_grads(False)
+        return loss, more[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, None, None
+        if ctx.inplace:
+            if ctx.spent:
+                raise RuntimeError(
+                    "tnt_loss: a second backward through a loss with inplace=True, whose logits the first one "
+                    "overwrote; use inplace=False"
+                )
+            ctx.spent = True
+        if ctx.deferred:
+            logits, coefficients, *tensors = ctx.saved_tensors
+            arguments = (logits.detach(), *tensors, *ctx.scalars, coefficients, upstream)
+            if ctx.inplace:
+                _ops.row_gradients_(*arguments)
+                gradient = logits.detach()
+            else:
+                gradient = _ops.row_gradients(*arguments)
+        else:
+            (gradient,) = ctx.saved_tensors
+            if torch.compiler.is_compiling():
+                gradient = gradient * upstream  # fused by the compiler with what follows
+            else:
+                gradient = gradient.clone() if _keeps_graph() else gradient.detach()
+                BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
+        return gradient, None, None, None, None

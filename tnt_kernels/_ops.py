@@ -1,0 +1,231 @@
+"""The operators that PyTorch knows: schemas, shapes for tracing, and the way to a backend's launcher.
+
+``row_losses`` yields loss and gradient of a batch in one call, ``row_losses_`` writes that gradient over the logits.
+``row_gradients`` and ``row_gradients_`` write the gradient later, from what ``row_losses`` kept of every row, with the
+upstream factor folded in. Rows are (...); the four take the same tensors and scalars.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends.call import ROW_COEFFICIENTS, RowCall, Scalars
+
+_TENSORS = (
+    "Tensor? ref_logits, Tensor labels, Tensor? weights, Tensor? alpha, Tensor? negative_ids, "
+    "Tensor? normalizer"
+)
+_SCALARS = (
+    "int positive_loss, int negative_loss, float alpha_value, float eps, bool uniform_smoothing, "
+    "float? nl_floor, float temperature, int ignore_index, str reduction, float? normalizer_value, "
+    "str backend"
+)
+_library = torch.library.Library("tnt_kernels", "DEF")
+for _schema in (
+    f"row_losses(Tensor logits, {_TENSORS}, {_SCALARS}, bool with_gradient, bool with_stats, "
+    "bool with_coefficients) -> Tensor[]",
+    f"row_losses_(Tensor(a!) logits, {_TENSORS}, {_SCALARS}, bool with_stats) -> (Tensor loss, Tensor stats)",
+    f"row_gradients(Tensor logits, {_TENSORS}, {_SCALARS}, Tensor coefficients, Tensor upstream) -> Tensor",
+    f"row_gradients_(Tensor(a!) logits, {_TENSORS}, {_SCALARS}, Tensor coefficients, Tensor upstream) -> ()",
+):
+    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+class RowTensors(NamedTuple):
+    """The tensors beside the logits; every operator takes them in this order."""
+
+    ref_logits: Tensor | None  # (..., V)
+    labels: Tensor  # (...) int64
+    weights: Tensor | None  # (...) real
+    alpha: Tensor | None  # (...) real, or None: Scalars.alpha_value
+    negative_ids: Tensor | None  # (..., K) or (K,) int64
+    normalizer: Tensor | None  # () real, or None: Scalars.normalizer_value
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """What the arithmetic, the loss, the weights and the diagnostics are in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., V) as (N, V) with dense rows: a view wherever one exists, else a copy."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.size(-1))
+    return x if x.stride(1) == 1 or x.size(1) <= 1 else x.contiguous()
+
+
+def has_dense_rows(x: Tensor) -> bool:
+    """Whether (..., V) can be seen as (N, V) with dense, disjoint rows, without a copy."""
+    if x.numel() == 0:
+        return True
+    if x.size(-1) > 1 and x.stride(-1) != 1:
+        return False
+    inner = None  # stride of the innermost row dimension, then what the next one out must have
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if stride < x.size(-1) if inner is None else stride != inner:
+            return False
+        inner = stride * size
+    return True
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two (N, V) tensors with dense rows share memory. Rows that interleave do not."""
+    if a.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    span_a, span_b = ((x.size(0) - 1) * x.stride(0) + x.size(1) for x in (a, b))
+    distance = (b.data_ptr() - a.data_ptr()) // a.element_size()
+    if distance >= span_a or -distance >= span_b:
+        return False
+    pitch, columns = a.stride(0), a.size(1)
+    interleaved = a.size(0) > 1 and pitch == b.stride(0) and columns <= distance % pitch <= pitch - columns
+    return not interleaved
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
+
+
+def _launch(
+    logits: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[Any, ...],
+    loss: Tensor | None,
+    stats: Tensor | None,
+    coefficients: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
+) -> None:
+    ref_logits, labels, weights, alpha, negative_ids, normalizer = tensors
+    assert labels is not None
+    rows = as_rows(logits)
+    if ref_logits is not None:
+        ref_logits = as_rows(ref_logits)
+    if gradient is logits:
+        if ref_logits is not None and _overlap(rows, ref_logits):
+            raise ValueError(
+                "inplace: logits and ref_logits share memory, expected separate storage "
+                "(the gradient would be written over the reference)"
+            )
+        gradient = rows
+    elif gradient is not None:
+        gradient = as_rows(gradient)
+    if negative_ids is not None:
+        ids_shape = (-1, negative_ids.size(-1)) if negative_ids.dim() > 1 else (-1,)
+        negative_ids = negative_ids.reshape(ids_shape).contiguous()
+    settings = Scalars._make(scalars)
+    call = RowCall(
+        rows,
+        ref_logits,
+        _flat(labels),
+        None if weights is None else _flat(weights),
+        None if alpha is None else alpha.reshape(-1),
+        negative_ids,
+        normalizer,
+        settings,
+        loss,
+        stats,
+        coefficients,
+        gradient,
+        None if upstream is None else upstream.reshape(-1),
+    )
+    BACKENDS[settings.backend].launch(call)
+
+
+_LAST_TENSOR = len(RowTensors._fields)
+_LAST_SCALAR = _LAST_TENSOR + len(Scalars._fields)
+_REDUCTION = _LAST_TENSOR + Scalars._fields.index("reduction")
+
+
+def _new_loss(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    return logits.new_empty(arguments[1].shape if arguments[_REDUCTION] == "none" else (), dtype=dtype)
+
+
+def _new_stats(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    return logits.new_empty((5, *arguments[1].shape), dtype=dtype)
+
+
+def _new_row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
+    with_gradient, with_stats, with_coefficients = arguments[_LAST_SCALAR:]
+    dtype = real_dtype(logits)
+    outputs = [_new_loss(logits, arguments, dtype)]
+    if with_gradient:
+        outputs.append(logits.new_empty(logits.shape))
+    if with_stats:
+        outputs.append(_new_stats(logits, arguments, dtype))
+    if with_coefficients:
+        outputs.append(logits.new_empty((arguments[1].numel(), ROW_COEFFICIENTS), dtype=dtype))
+    return outputs
+
+
+def _row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
+    """[loss], then what was asked for of [gradient, stats, coefficients]."""
+    with_gradient, with_stats, with_coefficients = arguments[_LAST_SCALAR:]
+    outputs = _new_row_losses(logits, *arguments)
+    _launch(
+        logits,
+        arguments[:_LAST_TENSOR],
+        arguments[_LAST_TENSOR:_LAST_SCALAR],
+        outputs[0],
+        outputs[1 + with_gradient] if with_stats else None,
+        outputs[-1] if with_coefficients else None,
+        outputs[1] if with_gradient else None,
+        None,
+    )
+    return outputs
+
+
+def _new_row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype = real_dtype(logits)
+    with_stats = arguments[_LAST_SCALAR]
+    stats = _new_stats(logits, arguments, dtype) if with_stats else logits.new_empty(0, dtype=dtype)
+    return _new_loss(logits, arguments, dtype), stats
+
+
+def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Loss and stats (empty unless asked for); the gradient lies where the logits were."""
+    loss, stats = _new_row_losses_(logits, *arguments)
+    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
+    _launch(logits, tensors, scalars, loss, stats if arguments[_LAST_SCALAR] else None, None, logits, None)
+    # A mutable schema leaves the counter as it was; with this, autograd refuses to use logits that are gone.
+    torch.autograd.graph.increment_version(logits)
+    return loss, stats
+
+
+def _new_row_gradients(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _row_gradients(logits: Tensor, *arguments: Any) -> Tensor:
+    coefficients, upstream = arguments[_LAST_SCALAR:]
+    gradient = _new_row_gradients(logits)
+    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
+    _launch(logits, tensors, scalars, None, None, coefficients, gradient, upstream)
+    return gradient
+
+
+def _row_gradients_(logits: Tensor, *arguments: Any) -> None:
+    coefficients, upstream = arguments[_LAST_SCALAR:]
+    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
+    _launch(logits, tensors, scalars, None, None, coefficients, logits, upstream)
+    torch.autograd.graph.increment_version(logits)
+
+
+for _name, _implementation, _fake in (
+    ("row_losses", _row_losses, _new_row_losses),
+    ("row_losses_", _row_losses_, _new_row_losses_),
+    ("row_gradients", _row_gradients, _new_row_gradients),
+    ("row_gradients_", _row_gradients_, lambda *_: None),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tnt_kernels::{_name}", _fake, lib=_library)
+
+row_losses = torch.ops.tnt_kernels.row_losses.default
+row_losses_ = torch.ops.tnt_kernels.row_losses_.default
+row_gradients = torch.ops.tnt_kernels.row_gradients.default
+row_gradients_ = torch.ops.tnt_kernels.row_gradients_.default

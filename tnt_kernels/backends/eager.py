@@ -1,0 +1,97 @@
+"""The losses in plain PyTorch (``reference.py``), on any device: the fallback, slow and generous with memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnt_kernels.backends.call import RowCall, scale_by_item
+from tnt_kernels.objectives import Objective, RowLoss
+from tnt_kernels.reference import row_gradients, row_terms
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def why_not(logits: Tensor | None) -> str:
+    """Why this backend cannot serve these logits: it serves all."""
+    return ""
+
+
+def scale_(gradient: Tensor, scale: Tensor) -> None:
+    if gradient.device.type == "cpu":
+        scale_by_item(gradient, scale)
+    else:
+        gradient.mul_(scale)
+
+
+def check_indices(call: RowCall) -> None:
+    """On the CPU, labels and ids outside the vocabulary are an error; elsewhere asking would wait for the device."""
+    if call.labels.device.type != "cpu":
+        return
+    vocab, s = call.logits.size(1), call.scalars
+    active = call.labels != s.ignore_index
+    if call.weights is not None:
+        active &= call.weights != 0
+    outside = active & ((call.labels < 0) | (call.labels >= vocab))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels: row {row} has label {int(call.labels[row])}, expected 0 <= label < V "
+            f"(vocabulary size {vocab}) or ignore_index ({s.ignore_index})"
+        )
+    if call.negative_ids is not None:
+        ids = call.negative_ids
+        outside = (ids < -1) | (ids >= vocab)
+        if ids.dim() == 2:
+            outside &= active[:, None]
+        if outside.any() and len(active):
+            index = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"negative_ids: row {index[0] if ids.dim() == 2 else 0} has id {int(ids[tuple(index)])}, "
+                f"expected 0 <= id < V (vocabulary size {vocab}), or -1 as padding"
+            )
+
+
+def launch(call: RowCall) -> None:
+    s = call.scalars
+    if call.upstream is None:
+        check_indices(call)
+    names = (RowLoss(s.positive_loss).name.lower(), RowLoss(s.negative_loss).name.lower())
+    alpha: float | Tensor = s.alpha_value if call.alpha is None else call.alpha.expand(len(call.labels))
+    arguments = (call.logits.detach(), call.ref_logits, call.labels, call.weights)
+    settings = {
+        "objective": Objective(*names),
+        "alpha": alpha,
+        "negative_ids": call.negative_ids,
+        "eps": s.eps,
+        "smoothing": "uniform" if s.uniform_smoothing else "negatives",
+        "nl_floor": s.nl_floor,
+        "temperature": s.temperature,
+        "ignore_index": s.ignore_index,
+    }
+    terms = row_terms(*arguments, **settings)  # type: ignore[arg-type]
+
+    active = call.labels != s.ignore_index
+    if call.weights is not None:
+        active &= call.weights != 0
+    inverse = terms.scale.new_ones(())
+    if s.reduction == "mean":
+        normalizer = call.normalizer
+        if normalizer is None:
+            value = s.normalizer_value
+            normalizer = active.sum() if value is None else terms.scale.new_tensor(value)
+        inverse = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
+
+    # A factor of 0 is a loss and a gradient of 0, whatever the row holds.
+    factor = terms.scale if s.reduction == "none" else terms.scale * inverse
+    if call.loss is not None:
+        losses = torch.where(factor == 0, 0.0, terms.loss * factor)
+        call.loss.copy_(losses.view_as(call.loss) if s.reduction == "none" else losses.sum())
+    if call.stats is not None:
+        fields = (terms.loss, terms.kl, terms.negative_mass, terms.ref_negative_mass, terms.entropy)
+        call.stats.copy_(torch.stack(fields).view_as(call.stats))
+    if call.gradient is not None:
+        if call.upstream is not None:
+            factor = factor * call.upstream
+        gradient = row_gradients(*arguments, **settings)  # type: ignore[arg-type]
+        call.gradient.copy_(torch.where((factor == 0)[:, None], 0.0, gradient * factor[:, None]))

@@ -1,0 +1,93 @@
+"""The command line: ``tnt-kernels info | demo``, also as ``python -m tnt_kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import _build_info
+from ._version import __version__
+from .backends import availability
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: the process's) and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tnt-kernels", description="Fused kernels for targeted negative training."
+    )
+    parser.add_argument("--version", action="version", version=f"tnt_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed, what runs here, and why the rest does not")
+    # The demo's own parser answers its --help.
+    commands.add_parser(
+        "demo", add_help=False, help="train a model towards its own minimal targeted update"
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        return _demo(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for key, value in info():
+        print(f"{key:<18} {value}")
+    return 0
+
+
+def info() -> list[tuple[str, str]]:
+    """What is installed and what runs here, as pairs of a heading and a line of text."""
+    return [
+        ("tnt_kernels", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("Triton", _installed("triton")),
+        ("GPU", _gpu()),
+        *((f"backend {name}", why or "available") for name, why in availability().items()),
+        *_native(),
+    ]
+
+
+def _native() -> list[tuple[str, str]]:
+    """The facts of ``_C``, which a pure-Python installation lacks."""
+    build = _build_info.load()
+    try:
+        from . import _C
+    except ImportError as error:
+        return [("native kernels", f"none: {build.native_missing or error}")]
+    threads = torch.get_num_threads() if _C.openmp() else 1
+    lines = [
+        ("native kernels", f"_C {_C.version}, compiler {_C.compiler}"),
+        ("instruction sets", f"built: {', '.join(build.instruction_sets)}"),
+        ("", f"run here: {', '.join(_C.instruction_sets())}"),
+        ("", f"selected: {_C.selected_instruction_set()}"),
+        ("OpenMP", f"{threads} threads" if _C.openmp() else "built without: one thread"),
+    ]
+    if build.sanitize:
+        lines.append(("sanitizers", build.sanitize))
+    return lines
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _demo(arguments: list[str]) -> int:
+    try:
+        demo = import_module("tnt_kernels.demo")
+    except ImportError as error:  # says which package is missing and how to install it
+        print(error, file=sys.stderr)
+        return 1
+    return int(demo.main(arguments))
