@@ -23,7 +23,9 @@ help:
 	@echo 'make sanitize  the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean     remove all that these have made'
 
-test: $(VENV)/with-test $(VENV)/with-hf
+# The tests cover the demo, the benchmarks and the Trainer too.
+TESTED := $(VENV)/with-test,hf,demo,bench
+test: $(TESTED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 demo: $(VENV)/with-demo
@@ -42,7 +44,7 @@ lint: $(VENV)/with-dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/with-dev
-	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff check --fix-only $(PYTHON_SOURCES)
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
@@ -51,13 +53,13 @@ format: $(VENV)/with-dev
 # files, because pytest-xdist swallows what a dying worker says.
 SANITIZED := build/sanitize
 REPORT := $(CURDIR)/$(SANITIZED)/report
-sanitize: $(VENV)/with-test $(VENV)/with-hf
+sanitize: $(TESTED)
 	rm -rf $(SANITIZED)
 	TNT_KERNELS_SANITIZE=address,undefined $(PIP) install --no-deps --target $(SANITIZED) .
 	PYTHONPATH=$(SANITIZED):$(CURDIR) \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORT) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -q -n $(WORKERS) $(ARGS) || { cat $(REPORT).*; exit 1; }
+	$(BIN)/pytest -q -n $(WORKERS) $(ARGS) || { cat $(REPORT).* 2>/dev/null; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tnt_kernels/_C.*.so tnt_kernels/_build_info.json

@@ -9,9 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import THREADS
 from benchmarks.problem import HALF, QUICK_HALF, QUICK_SIZES, SIZES, Problem, Size, make_problem
-
-THREADS = 2  # on all sides
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,18 +48,23 @@ def measure(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Call
     quick = request.config.getoption("--quick")
 
     def run(
-        call: Callable[[], object], *, rounds: int, setup: Callable[[], None] | None = None, iterations: int = 1, **case: Any
+        call: Callable[[], object],
+        *,
+        rounds: int,
+        setup: Callable[[], None] | None = None,
+        iterations: int = 1,
+        **case: Any,
     ) -> None:
         benchmark.extra_info.update(case)
 
         def timed() -> None:
             call()  # drops the result: what a call allocates it also frees, within the time
 
-        benchmark.pedantic(
+        benchmark.pedantic(  # type: ignore[no-untyped-call]
             timed,
             setup=setup,
             rounds=min(rounds, 2) if quick else rounds,
-            warmup_rounds=1 if rounds < 10 else 2,
+            warmup_rounds=0 if rounds < 10 else 2,  # the slow ones have been called before
             iterations=min(iterations, 10) if quick else iterations,
         )
 

@@ -66,8 +66,12 @@ def naive_tnrf(
     return _mean(torch.where(negative, reverse, forward), negative, weights)
 
 
-def naive_ul_ll(logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: None = None) -> Tensor:
-    """-log(1 - p_y) on rows with a negative weight, -log p_y on the others. Takes no further ids."""
+def naive_ul_ll(
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: Tensor | None = None
+) -> Tensor:
+    """-log(1 - p_y) on rows with a negative weight, -log p_y on the others."""
+    if ids is not None:
+        raise ValueError("the naive UL takes the label alone")
     log_p = F.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
     negative = weights < 0
     loss = torch.where(negative, -torch.log1p(-log_p.exp()), -log_p)
@@ -81,7 +85,14 @@ NAIVE: dict[str, Loss] = {"tnff": naive_tnff, "tnrf": naive_tnrf, "ul+ll": naive
 
 
 def _ours(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: Tensor | None, *, method: str, inplace: bool
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ids: Tensor | None,
+    *,
+    method: str,
+    inplace: bool,
 ) -> Tensor:
     return tnt.tnt_loss(
         logits, ref_logits, labels, weights, method=method, negative_ids=ids, inplace=inplace
@@ -114,7 +125,7 @@ class _Model(torch.autograd.Function):
 
 def model_output(logits: Tensor) -> Tensor:
     """``logits``, the same memory, as an output that asks for its gradient."""
-    output: Tensor = _Model.apply(torch.empty(0, requires_grad=True), logits)
+    output: Tensor = _Model.apply(torch.empty(0, requires_grad=True), logits)  # type: ignore[no-untyped-call]
     return output
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import THREADS
 from benchmarks.contenders import make_loss, training_step
 from benchmarks.problem import Size, make_problem
 
-THREADS = 2
 KNOWN = 64 << 20  # bytes, of the allocation that shows that the reading is right
 
 
@@ -73,7 +73,8 @@ def measure(contender: str, size: Size) -> dict[str, Any]:
 def measure_in_process(contender: str, size: Size) -> dict[str, Any]:
     """``measure`` in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", contender, *map(str, size)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     fields: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return fields
 

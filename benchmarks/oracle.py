@@ -43,4 +43,6 @@ def check_gradient(gradient: Tensor, problem: Problem, method: str) -> None:
     largest = truth.abs().amax(-1)
     error = (gradient[rows].double() - truth).abs().amax(-1)
     allowed = TOLERANCE[gradient.dtype] * largest
-    assert bool((error <= allowed).all()), f"gradient off by {error.tolist()}, allowed {allowed.tolist()}"
+    assert bool((error <= allowed).all()), (
+        f"gradient off by {error.tolist()}, allowed {allowed.tolist()}"
+    )

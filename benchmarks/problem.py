@@ -21,7 +21,7 @@ class Size(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of one tensor of logits."""
-        return self.rows * self.vocab * getattr(torch, self.dtype).itemsize
+        return self.rows * self.vocab * int(getattr(torch, self.dtype).itemsize)
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.vocab}-{self.dtype}"
@@ -64,9 +64,7 @@ class Problem:
             return replace(self, negative_ids=None)
         if negatives == "64 a row":
             shape: tuple[int, ...] = (rows, 64)
-            return replace(
-                self, negative_ids=torch.randint(vocab, shape, generator=_generator())
-            )
+            return replace(self, negative_ids=torch.randint(vocab, shape, generator=_generator()))
         ids = torch.randperm(vocab, generator=_generator())[:4000]  # a blocklist: no duplicates
         return replace(self, negative_ids=ids)
 

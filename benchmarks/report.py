@@ -94,7 +94,15 @@ def main_table(results: dict[str, Any]) -> str:
 
 def case_table(results: dict[str, Any]) -> str:
     """Every step that was measured."""
-    head = ["step", "ms", "median", "of the floor", "naive / this", "compiled / this", "page faults"]
+    head = [
+        "step",
+        "ms",
+        "median",
+        "of the floor",
+        "naive / this",
+        "compiled / this",
+        "page faults",
+    ]
     rows = []
     for c in pd.DataFrame(results["cases"]).itertuples():
         also = "" if c.negatives == "none" else f", {c.negatives} negative ids"
@@ -130,14 +138,42 @@ def target_table(results: dict[str, Any]) -> str:
 def machine_table(results: dict[str, Any]) -> str:
     """What the memory system gives: the floor, and the price of a new page."""
     bandwidth = pd.DataFrame(results["bandwidth"]).set_index(["rows", "vocab", "dtype"])
-    head = ["V, dtype", "c = a + b, GB/s", "best variant", "new gradient's page faults, ms", "of a fresh step"]
+    head = [
+        "V, dtype",
+        "c = a + b, GB/s",
+        "best variant",
+        "new gradient's page faults, ms",
+        "of a fresh step",
+    ]
     rows = []
     for p in pd.DataFrame(results["page_faults"]).itertuples():
         b = bandwidth.loc[(p.rows, p.vocab, p.dtype)]
         share = "–" if pd.isna(p.share_of_fresh_step) else f"{p.share_of_fresh_step:.0%}"
         rows.append(
-            [f"{p.vocab}, {p.dtype}", _number(b.gb_per_s), b.variant, _number(p.page_fault_ms), share]
+            [
+                f"{p.vocab}, {p.dtype}",
+                _number(b.gb_per_s),
+                b.variant,
+                _number(p.page_fault_ms),
+                share,
+            ]
         )
+    return _table(head, rows)
+
+
+def huge_page_table(results: dict[str, Any]) -> str:
+    head = ["", "ms", "page faults", "ms, huge pages", "page faults, huge pages"]
+    names = {"new": "zeros in a new gradient", "resident": "zeros in a resident one"}
+    rows = [
+        [
+            names.get(h.contender, f"{h.method}: {h.contender}") + f", V = {h.vocab}, {h.dtype}",
+            _number(h.ms_min),
+            _number(h.minor_faults),
+            _number(h.ms_min_huge),
+            _number(h.minor_faults_huge),
+        ]
+        for h in pd.DataFrame(results["huge_pages"]).itertuples()
+    ]
     return _table(head, rows)
 
 
@@ -161,19 +197,48 @@ def call_line(results: dict[str, Any]) -> str:
     )
 
 
+def facts(results: dict[str, Any]) -> str:
+    """What the main table does not show, as a list."""
+    by_kind: dict[str, list[float]] = {}
+    for t in targets(results):
+        if t.value is not None:
+            by_kind.setdefault(t.what, []).append(t.value)
+    lines = []
+    shares = [p["share_of_fresh_step"] for p in results["page_faults"] if p["dtype"] != "float16"]
+    shares = [s for s in shares if s is not None]
+    if shares:
+        lines.append(
+            f"Page faults of the new gradient are {min(shares):.0%} to {max(shares):.0%} of a step that is not "
+            "in place."
+        )
+    for h in results["huge_pages"]:
+        if h["contender"] == "fresh":
+            lines.append(
+                f"With `THP_MEM_ALLOC_ENABLE=1`, PyTorch asks for huge pages: at V = {h['vocab']}, {h['dtype']}, that "
+                f"step then takes {_number(h['ms_min_huge'])} ms in place of {_number(h['ms_min'])} ms."
+            )
+    for what, values in by_kind.items():
+        if "negative ids" in what:
+            lines.append(f"In place with {what}: at most {_number(max(values))}.")
+        elif "rows active" in what:
+            lines.append(f"In place with {what}: at least {_number(min(values))}.")
+    return "\n".join(f"- {line}" for line in [*lines, call_line(results)])
+
+
 def blocks(results: dict[str, Any]) -> dict[Path, str]:
     """What stands between the markers, for each file of the repository that has them."""
     quick = ["**A quick run: these figures mean nothing.**"] if results["quick"] else []
-    short = [*quick, main_table(results), provenance(results)]
+    short = [*quick, main_table(results), facts(results), provenance(results)]
     full = [
         *short,
         "### Targets",
         target_table(results),
         "### Every step",
         case_table(results),
-        call_line(results),
         "### The machine",
         machine_table(results),
+        "With `THP_MEM_ALLOC_ENABLE=1`, PyTorch asks for huge pages:",
+        huge_page_table(results),
     ]
     return {
         ROOT / "README.md": "\n\n".join(short),
@@ -190,7 +255,9 @@ def with_block(text: str, block: str, name: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in after or END in after:
-        sys.exit(f"{name}: expected the lines {BEGIN} and {END} once each; the tables go between them")
+        sys.exit(
+            f"{name}: expected the lines {BEGIN} and {END} once each; the tables go between them"
+        )
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
@@ -240,7 +307,11 @@ def write_plot(path: Path) -> None:
         axes[0].invert_yaxis()
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
-            handles, [CONTENDERS[n] for n in labels], loc="outside lower center", ncols=4, frameon=False
+            handles,
+            [CONTENDERS[n] for n in labels],
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
         )
         metadata = {"Date": None, "Description": _digest(path)}
         figure.savefig(path.with_suffix(".svg"), metadata=metadata)
@@ -277,7 +348,9 @@ def stale(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if anything is stale"
+    )
     a = parser.parse_args()
     path = RESULTS / "cpu.json"
     if not a.check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def cases(t: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
         steps[f"times_{peer}"] = (ms.reindex(keys).to_numpy() / steps.ms_min).where(whole)
 
     on = [*_SIZE, "contender"]
-    bytes_ = memory[[*on, "bytes_beyond_inputs"]].assign(method="tnff", negatives="none", active_share=1.0)
+    bytes_ = memory[[*on, "bytes_beyond_inputs"]].assign(
+        method="tnff", negatives="none", active_share=1.0
+    )
     return steps.merge(bytes_, how="left", on=[*on, "method", "negatives", "active_share"])
 
 
@@ -89,8 +92,7 @@ def environment(report: dict[str, Any]) -> dict[str, Any]:
     cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     try:
-        from tnt_kernels import _C
-
+        _C = import_module("tnt_kernels._C")
         native = {"instruction_set": _C.selected_instruction_set(), "compiler": _C.compiler}
     except ImportError:
         native = {"instruction_set": None, "compiler": None}
@@ -118,11 +120,22 @@ def environment(report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def assemble(report: dict[str, Any], memory: list[dict[str, Any]], quick: bool) -> dict[str, Any]:
+def huge_pages(t: pd.DataFrame, huge: pd.DataFrame) -> pd.DataFrame:
+    """Page faults and times of what allocates, without and with huge pages."""
+    on = [*_SIZE, "kind", "method", "contender"]
+    columns = [*on, "ms_min", "minor_faults"]
+    whole = t[t.active_share.isna() | ((t.active_share == 1) & (t.negatives == "none"))]
+    return whole[columns].merge(huge[columns], on=on, suffixes=("", "_huge"))
+
+
+def assemble(
+    report: dict[str, Any], huge: dict[str, Any], memory: list[dict[str, Any]], quick: bool
+) -> dict[str, Any]:
     """The contents of ``cpu.json``.
 
     Args:
         report: what ``--benchmark-json`` wrote.
+        huge: the same of the measurements with huge pages.
         memory: what the memory processes printed.
         quick: whether the sizes were those of ``--quick``.
     """
@@ -133,6 +146,7 @@ def assemble(report: dict[str, Any], memory: list[dict[str, Any]], quick: bool) 
         **environment(report),
         "bandwidth": _records(bandwidths(t)),
         "page_faults": _records(page_faults(t)),
+        "huge_pages": _records(huge_pages(t, timings(huge))),
         "overhead_us": {k: round(v, 3) for k, v in overhead(t).items()},
         "cases": _records(cases(t, m)),
         "memory": _records(m),

@@ -1,6 +1,6 @@
 """Measures everything and writes ``cpu.json``, from which ``report`` makes the tables and the plot.
 
-``python -m benchmarks.run`` takes some minutes, and a machine that does nothing else.
+``python -m benchmarks.run`` takes some minutes, and wants a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tqdm import tqdm
 
 from benchmarks import report
@@ -21,55 +22,42 @@ from benchmarks.memory import measure_in_process
 from benchmarks.problem import QUICK_SIZES, SIZES
 from benchmarks.results import assemble
 
-HERE = Path(__file__).parent
+TESTS = "benchmarks/test_cpu.py"
 MEMORY_CONTENDERS = ("in place", "fresh", "naive", "compiled")
 
 
-class _Progress:
-    """A pytest plugin: one bar in place of dots."""
-
-    def __init__(self, stream: Any) -> None:
-        self.bar = tqdm(desc="time", unit="case", file=stream)
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.bar.reset(total=len(session.items))
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.bar.set_postfix_str(nodeid.partition("::")[2])
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "teardown":
-            self.bar.update()
-
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        return ("passed", "", "") if report.passed else None
-
-    def pytest_unconfigure(self) -> None:
-        self.bar.close()
-
-
-def measure_times(quick: bool) -> dict[str, Any]:
-    """Runs test_cpu.py; returns pytest-benchmark's report."""
+def measure_times(
+    quick: bool, tests: Sequence[str] = (TESTS,), environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Runs the tests in a process of their own; returns pytest-benchmark's report."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "times.json"
-        arguments = [
-            str(HERE / "test_cpu.py"),
-            "-qq",
-            "-p", "no:cacheprovider",
+        command = [
+            sys.executable, "-m", "pytest", *tests,
+            "-qq", "-s", "-p", "benchmarks.progress", "-p", "no:cacheprovider",
             "-W", "ignore::DeprecationWarning",
-            "--benchmark-only",
-            "--benchmark-disable-gc",
-            "--benchmark-quiet",
+            "--benchmark-only", "--benchmark-disable-gc", "--benchmark-quiet",
             f"--benchmark-json={path}",
             *(["--quick"] if quick else []),
         ]  # fmt: skip
-        # pytest captures what is printed while a test runs; the bar must not be.
-        with os.fdopen(os.dup(sys.stderr.fileno()), "w") as stream:
-            status = pytest.main(arguments, plugins=[_Progress(stream)])
-        if status != pytest.ExitCode.OK:
-            sys.exit(f"benchmarks: the measurement failed, pytest says {status!r}")
+        status = subprocess.run(command, cwd=report.ROOT, env=os.environ | (environment or {}))
+        if status.returncode:
+            sys.exit(f"benchmarks: the measurement failed, pytest exited with {status.returncode}")
         times: dict[str, Any] = json.loads(path.read_text())
         return times
+
+
+def measure_huge_pages(quick: bool) -> dict[str, Any]:
+    """What allocates, once more, with PyTorch asking for huge pages: one page fault for 512."""
+    size = QUICK_SIZES[0] if quick else max(SIZES, key=lambda size: size.bytes)
+    names = (
+        "test_first_touch[{}-resident]",
+        "test_first_touch[{}-new]",
+        "test_tnff[{}-fresh]",
+        "test_tnff[{}-naive]",
+    )
+    tests = [f"{TESTS}::{name.format(size)}" for name in names]
+    return measure_times(quick, tests, {"THP_MEM_ALLOC_ENABLE": "1"})
 
 
 def measure_memory(quick: bool) -> list[dict[str, Any]]:
@@ -85,20 +73,24 @@ def main() -> None:
         action="store_true",
         help="tiny sizes, to see that all runs; the figures mean nothing, and go to build/benchmarks",
     )
-    parser.add_argument("--out", type=Path, help=f"folder of the results (default: {report.RESULTS})")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results (default: {report.RESULTS})"
+    )
     a = parser.parse_args()
     out: Path = a.out or (report.ROOT / "build" / "benchmarks" if a.quick else report.RESULTS)
 
-    results = assemble(measure_times(a.quick), measure_memory(a.quick), a.quick)
+    results = assemble(
+        measure_times(a.quick), measure_huge_pages(a.quick), measure_memory(a.quick), a.quick
+    )
     out.mkdir(parents=True, exist_ok=True)
     path = out / "cpu.json"
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path}")
+    print(report.target_table(results))
     if out.resolve() == report.RESULTS.resolve():
         report.write(path)
     else:
         report.write_plot(path)
-    print(report.target_table(results))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def targets(results: dict[str, Any]) -> list[Target]:
             value = of[column].get(key) if key in of.index else None
             return None if value is None or value != value else float(value)
 
-        def add(what: str, value: float | None, bound: float, at_least: bool, where: str = where) -> None:
+        def add(
+            what: str, value: float | None, bound: float, at_least: bool, where: str = where
+        ) -> None:
             found.append(Target(what, where, value, bound, at_least))
 
         add("in place, share of the bandwidth", step("fraction_of_floor", "in place"),
@@ -66,14 +68,19 @@ def targets(results: dict[str, Any]) -> list[Target]:
         add(f"{SPARSE:.0%} of rows active, share of its own floor", share, 0.85, True)
 
         mine = memory[(memory.vocab == vocab) & (memory.dtype == dtype)].set_index("contender")
-        for contender, bound in (("in place", MIB + 64 * rows), ("fresh", rows * vocab * _width(dtype) + MIB)):
+        for contender, bound in (
+            ("in place", MIB + 64 * rows),
+            ("fresh", rows * vocab * _width(dtype) + MIB),
+        ):
             value = mine.bytes_beyond_inputs.get(contender)
             value = None if value is None else value / MIB
             add(f"{contender}, MiB beyond the inputs", value, bound / MIB, False)
     calls = results["overhead_us"]
     for contender in ("fresh", "in place"):
         value = calls[contender] - calls["empty"] if contender in calls else None
-        found.append(Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 30, False))
+        found.append(
+            Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 30, False)
+        )
     return found
 
 

@@ -326,15 +326,17 @@ class Row {
     inverse_t_ = Real(row_.inverse_temperature);
   }
 
-  // Loss times its weight; `inverse_normalizer` enters the gradient alone.
-  double run(int64_t index, double inverse_normalizer) {
+  // Loss times its weight; `inverse_normalizer` enters the gradient alone. While this row's second pass computes from
+  // the cache, memory is idle: it brings `next`, the row that this thread takes up after it.
+  double run(int64_t index, int64_t next, double inverse_normalizer) {
     index_ = index;
+    next_ = next;
     z_ = static_cast<const Logit*>(p_.logits) + index * p_.logits_stride;
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index * p_.ref_logits_stride : nullptr;
     g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index * p_.grad_stride : nullptr;
     label_ = p_.labels[index];
     const double weight = p_.weights ? static_cast<const Real*>(p_.weights)[index] : 1.0;
-    if (weight == 0 || label_ == p_.ignore_index) return inactive();
+    if (ignored(index)) return inactive();
 
     collect_set(weight);
     const bool negative = !s_.ids.empty();
@@ -363,6 +365,10 @@ class Row {
       return 0;
     }
     return forward(negative, row_weight, row_weight * inverse_normalizer * row_.inverse_temperature);
+  }
+
+  bool ignored(int64_t index) const {
+    return (p_.weights && static_cast<const Real*>(p_.weights)[index] == 0) || p_.labels[index] == p_.ignore_index;
   }
 
  private:
@@ -411,16 +417,24 @@ class Row {
     }
   }
 
-  // Calls body(z, r, at, n) for every tile in order, with the set and the partially pushed y at -inf in r, and in z
-  // too unless `keep_z`. A tile that needs no patch is read where it is.
+  // Calls body(z, r, at, n) for every tile, with the set and the partially pushed y at -inf in r, and in z too unless
+  // `keep_z`. A tile that needs no patch is read where it is. `backwards`: the last tile first.
   template <class Body>
-  void for_each_tile(bool keep_z, Body body) {
-    auto next = s_.ids.begin();
+  void for_each_tile(bool keep_z, bool backwards, Body body) {
     const bool pair = reads_reference();
-    for (int64_t at = 0; at < p_.vocab; at += TILE) {
+    const int64_t tiles = (p_.vocab + TILE - 1) / TILE;
+    auto begin = s_.ids.begin(), next = begin;
+    if (backwards) begin = next = s_.ids.end();
+    for (int64_t k = 0; k < tiles; ++k) {
+      const int64_t at = (backwards ? tiles - 1 - k : k) * TILE;
       const int64_t n = std::min<int64_t>(TILE, p_.vocab - at);
-      const auto begin = next;
-      while (next != s_.ids.end() && *next < at + n) ++next;
+      if (backwards) {
+        next = begin;
+        while (begin != s_.ids.begin() && *(begin - 1) >= at) --begin;
+      } else {
+        begin = next;
+        while (next != s_.ids.end() && *next < at + n) ++next;
+      }
       const bool has_partial = partial_ >= at && partial_ < at + n;
       const bool patched = begin != next || has_partial;
       const Real* z = stage(z_ + at, n, patched && !keep_z, s_.z);
@@ -433,6 +447,16 @@ class Row {
       if (has_partial) patch(partial_);
       body(z, r, at, n);
     }
+  }
+
+  void prefetch_next(int64_t at, int64_t n) const {
+    if (next_ >= p_.rows || ignored(next_)) return;
+    constexpr int64_t line = CACHE_LINE / sizeof(Logit);
+    const Logit* z = static_cast<const Logit*>(p_.logits) + next_ * p_.logits_stride + at;
+    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(z + i, 0, 2);
+    if (!reads_reference()) return;
+    const Logit* r = static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at;
+    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(r + i, 0, 2);
   }
 
   // body(begin, n) for [0, n) without `column`, where it lies in there.
@@ -486,7 +510,7 @@ class Row {
       return moment ? tile_pair_moment(z, r, n, z_max, r_max, scale_, Real(s.centre), inverse_t_)
                     : tile_pair_sums(z, r, n, z_max, r_max, scale_);
     };
-    for_each_tile(false, [&](const Real* z, const Real* r, int64_t, int64_t n) {
+    for_each_tile(false, false, [&](const Real* z, const Real* r, int64_t, int64_t n) {
       if (!pair) {
         s.policy = merge(s.policy, exp_sum(z, n, z_max, entropy), inverse_t);
         return;
@@ -514,7 +538,7 @@ class Row {
     s.policy_set = set_sum(s_.set_z, entropy || moment);
     if (entropy && pair) s.reference_set = set_sum(s_.set_r, false);
     if (row_.loss == LOG_LIKELIHOOD && row_.uniform) {
-      for_each_tile(true, [&](const Real* z, const Real*, int64_t at, int64_t n) {
+      for_each_tile(true, true, [&](const Real* z, const Real*, int64_t at, int64_t n) {
         around(label_ - at, n, [&](int64_t begin, int64_t count) {
           s.policy_total += tile_total(z + begin, count, Real(s.policy.max), inverse_t_);
         });
@@ -549,7 +573,7 @@ class Row {
     const TileCoefficients<Real> t(c, row_, scale);
     double loss = 0;
     bool bounded = true;  // until a tile says otherwise
-    for_each_tile(uniform_kl(), [&](const Real* z, const Real* r, int64_t at, int64_t n) {
+    for_each_tile(uniform_kl(), true, [&](const Real* z, const Real* r, int64_t at, int64_t n) {
       Real* gradient = s_.gradient;
       if (uniform_kl()) {
         around(partial_ - at, n, [&](int64_t begin, int64_t count) {
@@ -570,6 +594,7 @@ class Row {
         tile_weighted_exp(z, gradient, n, t);
       }
       if (write) store_tile(gradient, g_ + at, n);
+      prefetch_next(p_.vocab - at - n, n);
     });
     if (!uniform_kl()) loss += set_elements(c, scale, write);
     if (partial_ >= 0) loss += partial_element(c, scale, write);
@@ -741,7 +766,7 @@ class Row {
   Scratch<Real>& s_;
   RowScalars row_;
   Real scale_, inverse_t_;
-  int64_t index_ = 0, label_ = 0, partial_ = -1;
+  int64_t index_ = 0, next_ = 0, label_ = 0, partial_ = -1;
   double log_kappa_ = 0;
   Real partial_z_ = 0, partial_r_ = 0;
   bool label_pushed_ = false;
@@ -775,15 +800,21 @@ void run(const RowParams& p) {
       shared ? sorted_set(p.negative_ids, p.negative_ids_count) : std::vector<int64_t>();
 
   std::vector<double> losses(static_cast<size_t>(p.rows));
-  // Rows are handed out a few at a time: ignored rows cost little, and a large vocabulary balances badly by blocks.
-  const int64_t grain = std::max<int64_t>(1, 16384 / p.vocab);
-  const int threads = int(std::min<int64_t>(p.threads, (p.rows + grain - 1) / grain));
+  // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its
+  // next block before it works on the present one, to know what to prefetch.
+  const int64_t block = std::max<int64_t>(1, 16384 / p.vocab);
+  const int threads = int(std::min<int64_t>(p.threads, (p.rows + block - 1) / block));
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = std::make_unique<Scratch<Real>>();
     Row<Logit> row(p, shared_ids, *scratch);
-#pragma omp for schedule(dynamic, grain)
-    for (int64_t i = 0; i < p.rows; ++i) losses[size_t(i)] = row.run(i, inverse_normalizer);
+    for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
+      next = taken.fetch_add(block);
+      const int64_t end = std::min(begin + block, p.rows);
+      for (int64_t i = begin; i < end; ++i)
+        losses[size_t(i)] = row.run(i, i + 1 < end ? i + 1 : next, inverse_normalizer);
+    }
   }
   if (p.reduction == Reduction::NONE || !p.loss) return;
   double total = 0;

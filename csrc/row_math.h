@@ -74,24 +74,26 @@ TNT_FN double exponent_scale<double>(double inverse_temperature) {
   return inverse_temperature;
 }
 
+// Adding this rounds to the nearest integer k, and leaves k + 127, the exponent bits of 2^k, in the low bits of the sum.
+constexpr float ROUNDER = 12582912.0f + 127.0f;
+TNT_FN float power_of_two(float shifted) { return bits_as<float>(bits_as<uint32_t>(shifted) << 23); }  // -127: 0.0f
+
 // 2^x for x < 128, 0 below -127 (-inf gives exactly 0), NaN for NaN. Relative error 1.6e-7, 0 at 0: x is split at the nearest
-// integer by adding 1.5 * 2^23, whose low bits then hold that integer; 2^fraction is a minimax polynomial.
+// integer, 2^fraction is a minimax polynomial.
 TNT_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return exp2f(x);
 #else
-  constexpr float rounder = 12582912.0f;
   x = -127.0f > x ? -127.0f : x;  // in this order: NaN stays
-  const float shifted = x + rounder;
-  const float f = x - (shifted - rounder);
+  const float shifted = x + ROUNDER;
+  const float f = x - (shifted - ROUNDER);
   float y = 0x1.5bba14p-10f;
   y = fused_multiply_add(y, f, 0x1.3cea88p-7f);
   y = fused_multiply_add(y, f, 0x1.c6b752p-5f);
   y = fused_multiply_add(y, f, 0x1.ebf9bcp-3f);
   y = fused_multiply_add(y, f, 0x1.62e42ap-1f);
   y = fused_multiply_add(y, f, 1.0f);
-  const uint32_t power = (bits_as<uint32_t>(shifted) + 127u) << 23;  // -127 gives the bits of 0.0f
-  return y * bits_as<float>(power);
+  return y * power_of_two(shifted);
 #endif
 }
 TNT_FN double exponential(double x) { return ::exp(x); }
@@ -130,18 +132,14 @@ struct Expm1 {
   Real value, phi;
 };
 TNT_FN Expm1<float> expm1_phi(float d) {
-  constexpr float rounder = 12582912.0f;
-  const float shifted = fused_multiply_add(d, static_cast<float>(LOG2_E), rounder);
-  const float k = shifted - rounder;
-  const float f = fused_multiply_add(k, static_cast<float>(-LN_2), d);  // |f| < 0.35
-  float y = 0x1.a072c0p-13f;  // φ(f)/f²
-  y = fused_multiply_add(y, f, 0x1.6d42cap-10f);
-  y = fused_multiply_add(y, f, 0x1.11114cp-7f);
-  y = fused_multiply_add(y, f, 0x1.5554eap-5f);
-  y = fused_multiply_add(y, f, 0x1.555556p-3f);
-  y = fused_multiply_add(y, f, 0.5f);
-  const float phi = y * f * f;
-  const float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
+  const float shifted = fused_multiply_add(d, static_cast<float>(LOG2_E), ROUNDER);
+  const float k = shifted - ROUNDER;
+  const float f = fused_multiply_add(k, static_cast<float>(-LN_2), d), f2 = f * f;  // |f| < 0.35
+  const float y01 = fused_multiply_add(f, 0x1.555556p-3f, 0.5f);  // φ(f)/f²
+  const float y23 = fused_multiply_add(f, 0x1.11114cp-7f, 0x1.5554eap-5f);
+  const float y45 = fused_multiply_add(f, 0x1.a072c0p-13f, 0x1.6d42cap-10f);
+  const float phi = fused_multiply_add(fused_multiply_add(y45, f2, y23), f2, y01) * f2;
+  const float power = power_of_two(shifted);
   Expm1<float> result;
   result.value = fused_multiply_add(power, f + phi, power - 1.0f);
   result.phi = k == 0.0f ? phi : result.value - d;

@@ -206,9 +206,9 @@ def run(
     batch: Batch, backend: str | None = None, *, upstream: Tensor | None = None, **keywords: Any
 ) -> Result:
     """``tnt_loss`` and its gradient, with the logits' strides as they are; their values stay."""
-    leaf = batch.logits.detach().requires_grad_()
-    logits = leaf * 1 if keywords.get("inplace") else leaf
     options = {**batch.options, **keywords, "backend": backend}
+    leaf = batch.logits.detach().requires_grad_()
+    logits = leaf * 1 if options.get("inplace") else leaf
     out = tnt.tnt_loss(logits, batch.ref_logits, batch.labels, batch.weights, **options)
     loss, stats = out if isinstance(out, tuple) else (out, None)
     if upstream is None:

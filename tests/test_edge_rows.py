@@ -426,7 +426,7 @@ def test_next_to_the_fixed_point_in_half_precision(dtype: torch.dtype) -> None:
             exact = expected.gradient * 2**16
             gradient = result.gradient.double()
             error = (gradient - exact).norm(dim=-1) / exact.norm(dim=-1)
-            assert (error < (2**-8 if dtype == BF16 else 2**-9)).all(), (name, error)
+            assert (error < 2**-8).all(), (name, error)
 
 
 # --- what is undefined or infinite --------------------------------------------------------------------

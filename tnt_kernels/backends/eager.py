@@ -79,7 +79,7 @@ def launch(call: RowCall) -> None:
         normalizer = call.normalizer
         if normalizer is None:
             value = s.normalizer_value
-            normalizer = active.sum() if value is None else terms.scale.new_tensor(value)
+            normalizer = active.sum().to(terms.scale) if value is None else terms.scale.new_tensor(value)
         inverse = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
     # A factor of 0 is a loss and a gradient of 0, whatever the row holds.

@@ -1,0 +1,270 @@
+"""The benchmarks: that what they compare is the same loss, and that their report shows what was measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("not in this distribution", allow_module_level=True)
+sys.path.append(str(ROOT))  # last: the package under test is the installed one
+
+from benchmarks.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
+from benchmarks.oracle import check_gradient, expected  # noqa: E402
+from benchmarks.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
+
+FLOAT32 = Size(12, 300, "float32")
+
+
+def small_problem(dtype: str = "float32", ids: str = "none") -> Problem:
+    problem = make_problem(FLOAT32._replace(dtype=dtype)).with_active_share(0.75)
+    if ids == "a row":
+        generator = torch.Generator().manual_seed(2)
+        ids_ = torch.stack([torch.randperm(300, generator=generator)[:7] for _ in range(12)])
+        problem = Problem(**{**vars(problem), "negative_ids": ids_})
+    elif ids == "shared":
+        problem = Problem(**{**vars(problem), "negative_ids": torch.arange(3, 200, 5)})
+    assert {-1.0, 0.0, 1.0} == set(problem.weights.tolist())
+    return problem
+
+
+# --- the contenders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", ["none", "a row", "shared"])
+@pytest.mark.parametrize("method", NAIVE)
+@pytest.mark.parametrize("contender", ["naive", "fresh", "in place"])
+def test_contenders_compute_the_reference(contender: str, method: str, ids: str) -> None:
+    if contender == "naive" and method == "ul+ll" and ids != "none":
+        pytest.skip("the naive UL takes the label alone")
+    problem = small_problem(ids=ids)
+    loss_function = make_loss(contender, method)
+    loss, truth = expected(problem, method, torch.arange(12))
+    torch.testing.assert_close(
+        forward(loss_function, problem).double(), loss.sum(), rtol=1e-5, atol=0
+    )
+    gradient = training_step(loss_function, problem)
+    torch.testing.assert_close(
+        gradient.double(), truth, rtol=0, atol=1e-4 * float(truth.abs().max())
+    )
+    assert (gradient.data_ptr() == problem.logits.data_ptr()) == (contender == "in place")
+    check_gradient(gradient, problem, method)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("contender", ["naive", "fresh", "in place"])
+def test_contenders_in_16_bits(contender: str, dtype: str) -> None:
+    problem = small_problem(dtype)
+    check_gradient(training_step(make_loss(contender, "tnff"), problem), problem, "tnff")
+
+
+@pytest.mark.parametrize("method", NAIVE)
+def test_the_naive_losses_compile_whole(method: str) -> None:
+    compiled = torch.compile(NAIVE[method], fullgraph=True, backend="aot_eager")
+    problem = small_problem()
+    check_gradient(training_step(compiled, problem), problem, method)
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    problem = small_problem()
+    gradient = training_step(make_loss("fresh", "tnff"), problem)
+    with pytest.raises(AssertionError, match="gradient off by"):
+        check_gradient(gradient * 1.001, problem, "tnff")
+    with pytest.raises(AssertionError, match="gradient off by"):
+        check_gradient(gradient, problem, "tnrf")
+
+
+def test_what_has_to_move() -> None:
+    tensor = 12 * 300 * 4
+    assert floor_bytes(FLOAT32, "tnff", 1.0, True) == 3 * tensor
+    assert floor_bytes(FLOAT32, "tnff", 1.0, False) == 2 * tensor
+    assert floor_bytes(FLOAT32, "ul+ll", 1.0, True) == 2 * tensor
+    assert floor_bytes(FLOAT32, "tnrf", 0.1, True) == pytest.approx(1.2 * tensor)  # (3a + 1 − a)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer takes memory of its own"
+)
+def test_memory_is_measured_as_the_process_has_it() -> None:
+    from benchmarks.memory import measure_in_process
+
+    size = Size(64, 32000, "float32")
+    m = measure_in_process("fresh", size)
+    assert m["known_bytes_measured"] == pytest.approx(m["known_bytes"], abs=1 << 20)
+    assert m["bytes_beyond_inputs"] == pytest.approx(size.bytes, abs=1 << 20)
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report() -> Any:
+    for package in ("pandas", "matplotlib"):
+        pytest.importorskip(package, reason="needs the extra bench")
+    from benchmarks import report
+
+    return report
+
+
+def measurement(seconds: float, **case: Any) -> dict[str, Any]:
+    size = {"rows": 512, "vocab": 1000, "dtype": "float32"}
+    stats = {"min": seconds, "median": 2 * seconds, "rounds": 3}
+    return {"extra_info": {**size, **case}, "stats": stats}
+
+
+def step(contender: str, seconds: float, **case: Any) -> dict[str, Any]:
+    defaults = {"kind": "step", "method": "tnff", "negatives": "none", "active_share": 1.0}
+    moved = {"floor_bytes": 3 * 512 * 4000, "minor_faults": 0}
+    return measurement(seconds, contender=contender, **{**defaults, **moved, **case})
+
+
+@pytest.fixture
+def results(report: Any) -> dict[str, Any]:
+    from benchmarks.results import assemble
+
+    third = 512 * 4000  # bytes of a tensor
+    allocating = [
+        measurement(2e-3, kind="first touch", contender="resident", minor_faults=0),
+        measurement(5e-3, kind="first touch", contender="new", minor_faults=500),
+        step("fresh", 6e-3, minor_faults=500),
+        step("naive", 120e-3),
+    ]
+    benchmarks = [
+        measurement(
+            3e-3, kind="bandwidth", contender="torch, over an input", floor_bytes=3 * third
+        ),
+        measurement(4e-3, kind="bandwidth", contender="numpy, elsewhere", floor_bytes=3 * third),
+        *allocating,
+        step("in place", 4e-3),
+        step("compiled", 40e-3),
+        step("forward", 2e-3, floor_bytes=2 * third),
+        step("naive forward", 80e-3, floor_bytes=2 * third),
+        step("in place", 5e-3, negatives="64 a row"),
+        step("in place", 2e-3, active_share=0.1, floor_bytes=1.2 * third),
+        *(
+            measurement(us * 1e-6, kind="overhead", contender=name, rows=1, vocab=8)
+            for name, us in (("empty", 10), ("fresh", 30), ("in place", 50))
+        ),
+    ]
+    times = {
+        "benchmarks": benchmarks,
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "machine_info": {
+            "cpu": {"brand_raw": "A CPU"},
+            "system": "OS",
+            "release": "1",
+            "python_version": "3.x",
+        },
+    }
+    memory = [
+        {
+            "contender": name,
+            "rows": 512,
+            "vocab": 1000,
+            "dtype": "float32",
+            "bytes_beyond_inputs": size,
+        }
+        for name, size in (("in place", 1000), ("fresh", third), ("naive", 7 * third))
+    ]
+    return assemble(times, {**times, "benchmarks": allocating}, memory, quick=False)
+
+
+def test_ratios(results: dict[str, Any]) -> None:
+    assert [b["variant"] for b in results["bandwidth"]] == ["torch, over an input"]
+    cases = {(c["contender"], c["negatives"], c["active_share"]): c for c in results["cases"]}
+    place = cases["in place", "none", 1]
+    assert (place["ms_min"], place["ms_median"]) == (4, 8)
+    assert place["fraction_of_floor"] == 0.75
+    assert (place["times_naive"], place["times_compiled"]) == (30, 10)
+    assert place["bytes_beyond_inputs"] == 1000
+    forward_only = cases["forward", "none", 1]
+    assert forward_only["fraction_of_floor"] == 1  # two of three tensors move
+    assert (forward_only["times_naive"], forward_only["times_compiled"]) == (40, None)
+    ids = cases["in place", "64 a row", 1]
+    assert ids["times_naive"] is None
+    assert ids["bytes_beyond_inputs"] is None
+    assert results["page_faults"][0]["share_of_fresh_step"] == 0.5
+    assert [h["contender"] for h in results["huge_pages"]] == ["resident", "new", "fresh", "naive"]
+
+
+def test_targets(results: dict[str, Any], report: Any) -> None:
+    from benchmarks.targets import targets
+
+    found = {t.what: t for t in targets(results)}
+    ids = found["64 a row negative ids, times the time of none"]
+    assert (ids.value, ids.met) == (1.25, False)
+    sparse = found["10% of rows active, share of its own floor"]
+    assert sparse.value == pytest.approx(0.4 * 4 / 2)
+    assert not sparse.met
+    assert found["in place, share of the bandwidth"].met
+    assert found["a call fresh, µs above an empty one"].value == pytest.approx(20)
+    assert found["a call in place, µs above an empty one"].met is False
+    assert found["4000 shared negative ids, times the time of none"].met is None
+    assert "| **no** |" in report.target_table(results)
+
+
+@pytest.fixture
+def published(
+    results: dict[str, Any], report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A repository with the results, the READMEs and the plot."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    path = tmp_path / "benchmarks" / "results" / "cpu.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(results))
+    for file in report.blocks(results):
+        file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write(path)
+    return path
+
+
+def test_report_shows_the_results(published: Path, report: Any) -> None:
+    assert report.stale(published) == []
+    text = (published.parents[2] / "README.md").read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n|")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "| V = 1000, float32: tnt_loss, in place | 4 | 0.75 | 30× | 10× | 0.00 |" in text
+    plot = published.with_suffix(".svg")
+    assert plot.stat().st_size < 100_000
+    before = plot.read_bytes()
+    report.write(published)
+    assert plot.read_bytes() == before  # no date, no random ids: a diff means new figures
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "benchmarks/README.md", "benchmarks/results/cpu.svg"]
+)
+def test_report_sees_what_is_stale(published: Path, report: Any, file: str) -> None:
+    path = published.parents[2] / file
+    path.write_text(path.read_text().replace("30×", "40×").replace("sha256", "sha"))
+    (problem,) = report.stale(published)
+    assert str(path) in problem
+
+
+def test_report_sees_new_results(published: Path, report: Any) -> None:
+    changed = copy.deepcopy(json.loads(published.read_text()))
+    for case in changed["cases"]:
+        case["ms_min"] = 9
+    published.write_text(json.dumps(changed))
+    assert len(report.stale(published)) == 3
+    changed["quick"] = True
+    published.write_text(json.dumps(changed))
+    assert "cpu.json is from a quick run" in report.stale(published)
+
+
+@pytest.mark.parametrize("text", ["", "{0}", "{1} {0}", "{0} {1} {0} {1}"])
+def test_report_needs_its_markers(report: Any, text: str) -> None:
+    with pytest.raises(
+        SystemExit, match=r"README\.md: expected the lines <!-- benchmark:begin -->"
+    ):
+        report.with_block(text.format(report.BEGIN, report.END), "block", "README.md")
