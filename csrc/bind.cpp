@@ -77,8 +77,8 @@ void check_indices(const RowParams& p) {
   for (int64_t i = 0; i < p.rows; ++i)
     if ((p.labels[i] < 0 || p.labels[i] >= p.vocab) && !ignored(p, i))
       throw std::invalid_argument("labels: row " + std::to_string(i) + " has label " + std::to_string(p.labels[i]) +
-                              ", expected 0 <= label < V" + size + " or ignore_index (" +
-                              std::to_string(p.ignore_index) + ")");
+                                  ", expected 0 <= label < V" + size + " or ignore_index (" +
+                                  std::to_string(p.ignore_index) + ")");
   if (!p.negative_ids) return;
   const int64_t lists = p.negative_ids_stride == 0 ? std::min<int64_t>(p.rows, 1) : p.rows;
   for (int64_t i = 0; i < lists; ++i) {
@@ -87,7 +87,7 @@ void check_indices(const RowParams& p) {
     for (int64_t k = 0; k < p.negative_ids_count; ++k)
       if (ids[k] < -1 || ids[k] >= p.vocab)
         throw std::invalid_argument("negative_ids: row " + std::to_string(i) + " has id " + std::to_string(ids[k]) +
-                                ", expected 0 <= id < V" + size + ", or -1 as padding");
+                                    ", expected 0 <= id < V" + size + ", or -1 as padding");
   }
 }
 

@@ -33,7 +33,8 @@ struct RowParams {
 
   void* loss;          // Real: () for sum and mean, (N) for none; null in a gradient-only call
   void* row_stats;     // (5, N) Real: loss, kl, negative_mass, ref_negative_mass, entropy; may be null
-  void* coefficients;  // (N, ROW_COEFFICIENTS) Real: written by a call without `grad`, read where `upstream` is set; may be null
+  void* coefficients;  // (N, ROW_COEFFICIENTS) Real: written by a call without `grad`, read where `upstream` is set;
+                       // may be null
   void* grad;          // (N, V) dtype of the logits, may be the logits themselves; null: no gradient
   int64_t grad_stride;
   // Gradient-only call: d(final loss)/d(loss), Real, with stride 0 (one number) or 1 (one a row).

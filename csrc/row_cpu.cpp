@@ -218,7 +218,8 @@ TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, Real
 }
 
 template <class Real>
-TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+                              const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
@@ -250,7 +251,8 @@ TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, Real
 }
 
 template <class Real>
-TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+                              const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
@@ -266,7 +268,8 @@ TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int6
 
 // Uniform smoothing: the target is (q* + eps) / (1 + V eps) everywhere, and log q̃ takes a logarithm per entry.
 template <class Real, bool REVERSE>
-TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+                                const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
@@ -395,8 +398,10 @@ class Row {
     }
     if (weight < 0) {
       const auto at = std::lower_bound(s_.ids.begin(), s_.ids.end(), label_);
-      if (at != s_.ids.end() && *at == label_) label_pushed_ = false;  // named as a negative: removed, whatever w is
-      else s_.ids.insert(at, label_);
+      if (at != s_.ids.end() && *at == label_)
+        label_pushed_ = false;  // named as a negative: removed, whatever w is
+      else
+        s_.ids.insert(at, label_);
     }
   }
 
@@ -691,7 +696,8 @@ class Row {
       second_pass(c, scale, true);
 
     // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN.
-    const bool lost = c.loss != c.loss || (c.loss == INFINITY && (row_.loss == REVERSE_KL || row_.loss == UNLIKELIHOOD));
+    const bool lost =
+        c.loss != c.loss || (c.loss == INFINITY && (row_.loss == REVERSE_KL || row_.loss == UNLIKELIHOOD));
     if (lost && scale != 0) scale = NAN;
     if (write && (scale == 0 || scale != scale)) fill(scale);
     if (p_.coefficients) write_coefficients(c, scale);
@@ -705,7 +711,7 @@ class Row {
     const Real upstream = static_cast<const Real*>(p_.upstream)[index_ * p_.upstream_stride];
     double scale;
     const RowCoefficients c = read_coefficients(scale);
-    scale *= upstream;
+    scale = upstream == 0 ? 0 : scale * upstream;  // a row that nobody asks about is 0, even where its loss is NaN
     if (scale == 0 || scale != scale) return fill(scale);
     second_pass(c, scale, true);
   }

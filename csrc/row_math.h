@@ -74,12 +74,13 @@ TNT_FN double exponent_scale<double>(double inverse_temperature) {
   return inverse_temperature;
 }
 
-// Adding this rounds to the nearest integer k, and leaves k + 127, the exponent bits of 2^k, in the low bits of the sum.
+// Adding this rounds to the nearest integer k, and leaves k + 127, the exponent bits of 2^k, in the low bits of the
+// sum.
 constexpr float ROUNDER = 12582912.0f + 127.0f;
 TNT_FN float power_of_two(float shifted) { return bits_as<float>(bits_as<uint32_t>(shifted) << 23); }  // -127: 0.0f
 
-// 2^x for x < 128, 0 below -127 (-inf gives exactly 0), NaN for NaN. Relative error 1.6e-7, 0 at 0: x is split at the nearest
-// integer, 2^fraction is a minimax polynomial.
+// 2^x for x < 128, 0 below -127 (-inf gives exactly 0), NaN for NaN. Relative error 1.6e-7, 0 at 0: x is split at the
+// nearest integer, 2^fraction is a minimax polynomial.
 TNT_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return exp2f(x);
@@ -124,8 +125,8 @@ TNT_FN float logarithm(float x) {
 }
 TNT_FN double logarithm(double x) { return ::log(x); }
 
-// e^d - 1 and φ(d) = e^d - 1 - d for |d| < BOUNDED, both without cancellation near 0. Relative error 2e-7 (float), a few
-// ulp (double); beyond the bound anything but a trap.
+// e^d - 1 and φ(d) = e^d - 1 - d for |d| < BOUNDED, both without cancellation near 0. Relative error 2e-7 (float), a
+// few ulp (double); beyond the bound anything but a trap.
 constexpr int BOUNDED = 16;
 template <class Real>
 struct Expm1 {
@@ -135,7 +136,7 @@ TNT_FN Expm1<float> expm1_phi(float d) {
   const float shifted = fused_multiply_add(d, static_cast<float>(LOG2_E), ROUNDER);
   const float k = shifted - ROUNDER;
   const float f = fused_multiply_add(k, static_cast<float>(-LN_2), d), f2 = f * f;  // |f| < 0.35
-  const float y01 = fused_multiply_add(f, 0x1.555556p-3f, 0.5f);  // φ(f)/f²
+  const float y01 = fused_multiply_add(f, 0x1.555556p-3f, 0.5f);                    // φ(f)/f²
   const float y23 = fused_multiply_add(f, 0x1.11114cp-7f, 0x1.5554eap-5f);
   const float y45 = fused_multiply_add(f, 0x1.a072c0p-13f, 0x1.6d42cap-10f);
   const float phi = fused_multiply_add(fused_multiply_add(y45, f2, y23), f2, y01) * f2;
@@ -183,13 +184,13 @@ TNT_FN ExpSum merge(const ExpSum& a, const ExpSum& b, double inverse_temperature
 }
 
 struct RowStatistics {
-  ExpSum policy;             // z over the kept entries (for LL, UL, NL: those outside the set)
-  ExpSum reference;          // r over the same entries, with κ
-  ExpSum policy_set;         // z over the set
-  ExpSum reference_set;      // r over the set (diagnostics only)
-  double kl_moment = 0;      // Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
-  double centre = 0;         // any number near max z - max r, fixed before the first term
-  double policy_total = 0;   // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
+  ExpSum policy;            // z over the kept entries (for LL, UL, NL: those outside the set)
+  ExpSum reference;         // r over the same entries, with κ
+  ExpSum policy_set;        // z over the set
+  ExpSum reference_set;     // r over the set (diagnostics only)
+  double kl_moment = 0;     // Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
+  double centre = 0;        // any number near max z - max r, fixed before the first term
+  double policy_total = 0;  // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
 };
 
 // ------------------------------------------------------------------------------------------ 2. row coefficients
@@ -212,19 +213,20 @@ struct RowCoefficients {
   double policy_max = 0, policy_inverse = 0, policy_log_sum = 0;
   double reference_max = 0, reference_inverse = 0;
   double centre = 0, offset = 0;
-  double kl_centre = 0;    // reverse KL: gradient p_v (x_v - kl_centre), x_v = d_v - offset
-  double set_offset = 0;   // reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
-  double set_centre = 0;   // gradient p_s ((z_s - policy_max)/T - set_centre)
-  double set_value = 0;    // reverse KL: q̃ of a removed token; LL: the gradient of y
+  double kl_centre = 0;   // reverse KL: gradient p_v (x_v - kl_centre), x_v = d_v - offset
+  double set_offset = 0;  // reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
+  double set_centre = 0;  // gradient p_s ((z_s - policy_max)/T - set_centre)
+  double set_value = 0;   // reverse KL: q̃ of a removed token; LL: the gradient of y
   double kept_max = 0, weight = 0, bias = 0;
-  double loss = 0;         // the part of the loss that needs no second pass
+  double loss = 0;  // the part of the loss that needs no second pass
 };
 
 TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatistics& s) {
   RowCoefficients c;
   const double inverse_t = row.inverse_temperature;
   const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
-  const double kept_inverse = ::exp((s.policy.max - all.max) * inverse_t) / all.sum;  // p_v = e^{(z - kept max)/T} * this
+  const double kept_inverse =
+      ::exp((s.policy.max - all.max) * inverse_t) / all.sum;  // p_v = e^{(z - kept max)/T} * this
   const double removed = s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum;
   const double log_sum = ::log(all.sum);
   // log of the odds p(set) / p(outside), from the two sums alone: right for p(set) near 0 and near 1.
@@ -240,7 +242,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
     c.loss = softplus(-log_odds);
     c.weight = kept_inverse;
     c.set_value = -s.policy.sum * kept_inverse;  // p_y - 1 without the subtraction
-    if (row.uniform) {  // cross-entropy against the one-hot label, smoothed
+    if (row.uniform) {                           // cross-entropy against the one-hot label, smoothed
       const double norm = 1 / (1 + v * row.eps);
       const double log_p_total = s.policy_total - (v - 1) * (log_sum + (all.max - s.policy.max) * inverse_t) - c.loss;
       c.loss = (c.loss - row.eps * log_p_total) * norm;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ class TNTLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tensors: RowTensors, scalars: Scalars, inplace: bool, with_stats: bool
+        ctx: Any,
+        logits: Tensor,
+        tensors: RowTensors,
+        scalars: Scalars,
+        inplace: bool,
+        with_stats: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.scalars, ctx.inplace, ctx.spent = scalars, inplace, False
         ctx.deferred = scalars.reduction == "none" or logits.dtype == torch.float16
@@ -49,7 +54,7 @@ class TNTLossFunction(torch.autograd.Function):
             )
             ctx.save_for_backward(gradient)
         if not with_stats:
-            return loss
+            return cast(Tensor, loss)
         ctx.mark_non_differentiable(*more)
         ctx.set_materialize_grads(False)
         return loss, more[0]

@@ -83,7 +83,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     if distance >= span_a or -distance >= span_b:
         return False
     pitch, columns = a.stride(0), a.size(1)
-    interleaved = a.size(0) > 1 and pitch == b.stride(0) and columns <= distance % pitch <= pitch - columns
+    interleaved = (
+        a.size(0) > 1 and pitch == b.stride(0) and columns <= distance % pitch <= pitch - columns
+    )
     return not interleaved
 
 
@@ -143,7 +145,9 @@ _REDUCTION = _LAST_TENSOR + Scalars._fields.index("reduction")
 
 
 def _new_loss(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    return logits.new_empty(arguments[1].shape if arguments[_REDUCTION] == "none" else (), dtype=dtype)
+    return logits.new_empty(
+        arguments[1].shape if arguments[_REDUCTION] == "none" else (), dtype=dtype
+    )
 
 
 def _new_stats(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -191,7 +195,16 @@ def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and stats (empty unless asked for); the gradient lies where the logits were."""
     loss, stats = _new_row_losses_(logits, *arguments)
     tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
-    _launch(logits, tensors, scalars, loss, stats if arguments[_LAST_SCALAR] else None, None, logits, None)
+    _launch(
+        logits,
+        tensors,
+        scalars,
+        loss,
+        stats if arguments[_LAST_SCALAR] else None,
+        None,
+        logits,
+        None,
+    )
     # A mutable schema leaves the counter as it was; with this, autograd refuses to use logits that are gone.
     torch.autograd.graph.increment_version(logits)
     return loss, stats

@@ -55,7 +55,7 @@ def _native() -> list[tuple[str, str]]:
     """The facts of ``_C``, which a pure-Python installation lacks."""
     build = _build_info.load()
     try:
-        from . import _C
+        from tnt_kernels import _C
     except ImportError as error:
         return [("native kernels", f"none: {build.native_missing or error}")]
     threads = torch.get_num_threads() if _C.openmp() else 1

@@ -66,8 +66,8 @@ class Scale:
     prompt: int = 32
     length: int = 80
     train_steps: int = 400
-    train_samples: int = 1024
-    finetune_steps: int = 200
+    train_samples: int = 2048
+    finetune_steps: int = 250
     test_prompts: int = 1024  # at most: the held-out text has some 340 that do not overlap
 
 
@@ -147,7 +147,7 @@ class Blocklist:
     tables of states × tokens say where a token leads and whether it completes a word on the way.
 
     Args:
-        words: what no word of a text may begin with.
+        words: what no word of a text may begin with; phrases too.
         tokens: the bytes of each token of the vocabulary.
     """
 

@@ -121,8 +121,8 @@ def tnt_loss(
         ignore_index: rows with this label have weight 0.
         reduction: "mean" over the rows with a non-zero weight, "sum", or "none" (per row, with weight and alpha).
         normalizer: number or 0-dim tensor that "mean" divides by instead of the count. 0 gives loss 0.
-        inplace: write the gradient over the logits' storage; their values are gone afterwards ("none" and float16: after
-            backward). Nothing is written where no gradient is needed.
+        inplace: write the gradient over the logits' storage; their values are gone afterwards ("none" and float16:
+            after backward). Nothing is written where no gradient is needed.
         return_stats: also return ``RowStats``.
         backend: "cpu" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the fastest that serves these tensors.
 
@@ -165,7 +165,9 @@ def tnt_loss(
     normalizer_value, normalizer_tensor = None, None
     if normalizer is not None:
         if reduction != "mean":
-            raise ValueError(f"normalizer: given with reduction={reduction!r}, expected reduction='mean'")
+            raise ValueError(
+                f"normalizer: given with reduction={reduction!r}, expected reduction='mean'"
+            )
         if isinstance(normalizer, Tensor):
             normalizer_tensor = _as_real("normalizer", normalizer, logits, real)
             if normalizer_tensor.dim() != 0:
@@ -190,7 +192,9 @@ def tnt_loss(
         normalizer_value,
         backends.select(logits, backend),
     )
-    tensors = _ops.RowTensors(ref_logits, labels, weights, alpha_rows, negative_ids, normalizer_tensor)
+    tensors = _ops.RowTensors(
+        ref_logits, labels, weights, alpha_rows, negative_ids, normalizer_tensor
+    )
     if logits.requires_grad and torch.is_grad_enabled():
         if inplace:
             _check_overwritable(logits)
@@ -217,7 +221,9 @@ def _check_logits(logits: Tensor) -> None:
 
 def _check_reference(ref_logits: Tensor | None, logits: Tensor, objective: Objective) -> None:
     if ref_logits is None:
-        raise ValueError(f"ref_logits: None, expected a tensor, because {objective} compares with the reference")
+        raise ValueError(
+            f"ref_logits: None, expected a tensor, because {objective} compares with the reference"
+        )
     if not isinstance(ref_logits, Tensor):
         raise TypeError(f"ref_logits: {type(ref_logits).__name__}, expected a tensor")
     if ref_logits.shape != logits.shape:
@@ -225,7 +231,9 @@ def _check_reference(ref_logits: Tensor | None, logits: Tensor, objective: Objec
             f"ref_logits: shape {tuple(ref_logits.shape)}, expected {tuple(logits.shape)}, that of logits"
         )
     if ref_logits.dtype != logits.dtype:
-        raise TypeError(f"ref_logits: dtype {ref_logits.dtype}, expected {logits.dtype}, that of logits")
+        raise TypeError(
+            f"ref_logits: dtype {ref_logits.dtype}, expected {logits.dtype}, that of logits"
+        )
     _check_constant("ref_logits", ref_logits, logits)
 
 
@@ -244,7 +252,9 @@ def _as_integers(name: str, x: Tensor, logits: Tensor, shape: torch.Size | None 
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"{name}: dtype {x.dtype}, expected an integer dtype")
     if shape is not None and x.shape != shape:
-        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {tuple(shape)}, that of logits without V")
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)}, expected {tuple(shape)}, that of logits without V"
+        )
     if x.device != logits.device:
         raise ValueError(f"{name}: on {x.device}, expected {logits.device}, where logits are")
     return x if x.dtype == torch.int64 else x.to(torch.int64)
@@ -265,7 +275,13 @@ def _as_number(name: str, x: float, least: float = -math.inf, above: float = -ma
             raise TypeError(f"{name}: {type(x).__name__}, expected a number")
         x = float(x)
     if not (math.isfinite(x) and x >= least and x > above):
-        bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+        bound = (
+            f" above {above:g}"
+            if above > -math.inf
+            else f" of at least {least:g}"
+            if least > -math.inf
+            else ""
+        )
         raise ValueError(f"{name} is {x}, expected a finite number{bound}")
     return x
 
@@ -283,9 +299,11 @@ def _broadcast_alpha(alpha: Tensor, shape: torch.Size) -> Tensor:
 
 def _check_negative_ids(negative_ids: Tensor, logits: Tensor, shape: torch.Size) -> Tensor | None:
     negative_ids = _as_integers("negative_ids", negative_ids, logits)
-    if negative_ids.dim() != 1 and negative_ids.shape[:-1] != shape or negative_ids.dim() == 0:
+    if (negative_ids.dim() != 1 and negative_ids.shape[:-1] != shape) or negative_ids.dim() == 0:
         raise ValueError(
-            f"negative_ids: shape {tuple(negative_ids.shape)}, expected (K,) or {(*shape, 'K')}".replace("'", "")
+            f"negative_ids: shape {tuple(negative_ids.shape)}, expected (K,) or {(*shape, 'K')}".replace(
+                "'", ""
+            )
         )
     return negative_ids if negative_ids.size(-1) else None
 

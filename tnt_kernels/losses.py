@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -35,7 +35,9 @@ class TNTLoss(nn.Module):
         super().__init__()
         for name in keywords:
             if name not in _KEYWORDS:
-                raise TypeError(f"TNTLoss: unknown keyword {name!r}, expected one of {', '.join(_KEYWORDS)}")
+                raise TypeError(
+                    f"TNTLoss: unknown keyword {name!r}, expected one of {', '.join(_KEYWORDS)}"
+                )
         resolve_method(keywords.get("method", "tnff"))
         self.keywords = keywords
 
@@ -53,7 +55,8 @@ class TNTLoss(nn.Module):
                 raise TypeError(
                     f"TNTLoss: {name!r} at call, expected negative_ids, alpha or normalizer; give it at construction"
                 )
-        return tnt_loss(logits, ref_logits, labels, weights, **{**self.keywords, **tensors})
+        keywords = {**self.keywords, **tensors}
+        return cast(Tensor, tnt_loss(logits, ref_logits, labels, weights, **keywords))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())

@@ -22,9 +22,7 @@ class RowLoss(IntEnum):
 
 
 _POSITIVE = {loss.name.lower(): loss for loss in list(RowLoss)[:4]}
-_NEGATIVE = {
-    loss.name.lower(): loss for loss in RowLoss if loss is not RowLoss.LOG_LIKELIHOOD
-}
+_NEGATIVE = {loss.name.lower(): loss for loss in RowLoss if loss is not RowLoss.LOG_LIKELIHOOD}
 
 
 class _Sides(NamedTuple):

@@ -19,7 +19,7 @@ def availability() -> dict[str, str]:
 
 
 def select(logits: Tensor, requested: str | None) -> str:
-    """The backend for these logits: the requested one, that of ``TNT_KERNELS_BACKEND``, or the fastest that serves them.
+    """The backend for these logits: the requested one, ``TNT_KERNELS_BACKEND``, or the fastest that serves them.
 
     Raises:
         ValueError: a name that is not a backend's.
@@ -34,7 +34,9 @@ def select(logits: Tensor, requested: str | None) -> str:
             if not backend.why_not(logits):
                 return name
     if requested not in BACKENDS:
-        raise ValueError(f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}"
+        )
     reason = BACKENDS[requested].why_not(logits)
     if reason:
         raise RuntimeError(f"{source}={requested!r} cannot serve these logits: {reason}")

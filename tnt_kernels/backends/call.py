@@ -40,7 +40,9 @@ class RowCall(NamedTuple):
     weights: Tensor | None  # (N,) real
     alpha: Tensor | None  # (N,) or (1,) real, any stride; None: scalars.alpha_value
     negative_ids: Tensor | None  # (N, K) or (K,) int64
-    normalizer: Tensor | None  # () real; None: scalars.normalizer_value; neither: the number of active rows
+    normalizer: (
+        Tensor | None
+    )  # () real; None: scalars.normalizer_value; neither: the number of active rows
     scalars: Scalars
     loss: Tensor | None  # () real, (N,) where the reduction is "none"
     stats: Tensor | None  # (5, N) real: loss, kl, negative_mass, ref_negative_mass, entropy

@@ -33,7 +33,11 @@ def why_not(logits: Tensor | None) -> str:
     """Why this backend cannot serve these logits, or (None) any; empty where it can."""
     if _missing or logits is None:
         return _missing
-    return "" if logits.device.type == "cpu" else f"it takes CPU tensors, logits are {describe(logits)}"
+    return (
+        ""
+        if logits.device.type == "cpu"
+        else f"it takes CPU tensors, logits are {describe(logits)}"
+    )
 
 
 def _address(x: Tensor | None) -> int:

@@ -57,7 +57,9 @@ def launch(call: RowCall) -> None:
     if call.upstream is None:
         check_indices(call)
     names = (RowLoss(s.positive_loss).name.lower(), RowLoss(s.negative_loss).name.lower())
-    alpha: float | Tensor = s.alpha_value if call.alpha is None else call.alpha.expand(len(call.labels))
+    alpha: float | Tensor = (
+        s.alpha_value if call.alpha is None else call.alpha.expand(len(call.labels))
+    )
     arguments = (call.logits.detach(), call.ref_logits, call.labels, call.weights)
     settings = {
         "objective": Objective(*names),
@@ -79,7 +81,9 @@ def launch(call: RowCall) -> None:
         normalizer = call.normalizer
         if normalizer is None:
             value = s.normalizer_value
-            normalizer = active.sum().to(terms.scale) if value is None else terms.scale.new_tensor(value)
+            normalizer = (
+                active.sum().to(terms.scale) if value is None else terms.scale.new_tensor(value)
+            )
         inverse = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
     # A factor of 0 is a loss and a gradient of 0, whatever the row holds.

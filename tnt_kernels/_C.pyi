@@ -1,0 +1,46 @@
+"""The compiled module (csrc/bind.cpp). Addresses are integers, 0 for what is absent; strides count elements."""
+
+INTERFACE: int
+ROW_COEFFICIENTS: int
+compiler: str
+version: str
+
+def instruction_sets() -> list[str]: ...
+def selected_instruction_set() -> str: ...
+def select_instruction_set(name: str) -> None: ...
+def openmp() -> bool: ...
+def run_rows(
+    dtype: int,
+    rows: int,
+    vocab: int,
+    logits: int,
+    logits_stride: int,
+    ref_logits: int,
+    ref_logits_stride: int,
+    labels: int,
+    weights: int,
+    alpha: int,
+    alpha_stride: int,
+    alpha_value: float,
+    negative_ids: int,
+    negative_ids_stride: int,
+    negative_ids_count: int,
+    positive_loss: int,
+    negative_loss: int,
+    uniform_smoothing: bool,
+    eps: float,
+    nl_floor: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: int,
+    normalizer: float,
+    loss: int,
+    row_stats: int,
+    coefficients: int,
+    grad: int,
+    grad_stride: int,
+    upstream: int,
+    upstream_stride: int,
+    threads: int,
+    /,
+) -> None: ...
