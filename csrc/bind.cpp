@@ -101,9 +101,9 @@ void run_rows(int dtype, int64_t rows, int64_t vocab, uintptr_t logits, int64_t 
               int64_t ref_logits_stride, uintptr_t labels, uintptr_t weights, uintptr_t alpha, int64_t alpha_stride,
               double alpha_value, uintptr_t negative_ids, int64_t negative_ids_stride, int64_t negative_ids_count,
               int positive_loss, int negative_loss, bool uniform_smoothing, double eps, double nl_floor,
-              double temperature, int64_t ignore_index, int reduction, double normalizer, uintptr_t loss,
-              uintptr_t row_stats, uintptr_t coefficients, uintptr_t grad, int64_t grad_stride, uintptr_t upstream,
-              int64_t upstream_stride, int threads) {
+              double temperature, int64_t ignore_index, int reduction, bool has_normalizer, double normalizer,
+              uintptr_t loss, uintptr_t row_stats, uintptr_t coefficients, uintptr_t grad, int64_t grad_stride,
+              uintptr_t upstream, int64_t upstream_stride, int threads) {
   RowParams p{};
   p.dtype = static_cast<DType>(dtype);
   p.rows = rows;
@@ -128,6 +128,7 @@ void run_rows(int dtype, int64_t rows, int64_t vocab, uintptr_t logits, int64_t 
   p.temperature = temperature;
   p.ignore_index = ignore_index;
   p.reduction = static_cast<Reduction>(reduction);
+  p.has_normalizer = has_normalizer;
   p.normalizer = normalizer;
   p.loss = address<void>(loss);
   p.row_stats = address<void>(row_stats);

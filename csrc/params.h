@@ -29,7 +29,8 @@ struct RowParams {
   double eps, nl_floor, temperature;  // nl_floor -inf: none
   int64_t ignore_index;
   Reduction reduction;
-  double normalizer;  // MEAN divides by it; NaN: by the number of rows with a non-zero weight
+  bool has_normalizer;  // else MEAN divides by the number of rows with a non-zero weight
+  double normalizer;
 
   void* loss;          // Real: () for sum and mean, (N) for none; null in a gradient-only call
   void* row_stats;     // (5, N) Real: loss, kl, negative_mass, ref_negative_mass, entropy; may be null

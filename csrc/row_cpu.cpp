@@ -811,7 +811,8 @@ class Row {
     const Real upstream = static_cast<const Real*>(p_.upstream)[index_ * p_.upstream_stride];
     double scale;
     const RowCoefficients c = read_coefficients(scale);
-    scale = upstream == 0 ? 0 : scale * upstream;  // a row that nobody asks about is 0, even where its loss is NaN
+    // A row that does not count or that nobody asks about is 0, whatever the other factor is.
+    scale = scale == 0 || upstream == 0 ? 0 : scale * upstream;
     if (scale == 0 || scale != scale) return fill(scale);
     second_pass(c, scale, true);
   }
@@ -899,7 +900,7 @@ void run(const RowParams& p) {
     active += (!p.weights || static_cast<const Real*>(p.weights)[i] != 0) && p.labels[i] != p.ignore_index;
   double inverse_normalizer = 1;
   if (p.reduction == Reduction::MEAN) {
-    const double normalizer = p.normalizer == p.normalizer ? p.normalizer : double(active);
+    const double normalizer = p.has_normalizer ? p.normalizer : double(active);
     inverse_normalizer = normalizer == 0 ? 0 : 1 / normalizer;
   }
   const bool shared = p.negative_ids && p.negative_ids_stride == 0;

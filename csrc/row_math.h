@@ -258,6 +258,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
     // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number.
     c.reference_max = s.reference.max;
     c.reference_inverse = 1 / s.reference.sum;
+    if (s.reference.sum == 0) c.loss = NAN;  // nothing is left outside the set: there is no target
     // Any centre serves: one that a float32 holds, with the remainder in `offset`, costs no digits in a float32 kernel.
     c.centre = static_cast<float>(all.max - s.reference.max);
     c.offset = ::log(s.reference.sum / all.sum) + (c.centre - (all.max - s.reference.max)) * inverse_t;
@@ -278,7 +279,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
         c.kl_centre -= removed * excess;
       }
     } else if (row.loss == FORWARD_KL && !row.uniform) {
-      c.loss = removed;  // q* is 0 there, so each of them gives p_s
+      c.loss += removed;  // q* is 0 there, so each of them gives p_s
     }
   }
   return c;

@@ -375,8 +375,8 @@ def test_rows_of_one_token_and_a_single_row(backend: str) -> None:
     one = Batch(column, column + 1, torch.zeros(12, dtype=torch.int64), batch.weights.abs())
     for method in ("tnff", "tnrr", "nl+ll"):
         result = run(one.with_options(method=method), backend)
-        assert result.loss == 0
-        assert (result.gradient == 0).all()
+        assert abs(result.loss) < 1e-12
+        assert (result.gradient.abs() < 1e-7).all()
 
 
 def test_labels_and_weights_of_any_stride(backend: str) -> None:

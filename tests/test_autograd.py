@@ -227,17 +227,23 @@ def test_inplace_accepts_interleaved_rows_of_one_buffer(reduction: str, backend:
         torch.testing.assert_close(ref, batch.ref_logits, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-def test_inplace_on_a_padded_vocabulary(dtype: torch.dtype, backend: str) -> None:
-    """The gradient of the whole buffer: 0 in the padding."""
-    batch = mixed_batch(37, dtype)
-    want = run(batch, backend).gradient
-    padded = torch.nn.functional.pad(batch.logits, (0, 3)).requires_grad_()
-    whole = padded * 1
-    loss = loss_of(whole[:, :37], batch, backend, inplace=True)
-    (gradient,) = torch.autograd.grad(loss, padded)
-    assert torch.equal(gradient[:, :37], want)
-    assert (gradient[:, 37:] == 0).all()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_on_a_slice(reduction: str, dtype: torch.dtype, backend: str) -> None:
+    """A padded vocabulary, at any offset: the padding keeps its values, its gradient is 0."""
+    for vocab, offset, objective in itertools.product((37, 1111), (0, 1), OBJECTIVES[:2]):
+        batch = mixed_batch(vocab, dtype).with_options(method=objective, reduction=reduction)
+        want = run(batch, backend).gradient
+        leaf = torch.nn.functional.pad(batch.logits, (offset, 3), value=7.0).requires_grad_()
+        whole = leaf * 1
+        loss = loss_of(whole[:, offset : offset + vocab], batch, backend, inplace=True)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        padding = torch.ones(leaf.size(1), dtype=torch.bool)
+        padding[offset : offset + vocab] = False
+        assert torch.equal(gradient[:, ~padding], want)
+        assert torch.equal(whole.detach()[:, ~padding], want)
+        assert (gradient[:, padding] == 0).all()
+        assert (whole.detach()[:, padding] == 7).all()
 
 
 def test_inplace_with_another_use_of_the_logits(backend: str) -> None:

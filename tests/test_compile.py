@@ -153,8 +153,9 @@ def test_plain_numbers_may_change(name: str, values: tuple[float, ...], cpu: str
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("saved", ["by its producer", "by another user"])
 def test_no_silent_corruption(saved: str, reduction: str, cpu: str) -> None:
-    """Logits that another op has saved for its own backward: an error, as without the compiler."""
+    """Logits that another op has saved for its own backward: an error, or the right gradient."""
     layer, batch = model(), data()
+    in_place = True
 
     def loss(hidden: Tensor, *rest: Tensor) -> Tensor:
         logits = layer(hidden)
@@ -163,12 +164,25 @@ def test_no_silent_corruption(saved: str, reduction: str, cpu: str) -> None:
             logits = torch.exp(logits)
         else:
             other = logits.square().sum()
-        value = tnt.tnt_loss(logits, *rest, reduction=reduction, inplace=True, backend=cpu)
+        value = tnt.tnt_loss(logits, *rest, reduction=reduction, inplace=in_place, backend=cpu)
         return value.sum() + other
 
-    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(*batch.values()).backward()
+    if reduction == "mean":
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            function(*batch.values()).backward()
+            compiled(*batch.values()).backward()
+        return
+    # A compiled backward writes to a tensor of its own, so there is nothing to corrupt.
+    layer.zero_grad()
+    compiled(*batch.values()).backward()
+    got = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    in_place = False
+    loss(*batch.values()).backward()
+    want = [parameter.grad for parameter in layer.parameters()]
+    torch.testing.assert_close(got, want)
 
 
 def test_evaluation(backend: str) -> None:

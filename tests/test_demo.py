@@ -106,8 +106,8 @@ def test_quick_run(tmp_path, capsys):
     assert list(rows) == ["original", *(method.name for method in demo.METHODS)]
     original, updated = rows["original"], rows[demo.METHODS[0].name]
     assert float(original["sampled"]) > 0.1
-    assert float(updated["sampled"]) < 0.5 * float(original["sampled"])
-    assert float(updated["kl"]) < float(original["kl"])
+    assert float(updated["sampled"]) < 0.7 * float(original["sampled"])
+    assert float(updated["kl"]) < 0.6 * float(original["kl"])
     assert float(original["collateral"]) == pytest.approx(0, abs=1e-6)
     assert (tmp_path / "results" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "TNFF, whole set" in capsys.readouterr().out

@@ -33,6 +33,7 @@ def run_rows(
     temperature: float,
     ignore_index: int,
     reduction: int,
+    has_normalizer: bool,
     normalizer: float,
     loss: int,
     row_stats: int,

@@ -46,6 +46,9 @@ class TNTLossFunction(torch.autograd.Function):
             ctx.save_for_backward(logits, coefficients, *tensors)
         elif inplace:
             loss, stats = _ops.row_losses_(logits, *tensors, *scalars, with_stats)
+            # A mutable schema leaves the counter as it was, for a compiler that traces this too. With it, autograd
+            # raises where another operation had saved these logits for its own backward.
+            torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits)
             more = [stats]
         else:
@@ -80,8 +83,10 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.deferred:
         logits, coefficients, *tensors = ctx.saved_tensors
         arguments = (logits.detach(), *tensors, *ctx.scalars, coefficients, upstream)
-        if ctx.inplace:
+        # A compiled backward may not write over what forward saved: the same tensor may be saved for another operation.
+        if ctx.inplace and not torch.compiler.is_compiling():
             _ops.row_gradients_(*arguments)
+            torch.autograd.graph.increment_version(logits)
             gradient = logits.detach()
         else:
             gradient = _ops.row_gradients(*arguments)

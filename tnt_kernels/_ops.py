@@ -210,8 +210,6 @@ def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         logits,
         None,
     )
-    # A mutable schema leaves the counter as it was; with this, autograd refuses to use logits that are gone.
-    torch.autograd.graph.increment_version(logits)
     return loss, stats
 
 
@@ -231,7 +229,6 @@ def _row_gradients_(logits: Tensor, *arguments: Any) -> None:
     coefficients, upstream = arguments[_LAST_SCALAR:]
     tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
     _launch(logits, tensors, scalars, None, None, coefficients, logits, upstream)
-    torch.autograd.graph.increment_version(logits)
 
 
 for _name, _implementation, _fake in (

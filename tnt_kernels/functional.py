@@ -274,7 +274,7 @@ def _as_number(name: str, x: float, least: float = -math.inf, above: float = -ma
         if isinstance(x, bool) or not isinstance(x, Real):
             raise TypeError(f"{name}: {type(x).__name__}, expected a number")
         x = float(x)
-    if not (math.isfinite(x) and x >= least and x > above):
+    if not (-math.inf < x < math.inf and x >= least and x > above):  # the compiler can trace these
         bound = (
             f" above {above:g}"
             if above > -math.inf

@@ -48,10 +48,7 @@ def launch(call: RowCall) -> None:
     logits, ref_logits, alpha, ids = call.logits, call.ref_logits, call.alpha, call.negative_ids
     gradient, upstream, s = call.gradient, call.upstream, call.scalars
     rows, vocab = logits.shape
-    if call.normalizer is not None:
-        normalizer = float(call.normalizer)
-    else:
-        normalizer = math.nan if s.normalizer_value is None else s.normalizer_value
+    normalizer = s.normalizer_value if call.normalizer is None else float(call.normalizer)
     _C.run_rows(
         _DTYPES[logits.dtype],
         rows,
@@ -76,7 +73,8 @@ def launch(call: RowCall) -> None:
         s.temperature,
         s.ignore_index,
         _REDUCTIONS[s.reduction],
-        normalizer,
+        normalizer is not None,
+        0.0 if normalizer is None else normalizer,
         _address(call.loss),
         _address(call.stats),
         _address(call.coefficients),

@@ -96,6 +96,6 @@ def launch(call: RowCall) -> None:
         call.stats.copy_(torch.stack(fields).view_as(call.stats))
     if call.gradient is not None:
         if call.upstream is not None:
-            factor = factor * call.upstream
+            factor = torch.where((factor == 0) | (call.upstream == 0), 0.0, factor * call.upstream)
         gradient = row_gradients(*arguments, **settings)  # type: ignore[arg-type]
         call.gradient.copy_(torch.where((factor == 0)[:, None], 0.0, gradient * factor[:, None]))
