@@ -113,12 +113,13 @@ def plan(
     # 0: reads the reference, 1: does not, 2: nothing to do
     order = torch.where(active, (~reads).to(torch.int8), 2).argsort(stable=True)
     if max_active_rows is not None:
-        return [RowGroup(order[:max_active_rows], positive or negative, False)], count
-    total, with_reference = torch.stack((count, (active & reads).sum())).tolist()
-    groups = [
-        RowGroup(order[:with_reference], True, True),
-        RowGroup(order[with_reference:total], False, True),
-    ]
+        groups = [RowGroup(order[:max_active_rows], positive or negative, False)]
+    else:
+        total, with_reference = torch.stack((count, (active & reads).sum())).tolist()
+        groups = [
+            RowGroup(order[:with_reference], True, True),
+            RowGroup(order[with_reference:total], False, True),
+        ]
     return [group for group in groups if len(group.rows)], count
 
 
@@ -203,7 +204,8 @@ class Gradients:
         for begin in range(0, self.vocab, step):
             end = min(begin + step, self.vocab)
             part = torch.mm(matrix[:, begin:end].t(), rows)
-            part = part if factor is None else part * factor
+            if factor is not None:
+                part = part.to(self.real).mul_(factor)
             self.weight[begin:end].add_(part, alpha=head.scale)
 
     def results(self) -> list[Tensor]:

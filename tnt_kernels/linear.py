@@ -229,8 +229,9 @@ def _as_linear(
             f"{prefix}bias: shape {tuple(bias.shape)}, expected ({weight.size(0)},), "
             f"because {prefix}weight is {tuple(weight.shape)}"
         )
-    hidden, weight = _prepared(hidden), _prepared(weight)
-    bias = None if bias is None else _prepared(bias)
+    device = hidden.device.type
+    hidden, weight = _prepared(hidden, device), _prepared(weight, device)
+    bias = None if bias is None else _prepared(bias, device)
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"{prefix}hidden: dtype {hidden.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
@@ -277,11 +278,10 @@ def _as_reference(
     return ref_hidden, ref_weight, ref_bias
 
 
-def _prepared(x: Tensor) -> Tensor:
+def _prepared(x: Tensor, device: str) -> Tensor:
     """What ``F.linear`` would multiply."""
     if hasattr(x, "full_tensor"):
         x = _gathered(x)
-    device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return x
