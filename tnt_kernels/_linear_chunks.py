@@ -23,7 +23,7 @@ from tnt_kernels.objectives import RowLoss
 #: every chunk reads and writes the whole (V, H) gradient of the weight.
 CHUNK_BYTES = {"cpu": 64 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-_SLICE_SHARE = (
+_MATMUL_SHARE = (
     8  # of them, for 16-bit parts of the weight's gradient on their way to its float32 sum
 )
 
@@ -200,7 +200,7 @@ class Gradients:
             top = exponent.max()
             rows, factor = (rows * _exp2(exponent - top)).to(self.dtype), _exp2(top)
         entry = matrix.element_size() + self.real.itemsize
-        step = max(1, _budget(rows.device) // _SLICE_SHARE // (rows.size(1) * entry))
+        step = max(1, _budget(rows.device) // _MATMUL_SHARE // (rows.size(1) * entry))
         for begin in range(0, self.vocab, step):
             end = min(begin + step, self.vocab)
             part = torch.mm(matrix[:, begin:end].t(), rows)
@@ -242,8 +242,7 @@ class _Buffers:
             wide.add("tanh")
         dtypes = {x.dtype for x in (policy, reference) if x is not None} - {real}
         n, budget = len(group.rows), _budget(policy.device)
-        if policy.dtype in dtypes and with_gradient:
-            budget -= budget // _SLICE_SHARE
+        budget -= budget // _MATMUL_SHARE
         row = linear.vocab_size * (len(wide) * real.itemsize + sum(x.itemsize for x in dtypes))
         row += policy.size(1) * (2 * policy.element_size() + 2 * real.itemsize)
         row += 0 if reference is None else reference.size(1) * reference.element_size()
