@@ -64,7 +64,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
         share = None
         if whole and len(sparse):
             a = float(sparse.active_share.iloc[0])
-            share = a * whole / float(sparse.ms_min.iloc[0])
+            share = (3 * a + (1 - a)) / 3 * whole / float(sparse.ms_min.iloc[0])
         add(f"{SPARSE:.0%} of rows active, share of its own floor", share, 0.85, True)
 
         mine = memory[(memory.vocab == vocab) & (memory.dtype == dtype)].set_index("contender")

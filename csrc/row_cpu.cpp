@@ -67,6 +67,9 @@ using RealOf = decltype(load(Logit{}));
 // -------------------------------------------------------------------------------------------------- tile kernels
 // Each runs over n <= TILE entries. Float sums stay within a tile; across tiles they are added in double. They are
 // functions of their own, not inlined: inside the large row functions the vectoriser gives up on some of them.
+//
+// Entries to leave out have a large negative number in `mask`, which is 0 elsewhere. Adding it costs a tenth of copying
+// the tile to overwrite them. Without MASKED there is no mask.
 
 #if defined(__GNUC__)
 #define TNT_TILE __attribute__((noinline))
@@ -76,6 +79,11 @@ using RealOf = decltype(load(Logit{}));
 
 template <class Real>
 constexpr Real LOWEST = static_cast<Real>(-3.4028234663852886e38);  // where an ExpSum starts
+
+template <bool MASKED, class Real>
+TNT_FN Real masked(const Real* x, const Real* mask, int64_t i) {
+  return MASKED ? x[i] + mask[i] : x[i];
+}
 
 template <class Logit, class Real>
 TNT_TILE void load_tile(const Logit* from, Real* to, int64_t n) {
@@ -97,53 +105,60 @@ struct TileSums {
 };
 
 // Policy and reference in one loop and by the same instructions: equal inputs give equal sums.
-template <class Real>
-TNT_TILE TileSums<Real> tile_pair_sums(const Real* z, const Real* r, int64_t n, Real z_max, Real r_max, Real scale) {
+template <bool MASKED, class Real>
+TNT_TILE TileSums<Real> tile_pair_sums(const Real* z, const Real* r, const Real* mask, int64_t n, Real z_max,
+                                       Real r_max, Real scale) {
   Real z_sum = 0, r_sum = 0, z_top = LOWEST<Real>, r_top = LOWEST<Real>;
 #pragma omp simd reduction(+ : z_sum, r_sum) reduction(max : z_top, r_top)
   for (int64_t i = 0; i < n; ++i) {
-    z_sum += exponential((z[i] - z_max) * scale);
-    r_sum += exponential((r[i] - r_max) * scale);
-    z_top = z[i] > z_top ? z[i] : z_top;
-    r_top = r[i] > r_top ? r[i] : r_top;
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    z_sum += exponential((z_i - z_max) * scale);
+    r_sum += exponential((r_i - r_max) * scale);
+    z_top = z_i > z_top ? z_i : z_top;
+    r_top = r_i > r_top ? r_i : r_top;
   }
   return {z_sum, r_sum, 0, z_top, r_top};
 }
 
 // As tile_pair_sums, and the moment of the reverse KL: Σ e^{(z-mz)/T} ((z - r - centre)/T).
-template <class Real>
-TNT_TILE TileSums<Real> tile_pair_moment(const Real* z, const Real* r, int64_t n, Real z_max, Real r_max, Real scale,
-                                         Real centre, Real inverse_t) {
+template <bool MASKED, class Real>
+TNT_TILE TileSums<Real> tile_pair_moment(const Real* z, const Real* r, const Real* mask, int64_t n, Real z_max,
+                                         Real r_max, Real scale, Real centre, Real inverse_t) {
   Real z_sum = 0, r_sum = 0, moment = 0, z_top = LOWEST<Real>, r_top = LOWEST<Real>;
 #pragma omp simd reduction(+ : z_sum, r_sum, moment) reduction(max : z_top, r_top)
   for (int64_t i = 0; i < n; ++i) {
-    const Real weight = exponential((z[i] - z_max) * scale);
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    const Real weight = exponential((z_i - z_max) * scale);
     z_sum += weight;
-    r_sum += exponential((r[i] - r_max) * scale);
-    moment += weight == Real(0) ? Real(0) : weight * ((z[i] - r[i] - centre) * inverse_t);
-    z_top = z[i] > z_top ? z[i] : z_top;
-    r_top = r[i] > r_top ? r[i] : r_top;
+    r_sum += exponential((r_i - r_max) * scale);
+    moment += weight == Real(0) ? Real(0) : weight * ((z_i - r_i - centre) * inverse_t);
+    z_top = z_i > z_top ? z_i : z_top;
+    r_top = r_i > r_top ? r_i : r_top;
   }
   return {z_sum, r_sum, moment, z_top, r_top};
 }
 
-template <class Real>
-TNT_TILE TileSums<Real> tile_sum(const Real* x, int64_t n, Real max, Real scale) {
+template <bool MASKED, class Real>
+TNT_TILE TileSums<Real> tile_sum(const Real* x, const Real* mask, int64_t n, Real max, Real scale) {
   Real sum = 0, top = LOWEST<Real>;
 #pragma omp simd reduction(+ : sum) reduction(max : top)
   for (int64_t i = 0; i < n; ++i) {
-    sum += exponential((x[i] - max) * scale);
-    top = x[i] > top ? x[i] : top;
+    const Real x_i = masked<MASKED>(x, mask, i);
+    sum += exponential((x_i - max) * scale);
+    top = x_i > top ? x_i : top;
   }
   return {sum, 0, 0, top, 0};
 }
 
-template <class Real>
-TNT_TILE double tile_moment(const Real* x, int64_t n, Real max, Real scale, Real inverse_t) {
+template <bool MASKED, class Real>
+TNT_TILE double tile_moment(const Real* x, const Real* mask, int64_t n, Real max, Real scale, Real inverse_t) {
   Real sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const Real centred = x[i] - max, weight = exponential(centred * scale);
+    const Real x_i = masked<MASKED>(x, mask, i);
+    const Real centred = x_i - max, weight = exponential(centred * scale);
     sum += weight == Real(0) ? Real(0) : weight * (centred * inverse_t);
   }
   return sum;
@@ -187,10 +202,12 @@ struct TileCoefficients {
 };
 
 // LL, UL, NL outside the set.
-template <class Real>
-TNT_TILE void tile_weighted_exp(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+template <bool MASKED, class Real>
+TNT_TILE void tile_weighted_exp(const Real* z, const Real* mask, Real* gradient, int64_t n,
+                                const TileCoefficients<Real>& c) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) gradient[i] = c.weight * exponential((z[i] - c.kept_max) * c.scale) + c.bias;
+  for (int64_t i = 0; i < n; ++i)
+    gradient[i] = c.weight * exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) + c.bias;
 }
 
 // The KLs come in two versions. While |d| < BOUNDED on all of a tile, e^d needs no second exponential of its own: the
@@ -200,14 +217,16 @@ struct TileKL {
   Real loss, largest;
 };
 
-template <class Real>
-TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, Real* gradient, int64_t n,
+template <bool MASKED, class Real>
+TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                               const TileCoefficients<Real>& c) {
   Real loss = 0, largest = 0;
 #pragma omp simd reduction(+ : loss) reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
-    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
-    const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+    const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
     const Element<Real> e = forward_kl_element(q, d);
     loss += e.loss;
     gradient[i] = e.gradient * c.row_scale;
@@ -217,15 +236,17 @@ TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, Real
   return {loss, largest};
 }
 
-template <class Real>
-TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+template <bool MASKED, class Real>
+TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                               const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
-    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
-    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
-    const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+    const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
     const Element<Real> e = forward_kl_element(p, q, d);
     loss += e.loss;
     gradient[i] = e.gradient * c.row_scale;
@@ -233,14 +254,16 @@ TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, Real* gradient, int6
   return loss;
 }
 
-template <class Real>
-TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, Real* gradient, int64_t n,
+template <bool MASKED, class Real>
+TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                               const TileCoefficients<Real>& c) {
   Real loss = 0, largest = 0;
 #pragma omp simd reduction(+ : loss) reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
-    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
-    const Real x = (z[i] - r[i] - c.centre) * c.inverse_t, d = x + c.offset;
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+    const Real x = (z_i - r_i - c.centre) * c.inverse_t, d = x + c.offset;
     const Element<Real> e = reverse_kl_element(p, d, x - c.kl_centre);
     loss += e.loss;
     gradient[i] = e.gradient * c.row_scale;
@@ -250,15 +273,17 @@ TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, Real
   return {loss, largest};
 }
 
-template <class Real>
-TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+template <bool MASKED, class Real>
+TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                               const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
-    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
-    const Real q = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse;
-    const Real x = (z[i] - r[i] - c.centre) * c.inverse_t;
+    const Real z_i = masked<MASKED>(z, mask, i);
+    const Real r_i = masked<MASKED>(r, mask, i);
+    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+    const Real x = (z_i - r_i - c.centre) * c.inverse_t;
     const Element<Real> e = reverse_kl_element(p, q, x + c.offset, x - c.kl_centre);
     loss += e.loss;
     gradient[i] = e.gradient * c.row_scale;
@@ -267,15 +292,16 @@ TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, Real* gradient, int6
 }
 
 // Uniform smoothing: the target is (q* + eps) / (1 + V eps) everywhere, and log q̃ takes a logarithm per entry.
-template <class Real, bool REVERSE>
-TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, Real* gradient, int64_t n,
+template <bool MASKED, bool REVERSE, class Real>
+TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                 const TileCoefficients<Real>& c) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
+    const Real r_i = masked<MASKED>(r, mask, i);
     const Real centred = z[i] - c.p_max;
     const Real p = exponential(centred * c.scale) * c.p_inverse;
-    const Real smoothed = exponential((r[i] - c.q_max) * c.scale) * c.q_inverse + c.eps;
+    const Real smoothed = exponential((r_i - c.q_max) * c.scale) * c.q_inverse + c.eps;
     const Real q = smoothed * c.smoothing_norm;
     const Real log_p = centred * c.inverse_t - c.p_log_sum;
     const Real d = log_p - (logarithm(smoothed) + c.log_smoothing_norm);
@@ -286,13 +312,48 @@ TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, Real* gradient, in
   return loss;
 }
 
+// The set's own entries, gathered: removed tokens of a reverse KL, tokens of NL, and those whose gradient is p_s.
+template <class Real>
+TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c, Real target,
+                               Real offset, Real centre) {
+  Real loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
+    const Real log_weight = (z[i] - c.p_max) * c.inverse_t;
+    const Element<Real> e = reverse_kl_element(p, target, log_weight + offset, log_weight - centre);
+    loss += e.loss;
+    gradient[i] = e.gradient * c.row_scale;
+  }
+  return loss;
+}
+
+// Tokens below the floor, `least` relative to p_max, are at rest; `active` counts the others.
+template <class Real>
+TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c,
+                                      Real least, Real active) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
+    const Real pushed = (z[i] - c.p_max) * c.inverse_t >= least ? Real(1) : Real(0);
+    gradient[i] = (pushed - active * p) * c.row_scale;
+  }
+}
+
+template <class Real>
+TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) gradient[i] = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse * c.row_scale;
+}
+
 // ------------------------------------------------------------------------------------------------------ the memory
 
 template <class Real>
 struct alignas(CACHE_LINE) Scratch {  // one per thread
   alignas(CACHE_LINE) Real z[TILE], r[TILE], gradient[TILE];
-  std::vector<int64_t> ids;  // the row's set, ascending
-  std::vector<Real> set_z, set_r, set_gradient;
+  alignas(CACHE_LINE) Real mask[TILE] = {};      // all 0 between tiles
+  std::vector<int32_t> ids;                      // the row's set, ascending
+  std::vector<Real> set_z, set_r, set_gradient;  // their logits, gathered, and their gradients
 };
 
 // Past the cache, so that zeroing a row reads nothing.
@@ -318,7 +379,7 @@ class Row {
  public:
   using Real = RealOf<Logit>;
 
-  Row(const RowParams& params, const std::vector<int64_t>& shared_ids, Scratch<Real>& scratch)
+  Row(const RowParams& params, const std::vector<int32_t>& shared_ids, Scratch<Real>& scratch)
       : p_(params), shared_ids_(shared_ids), s_(scratch) {
     row_.uniform = p_.uniform_smoothing && p_.eps > 0;  // without eps the two smoothings are one
     row_.eps = p_.eps;
@@ -353,7 +414,7 @@ class Row {
       log_kappa_ = log1p(weight);
       s_.ids.erase(std::lower_bound(s_.ids.begin(), s_.ids.end(), label_));
     }
-    if (row_.loss == LOG_LIKELIHOOD) s_.ids.assign(1, label_);
+    if (row_.loss == LOG_LIKELIHOOD) s_.ids.assign(1, static_cast<int32_t>(label_));
     row_.set_size = static_cast<int64_t>(s_.ids.size());
 
     double row_weight = weight;
@@ -362,7 +423,13 @@ class Row {
       if ((row_.loss == UNLIKELIHOOD || row_.loss == NEGATIVE_LIKELIHOOD) && weight < 0) row_weight *= -weight;
     }
 
-    gather_set();
+    s_.set_z.resize(s_.ids.size());
+    s_.set_gradient.resize(s_.ids.size());
+    if (kl) s_.set_r.resize(s_.ids.size());
+    if (partial_ >= 0) {
+      partial_z_ = load(z_[partial_]);
+      partial_r_ = load(r_[partial_]);
+    }
     if (p_.upstream) {
       gradient_only();
       return 0;
@@ -392,7 +459,7 @@ class Row {
     } else if (p_.negative_ids) {
       const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
       for (int64_t k = 0; k < p_.negative_ids_count; ++k)
-        if (ids[k] >= 0) s_.ids.push_back(ids[k]);
+        if (ids[k] >= 0) s_.ids.push_back(static_cast<int32_t>(ids[k]));
       if (!std::is_sorted(s_.ids.begin(), s_.ids.end())) std::sort(s_.ids.begin(), s_.ids.end());
       s_.ids.erase(std::unique(s_.ids.begin(), s_.ids.end()), s_.ids.end());
     }
@@ -401,67 +468,97 @@ class Row {
       if (at != s_.ids.end() && *at == label_)
         label_pushed_ = false;  // named as a negative: removed, whatever w is
       else
-        s_.ids.insert(at, label_);
+        s_.ids.insert(at, static_cast<int32_t>(label_));
     }
   }
 
   bool reads_reference() const { return row_.loss == FORWARD_KL || row_.loss == REVERSE_KL; }
   bool uniform_kl() const { return row_.uniform && reads_reference(); }
 
-  void gather_set() {
-    const size_t n = s_.ids.size();
-    s_.set_z.resize(n);
-    s_.set_gradient.resize(n);
-    for (size_t k = 0; k < n; ++k) s_.set_z[k] = load(z_[s_.ids[k]]);
-    if (!reads_reference()) return;
-    s_.set_r.resize(n);
-    for (size_t k = 0; k < n; ++k) s_.set_r[k] = load(r_[s_.ids[k]]);
-    if (partial_ >= 0) {
-      partial_z_ = load(z_[partial_]);
-      partial_r_ = load(r_[partial_]);
-    }
-  }
+  // How a pass leaves the set and the partially pushed y out of the tiles. The first needs -inf; the second a number
+  // that vanishes from p and q* just as well, but whose d = log p - log q* is not NaN, so that the tile stays bounded.
+  struct Removal {
+    Real value;
+    bool keep_z;  // only from r
+  };
+  static constexpr Real VANISHING = -1e30;
 
-  // Calls body(z, r, at, n) for every tile, with the set and the partially pushed y at -inf in r, and in z too unless
-  // `keep_z`. A tile that needs no patch is read where it is. `backwards`: the last tile first.
+  struct Tile {
+    const Real *z, *r;
+    bool masked;         // by the scratch's mask
+    int64_t at, n;       // columns [at, at + n)
+    int64_t begin, end;  // its part of the set: ids[begin, end)
+  };
+
+  // Calls body(tile) for every tile, the last one first if `backwards`. Tiles of Real logits are read where they are,
+  // others are converted first, and the next one is prefetched, as a conversion hides little of the memory's latency.
   template <class Body>
-  void for_each_tile(bool keep_z, bool backwards, Body body) {
+  void for_each_tile(const Removal& removal, bool backwards, Body body) {
+    constexpr bool direct = std::is_same_v<Logit, Real>;
     const bool pair = reads_reference();
     const int64_t tiles = (p_.vocab + TILE - 1) / TILE;
-    auto begin = s_.ids.begin(), next = begin;
-    if (backwards) begin = next = s_.ids.end();
+    const int32_t* const ids = s_.ids.data();
+    int64_t begin = backwards ? row_.set_size : 0, end = begin;
     for (int64_t k = 0; k < tiles; ++k) {
       const int64_t at = (backwards ? tiles - 1 - k : k) * TILE;
       const int64_t n = std::min<int64_t>(TILE, p_.vocab - at);
       if (backwards) {
-        next = begin;
-        while (begin != s_.ids.begin() && *(begin - 1) >= at) --begin;
+        end = begin;
+        while (begin > 0 && ids[begin - 1] >= at) --begin;
       } else {
-        begin = next;
-        while (next != s_.ids.end() && *next < at + n) ++next;
+        begin = end;
+        while (end < row_.set_size && ids[end] < at + n) ++end;
       }
       const bool has_partial = partial_ >= at && partial_ < at + n;
-      const bool patched = begin != next || has_partial;
-      const Real* z = stage(z_ + at, n, patched && !keep_z, s_.z);
-      const Real* r = pair ? stage(r_ + at, n, patched, s_.r) : nullptr;
-      const auto patch = [&](int64_t column) {
-        if (!keep_z) s_.z[column - at] = -INFINITY;
-        if (pair) s_.r[column - at] = -INFINITY;
+      Tile tile{nullptr, nullptr, direct && (begin != end || has_partial), at, n, begin, end};
+      if constexpr (direct) {
+        tile.z = z_ + at;
+        tile.r = pair ? r_ + at : nullptr;
+      } else {
+        const int64_t ahead = backwards ? at - TILE : at + TILE;
+        if (ahead >= 0 && ahead < p_.vocab) {
+          prefetch(z_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
+          if (pair) prefetch(r_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
+        }
+        load_tile(z_ + at, s_.z, n);
+        if (pair) load_tile(r_ + at, s_.r, n);
+        tile.z = s_.z;
+        tile.r = s_.r;
+      }
+      const auto remove = [&](int64_t column) {
+        if (direct) {
+          s_.mask[column] = removal.value;
+        } else {
+          if (!removal.keep_z) s_.z[column] = removal.value;
+          if (pair) s_.r[column] = removal.value;
+        }
       };
-      if (patched) std::for_each(begin, next, patch);
-      if (has_partial) patch(partial_);
-      body(z, r, at, n);
+      for (int64_t i = begin; i < end; ++i) remove(ids[i] - at);
+      if (has_partial) remove(partial_ - at);
+      body(tile);
+      if (tile.masked) {
+        for (int64_t i = begin; i < end; ++i) s_.mask[ids[i] - at] = 0;
+        if (has_partial) s_.mask[partial_ - at] = 0;
+      }
     }
+  }
+
+  // Puts the logits of a tile's part of the set aside. Best when the tile has been read: taken from memory one by one
+  // they would cost as much as the rest of the row.
+  void gather(const Tile& tile) {
+    for (int64_t i = tile.begin; i < tile.end; ++i) s_.set_z[size_t(i)] = load(z_[s_.ids[size_t(i)]]);
+    if (!reads_reference()) return;
+    for (int64_t i = tile.begin; i < tile.end; ++i) s_.set_r[size_t(i)] = load(r_[s_.ids[size_t(i)]]);
+  }
+
+  static void prefetch(const Logit* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += CACHE_LINE / sizeof(Logit)) __builtin_prefetch(from + i, 0, 2);
   }
 
   void prefetch_next(int64_t at, int64_t n) const {
     if (next_ >= p_.rows || ignored(next_)) return;
-    constexpr int64_t line = CACHE_LINE / sizeof(Logit);
-    const Logit* z = static_cast<const Logit*>(p_.logits) + next_ * p_.logits_stride + at;
-    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(z + i, 0, 2);
-    if (!reads_reference()) return;
-    const Logit* r = static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at;
-    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(r + i, 0, 2);
+    prefetch(static_cast<const Logit*>(p_.logits) + next_ * p_.logits_stride + at, n);
+    if (reads_reference()) prefetch(static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at, n);
   }
 
   // body(begin, n) for [0, n) without `column`, where it lies in there.
@@ -472,34 +569,36 @@ class Row {
     body(column + 1, n - column - 1);
   }
 
-  static const Real* stage(const Logit* from, int64_t n, bool copy, Real* to) {
-    if constexpr (std::is_same_v<Logit, Real>) {
-      if (!copy) return from;
-    }
-    load_tile(from, to, n);
-    return to;
-  }
-
   // ---- first pass
 
   // Whether sums relative to `max` are too large for comfort, as the entries exceed it by far.
   bool too_low(Real max, Real top) const { return (top - max) * scale_ > Real(40); }
 
-  ExpSum exp_sum(const Real* x, int64_t n, Real& max, bool moment) const {
-    TileSums<Real> sums = tile_sum(x, n, max, scale_);
+  ExpSum exp_sum(const Real* x, bool masked, int64_t n, Real& max, bool moment) const {
+    const auto sum = [&] {
+      return masked ? tile_sum<true>(x, s_.mask, n, max, scale_) : tile_sum<false>(x, s_.mask, n, max, scale_);
+    };
+    TileSums<Real> sums = sum();
     if (too_low(max, sums.policy_max)) {
       max = sums.policy_max;
-      sums = tile_sum(x, n, max, scale_);
+      sums = sum();
     }
-    return {double(max), double(sums.policy), moment ? tile_moment(x, n, max, scale_, inverse_t_) : 0};
+    return {double(max), double(sums.policy), moment ? entropy_moment(x, masked, n, max) : 0};
+  }
+
+  double entropy_moment(const Real* x, bool masked, int64_t n, Real max) const {
+    return masked ? tile_moment<true>(x, s_.mask, n, max, scale_, inverse_t_)
+                  : tile_moment<false>(x, s_.mask, n, max, scale_, inverse_t_);
   }
 
   ExpSum set_sum(const std::vector<Real>& x, bool moment) const {
     ExpSum sum;
     Real max = LOWEST<Real>;
-    const int64_t n = static_cast<int64_t>(x.size());
-    for (int64_t at = 0; at < n; at += TILE)
-      sum = merge(sum, exp_sum(x.data() + at, std::min<int64_t>(TILE, n - at), max, moment), row_.inverse_temperature);
+    const int64_t size = static_cast<int64_t>(x.size());
+    for (int64_t at = 0; at < size; at += TILE) {
+      const int64_t n = std::min<int64_t>(TILE, size - at);
+      sum = merge(sum, exp_sum(x.data() + at, false, n, max, moment), row_.inverse_temperature);
+    }
     return sum;
   }
 
@@ -511,16 +610,17 @@ class Row {
     // Tiles are summed relative to the maximum so far, in the loop that finds their own.
     Real z_max = LOWEST<Real>, r_max = LOWEST<Real>;
     bool centred = false;
-    const auto pair_sums = [&](const Real* z, const Real* r, int64_t n) {
-      return moment ? tile_pair_moment(z, r, n, z_max, r_max, scale_, Real(s.centre), inverse_t_)
-                    : tile_pair_sums(z, r, n, z_max, r_max, scale_);
+    const auto pair_sums = [&](const Tile& t, auto masked) {
+      return moment
+                 ? tile_pair_moment<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_, Real(s.centre), inverse_t_)
+                 : tile_pair_sums<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_);
     };
-    for_each_tile(false, false, [&](const Real* z, const Real* r, int64_t, int64_t n) {
+    for_each_tile({-INFINITY, false}, false, [&](const Tile& tile) {
       if (!pair) {
-        s.policy = merge(s.policy, exp_sum(z, n, z_max, entropy), inverse_t);
-        return;
+        s.policy = merge(s.policy, exp_sum(tile.z, tile.masked, tile.n, z_max, entropy), inverse_t);
+        return gather(tile);
       }
-      TileSums<Real> sums = pair_sums(z, r, n);
+      TileSums<Real> sums = tile.masked ? pair_sums(tile, std::true_type()) : pair_sums(tile, std::false_type());
       const bool z_low = too_low(z_max, sums.policy_max), r_low = too_low(r_max, sums.reference_max);
       if (z_low || r_low) {
         if (z_low) z_max = sums.policy_max;
@@ -528,24 +628,25 @@ class Row {
         if (!centred) s.centre = static_cast<float>(double(z_max) - double(r_max));
         if (!(s.centre > -1e30 && s.centre < 1e30)) s.centre = 0;
         centred = true;
-        sums = pair_sums(z, r, n);
+        sums = tile.masked ? pair_sums(tile, std::true_type()) : pair_sums(tile, std::false_type());
       }
       const double old_max = s.policy.max;
-      const double entropy_moment = entropy ? tile_moment(z, n, z_max, scale_, inverse_t_) : 0;
-      s.policy = merge(s.policy, {double(z_max), double(sums.policy), entropy_moment}, inverse_t);
+      const double policy_moment = entropy ? entropy_moment(tile.z, tile.masked, tile.n, z_max) : 0;
+      s.policy = merge(s.policy, {double(z_max), double(sums.policy), policy_moment}, inverse_t);
       s.reference = merge(s.reference, {double(r_max), double(sums.reference), 0}, inverse_t);
       if (moment) {
         s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
                       rescale(sums.moment, (double(z_max) - s.policy.max) * inverse_t);
       }
+      gather(tile);
     });
     if (partial_ >= 0) add_partial(s, moment);
     s.policy_set = set_sum(s_.set_z, entropy || moment);
     if (entropy && pair) s.reference_set = set_sum(s_.set_r, false);
     if (row_.loss == LOG_LIKELIHOOD && row_.uniform) {
-      for_each_tile(true, true, [&](const Real* z, const Real*, int64_t at, int64_t n) {
-        around(label_ - at, n, [&](int64_t begin, int64_t count) {
-          s.policy_total += tile_total(z + begin, count, Real(s.policy.max), inverse_t_);
+      for_each_tile({0, true}, true, [&](const Tile& tile) {
+        around(label_ - tile.at, tile.n, [&](int64_t begin, int64_t count) {
+          s.policy_total += tile_total(tile.z + begin, count, Real(s.policy.max), inverse_t_);
         });
       });
     }
@@ -578,64 +679,63 @@ class Row {
     const TileCoefficients<Real> t(c, row_, scale);
     double loss = 0;
     bool bounded = true;  // until a tile says otherwise
-    for_each_tile(uniform_kl(), true, [&](const Real* z, const Real* r, int64_t at, int64_t n) {
-      Real* gradient = s_.gradient;
-      if (uniform_kl()) {
-        around(partial_ - at, n, [&](int64_t begin, int64_t count) {
-          loss += row_.loss == REVERSE_KL
-                      ? tile_uniform_kl<Real, true>(z + begin, r + begin, gradient + begin, count, t)
-                      : tile_uniform_kl<Real, false>(z + begin, r + begin, gradient + begin, count, t);
-        });
-      } else if (reads_reference()) {
-        const bool forward = row_.loss == FORWARD_KL;
-        TileKL<Real> kl{0, 0};
-        if (bounded) {
-          kl = forward ? tile_forward_kl_bounded(z, r, gradient, n, t) : tile_reverse_kl_bounded(z, r, gradient, n, t);
-          bounded = kl.largest < BOUNDED && kl.loss == kl.loss;
-        }
-        if (!bounded) kl.loss = forward ? tile_forward_kl(z, r, gradient, n, t) : tile_reverse_kl(z, r, gradient, n, t);
-        loss += kl.loss;
-      } else {
-        tile_weighted_exp(z, gradient, n, t);
-      }
-      if (write) store_tile(gradient, g_ + at, n);
-      prefetch_next(p_.vocab - at - n, n);
+    for_each_tile({uniform_kl() ? -INFINITY : VANISHING, uniform_kl()}, true, [&](const Tile& tile) {
+      if (p_.upstream) gather(tile);  // there was no first pass
+      loss +=
+          tile.masked ? tile_loss(tile, t, bounded, std::true_type()) : tile_loss(tile, t, bounded, std::false_type());
+      if (write) store_tile(s_.gradient, g_ + tile.at, tile.n);
+      if (tile.begin != tile.end && !uniform_kl()) loss += set_elements(c, t, tile, write);
+      prefetch_next(p_.vocab - tile.at - tile.n, tile.n);
     });
-    if (!uniform_kl()) loss += set_elements(c, scale, write);
     if (partial_ >= 0) loss += partial_element(c, scale, write);
     return loss;
   }
 
-  // Loss and gradient of the set: removed tokens of a KL, S of UL and NL, y of LL.
-  double set_elements(const RowCoefficients& c, double scale, bool write) {
-    const int64_t n = row_.set_size;
-    const Real *z = s_.set_z.data(), max = Real(c.policy_max), inverse = Real(c.policy_inverse), factor = Real(scale);
-    Real* gradient = s_.set_gradient.data();
-    Real loss = 0;
-    if (row_.loss == LOG_LIKELIHOOD) {
-      gradient[0] = Real(c.set_value * scale);
-    } else if (row_.loss == REVERSE_KL) {
-      const Real target = Real(c.set_value), offset = Real(c.set_offset), centre = Real(c.set_centre);
-#pragma omp simd reduction(+ : loss)
-      for (int64_t i = 0; i < n; ++i) {
-        const Real p = exponential((z[i] - max) * scale_) * inverse;
-        const Real log_weight = (z[i] - max) * inverse_t_;
-        const Element<Real> e = reverse_kl_element(p, target, log_weight + offset, log_weight - centre);
-        loss += e.loss;
-        gradient[i] = e.gradient * factor;
-      }
-    } else if (row_.loss == NEGATIVE_LIKELIHOOD) {
-      const Real least = Real(row_.nl_floor + c.policy_log_sum), active_count = Real(c.set_value);
-      for (int64_t i = 0; i < n; ++i) {
-        const Real active = (z[i] - max) * inverse_t_ >= least ? Real(1) : Real(0);
-        gradient[i] = factor * (active - active_count * (exponential((z[i] - max) * scale_) * inverse));
-      }
-    } else {  // UL and the forward KL: p_s
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) gradient[i] = factor * (exponential((z[i] - max) * scale_) * inverse);
+  // The tile's gradient goes to the scratch: a bounded version that turns out not to be must leave its inputs alone.
+  template <class Masked>
+  double tile_loss(const Tile& tile, const TileCoefficients<Real>& t, bool& bounded, Masked) {
+    constexpr bool masked = Masked::value;
+    const Real *z = tile.z, *r = tile.r, *mask = s_.mask;
+    Real* gradient = s_.gradient;
+    const bool forward = row_.loss == FORWARD_KL;
+    if (!reads_reference()) {
+      tile_weighted_exp<masked>(z, mask, gradient, tile.n, t);
+      return 0;
     }
-    if (write)
-      for (int64_t i = 0; i < n; ++i) store(g_ + s_.ids[i], gradient[i]);
+    if (uniform_kl()) {
+      double loss = 0;
+      around(partial_ - tile.at, tile.n, [&](int64_t at, int64_t n) {
+        loss += forward ? tile_uniform_kl<masked, false>(z + at, r + at, mask + at, gradient + at, n, t)
+                        : tile_uniform_kl<masked, true>(z + at, r + at, mask + at, gradient + at, n, t);
+      });
+      return loss;
+    }
+    if (bounded) {
+      const TileKL<Real> kl = forward ? tile_forward_kl_bounded<masked>(z, r, mask, gradient, tile.n, t)
+                                      : tile_reverse_kl_bounded<masked>(z, r, mask, gradient, tile.n, t);
+      bounded = kl.largest < BOUNDED && kl.loss == kl.loss;
+      if (bounded) return kl.loss;
+    }
+    return forward ? tile_forward_kl<masked>(z, r, mask, gradient, tile.n, t)
+                   : tile_reverse_kl<masked>(z, r, mask, gradient, tile.n, t);
+  }
+
+  // Loss and gradient of a tile's part of the set: removed tokens of a KL, S of UL and NL, y of LL.
+  double set_elements(const RowCoefficients& c, const TileCoefficients<Real>& t, const Tile& tile, bool write) {
+    const int64_t n = tile.end - tile.begin;
+    const Real* z = s_.set_z.data() + tile.begin;
+    Real* gradient = s_.set_gradient.data() + tile.begin;
+    double loss = 0;
+    if (row_.loss == LOG_LIKELIHOOD) {
+      gradient[0] = Real(c.set_value) * t.row_scale;
+    } else if (row_.loss == REVERSE_KL) {
+      loss = set_reverse_kl(z, gradient, n, t, Real(c.set_value), Real(c.set_offset), Real(c.set_centre));
+    } else if (row_.loss == NEGATIVE_LIKELIHOOD) {
+      set_negative_likelihood(z, gradient, n, t, Real(row_.nl_floor + c.policy_log_sum), Real(c.set_value));
+    } else {  // UL and the forward KL: p_s
+      set_probabilities(z, gradient, n, t);
+    }
+    for (int64_t i = 0; write && i < n; ++i) store(g_ + s_.ids[size_t(tile.begin + i)], gradient[i]);
     return loss;
   }
 
@@ -768,7 +868,7 @@ class Row {
   }
 
   const RowParams& p_;
-  const std::vector<int64_t>& shared_ids_;
+  const std::vector<int32_t>& shared_ids_;
   Scratch<Real>& s_;
   RowScalars row_;
   Real scale_, inverse_t_;
@@ -782,9 +882,10 @@ class Row {
 
 // ------------------------------------------------------------------------------------------------------- all rows
 
-std::vector<int64_t> sorted_set(const int64_t* ids, int64_t count) {
-  std::vector<int64_t> set;
-  std::copy_if(ids, ids + count, std::back_inserter(set), [](int64_t id) { return id >= 0; });
+std::vector<int32_t> sorted_set(const int64_t* ids, int64_t count) {
+  std::vector<int32_t> set;
+  for (int64_t k = 0; k < count; ++k)
+    if (ids[k] >= 0) set.push_back(static_cast<int32_t>(ids[k]));
   std::sort(set.begin(), set.end());
   set.erase(std::unique(set.begin(), set.end()), set.end());
   return set;
@@ -802,8 +903,8 @@ void run(const RowParams& p) {
     inverse_normalizer = normalizer == 0 ? 0 : 1 / normalizer;
   }
   const bool shared = p.negative_ids && p.negative_ids_stride == 0;
-  const std::vector<int64_t> shared_ids =
-      shared ? sorted_set(p.negative_ids, p.negative_ids_count) : std::vector<int64_t>();
+  const std::vector<int32_t> shared_ids =
+      shared ? sorted_set(p.negative_ids, p.negative_ids_count) : std::vector<int32_t>();
 
   std::vector<double> losses(static_cast<size_t>(p.rows));
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its

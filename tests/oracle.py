@@ -5,18 +5,20 @@ exact gradient of a row's loss ℓ (before weight, α and normaliser), δ = 2^-1
 float32; 2^-40 for float64 logits) and g32 the same formulas computed in float32, a backend's
 gradient passes element by element where
 
-    |error_v| <= E · s_v,    s_v = |g_v| + p_v (1 + |ℓ|) + q_v,    E = max_u |g32_u - g_u| / s_u + δ.
+    |error_v| <= E s_v,  s_v = |g_v| + (p_v (1 + |ℓ|) + q_v) / T,  E = max_u |g32_u - g_u| / s_u + δ.
 
 s_v is the size of the terms that g_v is made of (p, q*, [v = y], p ℓ), so a tail token of tiny
 probability is held to its own few digits and not to the row's largest entry, while E is the worst
 of the whole row, so that no backend has to match a lucky element of the float32 reference.
-A row's loss passes within |ℓ32 - ℓ| + δ |ℓ| + δ² (a KL is of second order next to 0, hence δ²), and
-under uniform smoothing, where no Bregman form starts from the difference of the logits, δ √(2 |ℓ|)
-more: what a relative error δ of the probabilities does to a KL; a negative likelihood within δ more,
-as log p has few digits where p is near 1. Both are multiplied by the row's
-factor; a gradient stored in bfloat16 or float16 may differ by half a unit in the last place of that
-dtype more. Infinities and NaN must be where the truth has them. Accuracy next to p = q, which a
-tolerance on p and q says little about, has tests of its own.
+
+A row's loss passes within |ℓ32 - ℓ| + δ |ℓ| + δ² (a KL is of second order next to 0, hence δ²);
+under uniform smoothing, where no Bregman form starts from the difference of the logits, within
+δ √(2 |ℓ|) more, which is what a relative error δ of the probabilities does to a KL; a negative
+likelihood within δ more, as log p has few digits where p is near 1.
+
+Both are multiplied by the row's factor. A gradient stored in bfloat16 or float16 may differ by half
+a unit in the last place of that dtype more. Infinities and NaN must be where the truth has them.
+Accuracy next to p = q, which a tolerance on p and q says little about, has tests of its own.
 """
 
 from __future__ import annotations
@@ -172,11 +174,12 @@ def truth(batch: Batch) -> Truth:
         return (x.double() / temperature).softmax(-1).nan_to_num(0.0)
 
     loss = terms.loss.abs().nan_to_num(0.0, posinf=0.0)
-    size = gradient.abs().nan_to_num(0.0) + softmax(batch.logits) * (1 + loss[:, None])
+    size = softmax(batch.logits) * (1 + loss[:, None])
     if batch.ref_logits is not None:
         size += softmax(batch.ref_logits)
+    size = gradient.abs().nan_to_num(0.0) + size / temperature
     worst = (_distance(gradient32, gradient) / size.clamp_min(2.0**-126)).amax(-1, keepdim=True)
-    gradient_tolerance = (worst + delta) * size + 2.0**-126  # what underflows is lost
+    gradient_tolerance = (worst + delta) * size + 2.0**-100  # underflow
 
     tolerance = [
         _distance(a, b) + delta * b.abs().nan_to_num(0.0, posinf=0.0) + delta**2
@@ -292,8 +295,7 @@ def assert_agrees(
     bound = (expected.gradient_tolerance * factor.abs()[:, None]).masked_fill(nothing[:, None], 0.0)
     if dtype in (F16, BF16):
         bound = bound + half_ulp(gradient.nan_to_num(0.0).abs() + bound, dtype)
-    elif dtype == F32:
-        bound = bound + 2.0**-126 * (bound > 0)  # the product with the factor may underflow
+    bound = bound + 2.0**-126 * (bound > 0)  # the product with the factor may underflow
     assert_within(result.gradient.reshape(gradient.shape), gradient, bound, f"{label} gradient")
 
     if result.stats is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 from typing import Any
 
@@ -357,6 +358,27 @@ def test_layouts(dtype: torch.dtype) -> None:
             assert identical((logits, ref), before), name
 
 
+def test_rows_of_one_token_and_a_single_row(backend: str) -> None:
+    """(V,) logits with a 0-dim label; a vocabulary of one, in any layout."""
+    batch = mixed_batch(30)
+    for i in (0, 1, 3):
+        ids = batch.options["negative_ids"][i]
+        row = Batch(
+            *(x[i] for x in (batch.logits, batch.ref_logits, batch.labels, batch.weights)),
+            {"negative_ids": ids},
+        )
+        assert row.labels.shape == ()
+        result = run(row, backend, reduction="none")
+        assert_agrees(result, truth(row), row, reduction="none")
+    column = torch.randn(3, 12).t()[:, 1:2]
+    assert column.stride() == (1, 12)
+    one = Batch(column, column + 1, torch.zeros(12, dtype=torch.int64), batch.weights.abs())
+    for method in ("tnff", "tnrr", "nl+ll"):
+        result = run(one.with_options(method=method), backend)
+        assert result.loss == 0
+        assert (result.gradient == 0).all()
+
+
 def test_labels_and_weights_of_any_stride(backend: str) -> None:
     mixed = mixed_batch(30, ids=4)
     want = run(mixed, backend)
@@ -411,6 +433,15 @@ def test_one_loss_however_it_is_asked_for(dtype: torch.dtype, backend: str) -> N
             assert identical(got[:2], want[:2])
             got = run(batch, backend, reduction=reduction, return_stats=True, inplace=True)
             assert identical(got, want)
+
+
+def test_calls_from_several_threads(cpu: str) -> None:
+    """The kernels release the GIL."""
+    batches = [mixed_batch(3000 + i, seed=i).with_options(method="tnrf") for i in range(8)]
+    want = [run(batch, cpu) for batch in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert identical(list(pool.map(lambda batch: run(batch, cpu), batches)), want)
 
 
 def test_rows_do_not_depend_on_their_neighbours(backend: str) -> None:

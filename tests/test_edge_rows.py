@@ -270,6 +270,42 @@ def test_huge_logits(w: float, dtype: torch.dtype) -> None:
         check(batch, f"{smoothing} {temperature}")
 
 
+def uneven_rows(dtype: torch.dtype) -> Batch:
+    """Rows of some tiles of 256, whose maximum moves from tile to tile in every way."""
+    torch.manual_seed(6)
+    vocab, lowest = 4 * 256 + 100, torch.finfo(dtype).min
+    tile, ramp = torch.arange(vocab) // 256, torch.linspace(0, 1, vocab, dtype=F64)
+    zero = torch.zeros(vocab, dtype=F64)
+    shapes = [height * ramp for height in (30.0, 100.0, 300.0, 5e3)]
+    shapes += [step * tile.double() for step in (20.0, 39.0, 41.0, 88.0, 200.0, 1e3)]
+    shapes += [x.flip(0) for x in shapes]
+    shapes += [zero.masked_fill(tile == at, x) for at in (0, 2, 4) for x in (60.0, -60.0, -INF)]
+    shapes += [zero.masked_fill(tile < 3, x) for x in (-1e4, lowest, -INF)]
+    shapes += [zero.masked_fill(tile > 1, x) for x in (-1e4, lowest, -INF)]
+    base = torch.stack(shapes)
+    n = len(base)
+    z, r = (base + torch.randn(n, vocab) for _ in range(2))
+    far = torch.where(tile == torch.arange(n)[:, None] % 5, 1.0, 1e-3)  # close but for one tile
+    z[::2] = r[::2] + (far * torch.randn(n, vocab))[::2]
+    ids = torch.randint(vocab, (n, 6))
+    ids[::3] = -1
+    ids[1::3, 0] = z[1::3].argmax(-1)
+    labels, weights = torch.randint(vocab, (n,)), torch.tensor([1.0, -1.0, -0.3]).repeat(n)[:n]
+    labels[::2] = r[::2].argmax(-1)
+    z, r = (torch.where(x == -INF, x, x.clamp_min(lowest)).to(dtype) for x in (z, r))
+    return Batch(z, r, labels, weights.to(F64 if dtype == F64 else F32), {"negative_ids": ids})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_uneven_rows(temperature: float, dtype: torch.dtype) -> None:
+    batch = uneven_rows(dtype).with_options(temperature=temperature)
+    for objective, smoothing in itertools.product(OBJECTIVES[:4], SMOOTHINGS):
+        some = batch.with_options(method=objective, smoothing=smoothing)
+        sane = truth(some).terms.loss.abs() < 1e30
+        check(rows_where(some, sane), smoothing)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)
 def test_almost_all_mass_on_the_set(smoothing: str, dtype: torch.dtype) -> None:
@@ -551,6 +587,12 @@ def test_alpha_of_zero_leaves_nothing_of_a_broken_negative_row(backend: str) -> 
         assert torch.isfinite(result.loss).all()
         assert (result.gradient[batch.weights < 0] == 0).all()
         assert torch.isfinite(result.gradient).all()
+
+
+def test_a_broken_normalizer_is_not_mistaken_for_none(backend: str) -> None:
+    batch = mixed_batch(30)
+    assert run(batch, backend, normalizer=torch.tensor(NAN)).loss.isnan()
+    assert run(batch, backend, normalizer=torch.tensor(INF)).loss == 0
 
 
 def tensors(batch: Batch) -> list[Tensor]:

@@ -59,7 +59,7 @@ def test_golden(name: str, case: str, arrays: dict[str, Tensor], backend: str) -
     expected, expected_grad = arrays[f"{case}/{name}/loss"], arrays[f"{case}/{name}/grad"]
     assert set(weights.unique().tolist()) > {-1.0, 1.0}
 
-    for dtype, tolerance in ((F64, 1e-12), (F32, 1e-5)):
+    for dtype, tolerance in ((F64, 1e-12), (F32, 3e-5)):
         for reduction in ("none", "sum"):
             leaf = logits.detach().to(dtype).requires_grad_()
             reference = ref.to(dtype)

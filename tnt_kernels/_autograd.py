@@ -61,33 +61,42 @@ class TNTLossFunction(torch.autograd.Function):
         return loss, more[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return None, None, None, None, None
+        # Gradients are enabled here under create_graph=True alone, which needs the wrapper that refuses a second one
+        # (it costs 4 µs).
+        backward = _backward_once if torch.is_grad_enabled() else _backward
+        return backward(ctx, upstream)
+
+
+def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return None, None, None, None, None
+    if ctx.inplace:
+        if ctx.spent:
+            raise RuntimeError(
+                "tnt_loss: a second backward through a loss with inplace=True, whose logits the first one "
+                "overwrote; use inplace=False"
+            )
+        ctx.spent = True
+    if ctx.deferred:
+        logits, coefficients, *tensors = ctx.saved_tensors
+        arguments = (logits.detach(), *tensors, *ctx.scalars, coefficients, upstream)
         if ctx.inplace:
-            if ctx.spent:
-                raise RuntimeError(
-                    "tnt_loss: a second backward through a loss with inplace=True, whose logits the first one "
-                    "overwrote; use inplace=False"
-                )
-            ctx.spent = True
-        if ctx.deferred:
-            logits, coefficients, *tensors = ctx.saved_tensors
-            arguments = (logits.detach(), *tensors, *ctx.scalars, coefficients, upstream)
-            if ctx.inplace:
-                _ops.row_gradients_(*arguments)
-                gradient = logits.detach()
-            else:
-                gradient = _ops.row_gradients(*arguments)
+            _ops.row_gradients_(*arguments)
+            gradient = logits.detach()
         else:
-            (gradient,) = ctx.saved_tensors
-            if torch.compiler.is_compiling():
-                gradient = gradient * upstream  # fused by the compiler with what follows
-            else:
-                gradient = gradient.clone() if _keeps_graph() else gradient.detach()
-                BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
-        return gradient, None, None, None, None
+            gradient = _ops.row_gradients(*arguments)
+    else:
+        (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            gradient = gradient * upstream  # fused by the compiler with what follows
+        else:
+            gradient = gradient.clone() if _keeps_graph() else gradient.detach()
+            BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
+    return gradient, None, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 class LinearTNTLossFunction(torch.autograd.Function):

@@ -7,6 +7,7 @@ upstream factor folded in. Rows are (...); the four take the same tensors and sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -154,12 +155,16 @@ def _new_stats(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -
     return logits.new_empty((5, *arguments[1].shape), dtype=dtype)
 
 
+def _new_gradient(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 def _new_row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
     with_gradient, with_stats, with_coefficients = arguments[_LAST_SCALAR:]
     dtype = real_dtype(logits)
     outputs = [_new_loss(logits, arguments, dtype)]
     if with_gradient:
-        outputs.append(logits.new_empty(logits.shape))
+        outputs.append(_new_gradient(logits))
     if with_stats:
         outputs.append(_new_stats(logits, arguments, dtype))
     if with_coefficients:
@@ -211,12 +216,12 @@ def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _new_row_gradients(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return _new_gradient(logits)
 
 
 def _row_gradients(logits: Tensor, *arguments: Any) -> Tensor:
     coefficients, upstream = arguments[_LAST_SCALAR:]
-    gradient = _new_row_gradients(logits)
+    gradient = _new_gradient(logits)
     tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
     _launch(logits, tensors, scalars, None, None, coefficients, gradient, upstream)
     return gradient
@@ -238,7 +243,28 @@ for _name, _implementation, _fake in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tnt_kernels::{_name}", _fake, lib=_library)
 
-row_losses = torch.ops.tnt_kernels.row_losses.default
-row_losses_ = torch.ops.tnt_kernels.row_losses_.default
-row_gradients = torch.ops.tnt_kernels.row_gradients.default
-row_gradients_ = torch.ops.tnt_kernels.row_gradients_.default
+
+def _entry(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, or its implementation where nobody would see the difference.
+
+    The way through PyTorch's dispatcher and back into Python takes 20 µs of a forward and backward call. It is needed
+    when a compiler traces, a mode watches, or the logits are no plain tensor.
+    """
+    operator = getattr(torch.ops.tnt_kernels, name).default
+
+    def call(logits: Tensor, *arguments: Any) -> Any:
+        if (
+            type(logits) is Tensor
+            and not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+        ):
+            return implementation(logits, *arguments)
+        return operator(logits, *arguments)
+
+    return call
+
+
+row_losses = _entry("row_losses", _row_losses)
+row_losses_ = _entry("row_losses_", _row_losses_)
+row_gradients = _entry("row_gradients", _row_gradients)
+row_gradients_ = _entry("row_gradients_", _row_gradients_)
