@@ -86,6 +86,26 @@ def overhead(t: pd.DataFrame) -> dict[str, float]:
     return {str(name): float(ms) * 1e3 for name, ms in calls.ms_min.items()}
 
 
+def linear(t: pd.DataFrame, memory: pd.DataFrame) -> dict[str, Any]:
+    """``linear_tnt_loss``: the steps as multiples of their matmuls, and its memory beyond inputs and gradients."""
+    steps = t[t.kind == "linear"].dropna(axis="columns", how="all").drop(columns="kind")
+    keys = ["rows", "hidden", "vocab", "active_share"]
+    ms = steps.set_index([*keys, "contender"]).ms_min
+    floors = ms.xs("floor", level="contender")
+    steps["times_floor"] = (
+        steps.ms_min / floors.reindex(pd.MultiIndex.from_frame(steps[keys])).to_numpy()
+    )
+    whole = ms[ms.index.get_level_values("active_share") == 1].droplevel("active_share")
+    all_rows = whole.reindex(
+        pd.MultiIndex.from_frame(steps[["rows", "hidden", "vocab", "contender"]])
+    )
+    steps["share_of_all_rows"] = steps.ms_min / all_rows.to_numpy()
+    memory = memory.assign(
+        bytes_beyond_gradients=memory.bytes_beyond_inputs - memory.gradient_bytes
+    )
+    return {"cases": _records(steps), "memory": _records(memory)}
+
+
 def environment(report: dict[str, Any]) -> dict[str, Any]:
     machine, commit = report["machine_info"], report["commit_info"]
     cpu = machine["cpu"]
@@ -129,7 +149,11 @@ def huge_pages(t: pd.DataFrame, huge: pd.DataFrame) -> pd.DataFrame:
 
 
 def assemble(
-    report: dict[str, Any], huge: dict[str, Any], memory: list[dict[str, Any]], quick: bool
+    report: dict[str, Any],
+    huge: dict[str, Any],
+    memory: list[dict[str, Any]],
+    quick: bool,
+    linear_memory: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The contents of ``cpu.json``.
 
@@ -138,6 +162,7 @@ def assemble(
         huge: the same of the measurements with huge pages.
         memory: what the memory processes printed.
         quick: whether the sizes were those of ``--quick``.
+        linear_memory: what the memory processes of ``benchmarks.linear`` printed, if the report has its measurements.
     """
     t, m = timings(report), pd.DataFrame(memory)
     return {
@@ -150,6 +175,7 @@ def assemble(
         "overhead_us": {k: round(v, 3) for k, v in overhead(t).items()},
         "cases": _records(cases(t, m)),
         "memory": _records(m),
+        **({} if linear_memory is None else {"linear": linear(t, pd.DataFrame(linear_memory))}),
     }
 
 

@@ -17,17 +17,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import linear, report
 from benchmarks.memory import measure_in_process
 from benchmarks.problem import QUICK_SIZES, SIZES
 from benchmarks.results import assemble
 
 TESTS = "benchmarks/test_cpu.py"
+LINEAR_TESTS = "benchmarks/test_linear.py"
 MEMORY_CONTENDERS = ("in place", "fresh", "naive", "compiled")
 
 
 def measure_times(
-    quick: bool, tests: Sequence[str] = (TESTS,), environment: dict[str, str] | None = None
+    quick: bool,
+    tests: Sequence[str] = (TESTS, LINEAR_TESTS),
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs the tests in a process of their own; returns pytest-benchmark's report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +69,16 @@ def measure_memory(quick: bool) -> list[dict[str, Any]]:
     return [measure_in_process(*job) for job in tqdm(jobs, desc="memory", unit="case")]
 
 
+def measure_linear_memory(quick: bool) -> list[dict[str, Any]]:
+    size = linear.QUICK_SIZE if quick else linear.SIZE
+    rows = linear.QUICK_MEMORY_ROWS if quick else linear.MEMORY_ROWS
+    jobs = [
+        (contender, size._replace(rows=n)) for n in rows for contender in linear.MEMORY_CONTENDERS
+    ]
+    bar = tqdm(jobs, desc="memory, linear", unit="case")
+    return [linear.measure_memory_in_process(*job) for job in bar]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument(
@@ -80,7 +93,11 @@ def main() -> None:
     out: Path = a.out or (report.ROOT / "build" / "benchmarks" if a.quick else report.RESULTS)
 
     results = assemble(
-        measure_times(a.quick), measure_huge_pages(a.quick), measure_memory(a.quick), a.quick
+        measure_times(a.quick),
+        measure_huge_pages(a.quick),
+        measure_memory(a.quick),
+        a.quick,
+        measure_linear_memory(a.quick),
     )
     out.mkdir(parents=True, exist_ok=True)
     path = out / "cpu.json"

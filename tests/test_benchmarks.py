@@ -17,6 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("not in this distribution", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: the package under test is the installed one
 
+from benchmarks import linear  # noqa: E402
 from benchmarks.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
 from benchmarks.oracle import check_gradient, expected  # noqa: E402
 from benchmarks.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
@@ -71,6 +72,14 @@ def test_the_naive_losses_compile_whole(method: str) -> None:
     compiled = torch.compile(NAIVE[method], fullgraph=True, backend="aot_eager")
     problem = small_problem()
     check_gradient(training_step(compiled, problem), problem, method)
+
+
+@pytest.mark.parametrize("contender", ["fused", "unfused", "naive"])
+def test_linear_contenders_compute_the_reference(contender: str) -> None:
+    problem = linear.make_problem(linear.LinearSize(12, 8, 300)).with_active_share(0.75)
+    linear.check(linear.make_step(contender)(problem), problem)
+    with pytest.raises(AssertionError, match="gradient off by"):
+        linear.check(linear.floor(problem), problem)
 
 
 def test_a_wrong_gradient_is_not_timed() -> None:

@@ -54,10 +54,12 @@ def test_import_is_light() -> None:
 
 
 def test_public_names() -> None:
-    for name in ("tnt_loss", "TNTLoss", "Objective", "METHODS", "RowStats", "__version__"):
+    names = ("tnt_loss", "TNTLoss", "linear_tnt_loss", "LinearTNTLoss", "Objective", "METHODS")
+    for name in (*names, "RowStats", "__version__"):
         assert name in tnt.__all__
         assert getattr(tnt, name).__class__ is not None
     assert issubclass(tnt.TNTLoss, nn.Module)
+    assert issubclass(tnt.LinearTNTLoss, nn.Module)
     assert tnt.METHODS is METHODS
     assert list(METHODS) == ["tnff", "tnrr", "tnrf", "tnfr", "tnfll", "tnrll", "nl+ll", "ul+ll"]
     assert tnt.Objective() == tnt.Objective(positive="forward_kl", negative="reverse_kl")

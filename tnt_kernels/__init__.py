@@ -2,7 +2,17 @@
 
 from tnt_kernels._version import __version__
 from tnt_kernels.functional import RowStats, tnt_loss
-from tnt_kernels.losses import TNTLoss
+from tnt_kernels.linear import linear_tnt_loss
+from tnt_kernels.losses import LinearTNTLoss, TNTLoss
 from tnt_kernels.objectives import METHODS, Objective
 
-__all__ = ["METHODS", "Objective", "RowStats", "TNTLoss", "__version__", "tnt_loss"]
+__all__ = [
+    "METHODS",
+    "LinearTNTLoss",
+    "Objective",
+    "RowStats",
+    "TNTLoss",
+    "__version__",
+    "linear_tnt_loss",
+    "tnt_loss",
+]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tnt_kernels import _ops
+from tnt_kernels import _linear_ops, _ops
+from tnt_kernels._linear_chunks import LinearScalars
 from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends import BACKENDS
 from tnt_kernels.backends.call import Scalars
@@ -101,3 +102,54 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _backward_once = once_differentiable(_backward)
+
+
+class LinearTNTLossFunction(torch.autograd.Function):
+    """Keeps the gradients for backward, or under "none" the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rest: tuple[Tensor | None, ...],
+        linear: LinearScalars,
+        scalars: Scalars,
+        with_stats: bool,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.linear, ctx.scalars, ctx.wanted, ctx.dtype = linear, scalars, wanted, hidden.dtype
+        ctx.recompute = scalars.reduction == "none"
+        tensors = (hidden, weight, bias, *rest)
+        now = (False, False, False) if ctx.recompute else wanted
+        loss, *more = _linear_ops.linear_losses(*tensors, *linear, *scalars, with_stats, *now)
+        if ctx.recompute:
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.save_for_backward(*more[with_stats:])
+        if not with_stats:
+            return cast(Tensor, loss)
+        ctx.mark_non_differentiable(more[0])
+        ctx.set_materialize_grads(False)
+        return loss, more[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 8
+        if ctx.recompute:
+            gradients = _linear_ops.linear_gradients(
+                *ctx.saved_tensors, *ctx.linear, *ctx.scalars, upstream, *ctx.wanted
+            )
+        elif torch.compiler.is_compiling():
+            gradients = [gradient * upstream for gradient in ctx.saved_tensors]
+        else:
+            keep = _keeps_graph()
+            gradients = [x.clone() if keep else x.detach() for x in ctx.saved_tensors]
+            for gradient in gradients:
+                BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
+        found = iter(gradients)
+        mine = [next(found).to(ctx.dtype) if want else None for want in ctx.wanted]
+        return *mine, None, None, None, None, None

@@ -20,18 +20,18 @@ _TENSORS = (
     "Tensor? ref_logits, Tensor labels, Tensor? weights, Tensor? alpha, Tensor? negative_ids, "
     "Tensor? normalizer"
 )
-_SCALARS = (
+SCALARS = (
     "int positive_loss, int negative_loss, float alpha_value, float eps, bool uniform_smoothing, "
     "float? nl_floor, float temperature, int ignore_index, str reduction, float? normalizer_value, "
     "str backend"
 )
 _library = torch.library.Library("tnt_kernels", "DEF")
 for _schema in (
-    f"row_losses(Tensor logits, {_TENSORS}, {_SCALARS}, bool with_gradient, bool with_stats, "
+    f"row_losses(Tensor logits, {_TENSORS}, {SCALARS}, bool with_gradient, bool with_stats, "
     "bool with_coefficients) -> Tensor[]",
-    f"row_losses_(Tensor(a!) logits, {_TENSORS}, {_SCALARS}, bool with_stats) -> (Tensor loss, Tensor stats)",
-    f"row_gradients(Tensor logits, {_TENSORS}, {_SCALARS}, Tensor coefficients, Tensor upstream) -> Tensor",
-    f"row_gradients_(Tensor(a!) logits, {_TENSORS}, {_SCALARS}, Tensor coefficients, Tensor upstream) -> ()",
+    f"row_losses_(Tensor(a!) logits, {_TENSORS}, {SCALARS}, bool with_stats) -> (Tensor loss, Tensor stats)",
+    f"row_gradients(Tensor logits, {_TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> Tensor",
+    f"row_gradients_(Tensor(a!) logits, {_TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops, backends
+from tnt_kernels import _ops
 from tnt_kernels._autograd import TNTLossFunction
-from tnt_kernels.backends.call import Scalars
+from tnt_kernels._checks import LOGITS_DTYPES, check_constant, row_arguments
 from tnt_kernels.objectives import Objective, resolve_method
-
-_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REDUCTIONS = ("mean", "sum", "none")
-_SMOOTHINGS = ("negatives", "uniform")
 
 
 class RowStats(NamedTuple):
@@ -143,58 +137,10 @@ def tnt_loss(
         _check_reference(ref_logits, logits, objective)
     else:
         ref_logits = None
-    real = _ops.real_dtype(logits)
-    labels = _as_integers("labels", labels, logits, shape)
-    if weights is not None:
-        weights = _as_real("weights", weights, logits, real)
-        if weights.shape != shape:
-            raise ValueError(
-                f"weights: shape {tuple(weights.shape)}, expected {tuple(shape)}, that of logits without V"
-            )
-    alpha_value, alpha_rows = 1.0, None
-    if isinstance(alpha, Tensor):
-        alpha_rows = _broadcast_alpha(_as_real("alpha", alpha, logits, real), shape)
-    else:
-        alpha_value = _as_number("alpha", alpha)
-    if negative_ids is not None:
-        negative_ids = _check_negative_ids(negative_ids, logits, shape)
-    if smoothing not in _SMOOTHINGS:
-        raise ValueError(f"smoothing is {smoothing!r}, expected 'negatives' or 'uniform'")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    normalizer_value, normalizer_tensor = None, None
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f"normalizer: given with reduction={reduction!r}, expected reduction='mean'"
-            )
-        if isinstance(normalizer, Tensor):
-            normalizer_tensor = _as_real("normalizer", normalizer, logits, real)
-            if normalizer_tensor.dim() != 0:
-                raise ValueError(
-                    f"normalizer: shape {tuple(normalizer.shape)}, expected a number or a 0-dim tensor"
-                )
-        else:
-            normalizer_value = _as_number("normalizer", normalizer, least=0.0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: {type(ignore_index).__name__}, expected an int")
-
-    scalars = Scalars(
-        int(objective.positive_loss),
-        int(objective.negative_loss),
-        alpha_value,
-        _as_number("eps", eps, least=0.0),
-        smoothing == "uniform",
-        None if nl_floor is None else _as_number("nl_floor", nl_floor),
-        _as_number("temperature", temperature, above=0.0),
-        ignore_index,
-        reduction,
-        normalizer_value,
-        backends.select(logits, backend),
-    )
-    tensors = _ops.RowTensors(
-        ref_logits, labels, weights, alpha_rows, negative_ids, normalizer_tensor
-    )
+    tensors, scalars = row_arguments(
+        logits, ref_logits, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
+        temperature, ignore_index, reduction, normalizer, backend, shape, "logits",
+    )  # fmt: skip
     if logits.requires_grad and torch.is_grad_enabled():
         if inplace:
             _check_overwritable(logits)
@@ -211,7 +157,7 @@ def tnt_loss(
 def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: {type(logits).__name__}, expected a tensor")
-    if logits.dtype not in _LOGITS_DTYPES:
+    if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"logits: dtype {logits.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
         )
@@ -234,78 +180,7 @@ def _check_reference(ref_logits: Tensor | None, logits: Tensor, objective: Objec
         raise TypeError(
             f"ref_logits: dtype {ref_logits.dtype}, expected {logits.dtype}, that of logits"
         )
-    _check_constant("ref_logits", ref_logits, logits)
-
-
-def _check_constant(name: str, x: Tensor, logits: Tensor) -> None:
-    if x.device != logits.device:
-        raise ValueError(f"{name}: on {x.device}, expected {logits.device}, where logits are")
-    if x.requires_grad:
-        raise ValueError(
-            f"{name}: requires grad, expected a tensor without gradient (none flows to it): detach it"
-        )
-
-
-def _as_integers(name: str, x: Tensor, logits: Tensor, shape: torch.Size | None = None) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {type(x).__name__}, expected an integer tensor")
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise TypeError(f"{name}: dtype {x.dtype}, expected an integer dtype")
-    if shape is not None and x.shape != shape:
-        raise ValueError(
-            f"{name}: shape {tuple(x.shape)}, expected {tuple(shape)}, that of logits without V"
-        )
-    if x.device != logits.device:
-        raise ValueError(f"{name}: on {x.device}, expected {logits.device}, where logits are")
-    return x if x.dtype == torch.int64 else x.to(torch.int64)
-
-
-def _as_real(name: str, x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {type(x).__name__}, expected a real tensor")
-    if x.dtype.is_complex:
-        raise TypeError(f"{name}: dtype {x.dtype}, expected a real dtype")
-    _check_constant(name, x, logits)
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _as_number(name: str, x: float, least: float = -math.inf, above: float = -math.inf) -> float:
-    if type(x) is not float:
-        if isinstance(x, bool) or not isinstance(x, Real):
-            raise TypeError(f"{name}: {type(x).__name__}, expected a number")
-        x = float(x)
-    if not (-math.inf < x < math.inf and x >= least and x > above):  # the compiler can trace these
-        bound = (
-            f" above {above:g}"
-            if above > -math.inf
-            else f" of at least {least:g}"
-            if least > -math.inf
-            else ""
-        )
-        raise ValueError(f"{name} is {x}, expected a finite number{bound}")
-    return x
-
-
-def _broadcast_alpha(alpha: Tensor, shape: torch.Size) -> Tensor:
-    if alpha.dim() == 0 or alpha.shape == shape:
-        return alpha
-    try:
-        return alpha.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"alpha: shape {tuple(alpha.shape)}, expected one that broadcasts to {tuple(shape)}"
-        ) from None
-
-
-def _check_negative_ids(negative_ids: Tensor, logits: Tensor, shape: torch.Size) -> Tensor | None:
-    negative_ids = _as_integers("negative_ids", negative_ids, logits)
-    if (negative_ids.dim() != 1 and negative_ids.shape[:-1] != shape) or negative_ids.dim() == 0:
-        raise ValueError(
-            f"negative_ids: shape {tuple(negative_ids.shape)}, expected (K,) or {(*shape, 'K')}".replace(
-                "'", ""
-            )
-        )
-    return negative_ids if negative_ids.size(-1) else None
+    check_constant("ref_logits", ref_logits, logits, "logits")
 
 
 def _check_overwritable(logits: Tensor) -> None:

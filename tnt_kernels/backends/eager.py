@@ -24,30 +24,38 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
         gradient.mul_(scale)
 
 
-def check_indices(call: RowCall) -> None:
-    """On the CPU, labels and ids outside the vocabulary are an error; elsewhere asking would wait for the device."""
-    if call.labels.device.type != "cpu":
+def check_indices(
+    labels: Tensor,
+    weights: Tensor | None,
+    negative_ids: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    """On the CPU, labels and ids outside the vocabulary are an error; elsewhere asking would wait for the device.
+
+    Rows are (N,).
+    """
+    if labels.device.type != "cpu":
         return
-    vocab, s = call.logits.size(1), call.scalars
-    active = call.labels != s.ignore_index
-    if call.weights is not None:
-        active &= call.weights != 0
-    outside = active & ((call.labels < 0) | (call.labels >= vocab))
+    active = labels != ignore_index
+    if weights is not None:
+        active &= weights != 0
+    outside = active & ((labels < 0) | (labels >= vocab))
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"labels: row {row} has label {int(call.labels[row])}, expected 0 <= label < V "
-            f"(vocabulary size {vocab}) or ignore_index ({s.ignore_index})"
+            f"labels: row {row} has label {int(labels[row])}, expected 0 <= label < V "
+            f"(vocabulary size {vocab}) or ignore_index ({ignore_index})"
         )
-    if call.negative_ids is not None:
-        ids = call.negative_ids
-        outside = (ids < -1) | (ids >= vocab)
-        if ids.dim() == 2:
+    if negative_ids is not None:
+        outside = (negative_ids < -1) | (negative_ids >= vocab)
+        per_row = negative_ids.dim() == 2
+        if per_row:
             outside &= active[:, None]
         if outside.any() and len(active):
             index = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"negative_ids: row {index[0] if ids.dim() == 2 else 0} has id {int(ids[tuple(index)])}, "
+                f"negative_ids: row {index[0] if per_row else 0} has id {int(negative_ids[tuple(index)])}, "
                 f"expected 0 <= id < V (vocabulary size {vocab}), or -1 as padding"
             )
 
@@ -55,7 +63,9 @@ def check_indices(call: RowCall) -> None:
 def launch(call: RowCall) -> None:
     s = call.scalars
     if call.upstream is None:
-        check_indices(call)
+        check_indices(
+            call.labels, call.weights, call.negative_ids, call.logits.size(1), s.ignore_index
+        )
     names = (RowLoss(s.positive_loss).name.lower(), RowLoss(s.negative_loss).name.lower())
     alpha: float | Tensor = (
         s.alpha_value if call.alpha is None else call.alpha.expand(len(call.labels))

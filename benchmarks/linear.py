@@ -1,0 +1,190 @@
+"""``linear_tnt_loss`` against its matmuls alone, and against what makes the logits first.
+
+``python -m benchmarks.linear CONTENDER ROWS`` prints the peak memory of one step in a process of its own, as
+``benchmarks.memory`` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tnt_kernels as tnt
+from benchmarks import THREADS
+from benchmarks.contenders import naive_tnff
+from benchmarks.memory import KNOWN, peak_beyond
+
+
+class LinearSize(NamedTuple):
+    rows: int
+    hidden: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.hidden}x{self.vocab}"
+
+
+SIZE = LinearSize(512, 512, 32000)
+QUICK_SIZE = LinearSize(16, 32, 5000)
+MEMORY_ROWS = (128, 512, 2048)
+QUICK_MEMORY_ROWS = (16,)
+SPARSE = 0.25  # active share where "25 % of the rows" is measured
+FLOOR_CHUNK = (
+    256  # rows: the floor's, as many as the library's default at this size comes to within a few
+)
+
+
+class LinearProblem(NamedTuple):
+    """The inputs of one step: float32."""
+
+    hidden: Tensor  # (N, H), requires grad
+    weight: Tensor  # (V, H), requires grad
+    ref_hidden: Tensor  # (N, H)
+    ref_weight: Tensor  # (V, H)
+    labels: Tensor  # (N,)
+    weights: Tensor  # (N,): -1, 0 or 1
+
+    def with_active_share(self, share: float) -> LinearProblem:
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1))
+        weights = self.weights.clone()
+        weights[order[round(share * len(order)) :]] = 0
+        return self._replace(weights=weights)
+
+    def chunks(self) -> list[Tensor]:
+        """The active rows' indices, as the floor takes them."""
+        return list((self.weights != 0).nonzero()[:, 0].split(FLOOR_CHUNK))
+
+
+def make_problem(size: LinearSize) -> LinearProblem:
+    """Logits of a standard deviation of 3, the policy a little away from the reference, one row in four pushed down."""
+    rows, hidden, vocab = size
+    generator = torch.Generator().manual_seed(0)
+    ref_hidden = torch.randn(rows, hidden, generator=generator)
+    ref_weight = torch.randn(vocab, hidden, generator=generator).mul_(3 / hidden**0.5)
+    weight = ref_weight + 0.1 * torch.randn(vocab, hidden, generator=generator).mul_(
+        3 / hidden**0.5
+    )
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    weights = torch.where(torch.rand(rows, generator=generator) < 0.25, -1.0, 1.0)
+    policy = (ref_hidden + 0.05 * torch.randn(rows, hidden, generator=generator)).requires_grad_()
+    return LinearProblem(policy, weight.requires_grad_(), ref_hidden, ref_weight, labels, weights)
+
+
+Step = Callable[[LinearProblem], tuple[Tensor, ...]]
+
+
+@torch.no_grad()
+def floor(p: LinearProblem) -> tuple[Tensor, ...]:
+    """The matmuls of a step over the same chunks, with nothing between them: whatever comes out."""
+    chunks = p.chunks()
+    most = max(map(len, chunks))
+    z, r = (torch.empty(most, len(p.weight)) for _ in range(2))
+    hidden_gradient, weight_gradient = torch.zeros_like(p.hidden), torch.zeros_like(p.weight)
+    for index in chunks:
+        n, rows = len(index), p.hidden[index]
+        torch.mm(rows, p.weight.t(), out=z[:n])
+        torch.mm(p.ref_hidden[index], p.ref_weight.t(), out=r[:n])
+        hidden_gradient[index] = torch.mm(z[:n], p.weight)
+        weight_gradient.addmm_(z[:n].t(), rows)
+    return hidden_gradient, weight_gradient
+
+
+def _step(loss_function: Callable[[LinearProblem], Tensor]) -> Step:
+    return lambda p: torch.autograd.grad(loss_function(p), (p.hidden, p.weight))
+
+
+def _fused(p: LinearProblem) -> Tensor:
+    return tnt.linear_tnt_loss(*p)
+
+
+def _logits(p: LinearProblem) -> tuple[Tensor, Tensor]:
+    return F.linear(p.hidden, p.weight), F.linear(p.ref_hidden, p.ref_weight)
+
+
+def _unfused(p: LinearProblem) -> Tensor:
+    return tnt.tnt_loss(*_logits(p), p.labels, p.weights, inplace=True)
+
+
+def _naive(p: LinearProblem) -> Tensor:
+    return naive_tnff(*_logits(p), p.labels, p.weights)
+
+
+CONTENDERS = ("floor", "fused", "unfused", "naive", "compiled")
+MEMORY_CONTENDERS = ("fused", "unfused", "naive", "compiled")
+
+
+def make_step(contender: str) -> Step:
+    if contender == "floor":
+        return floor
+    if contender == "compiled":
+        return _step(torch.compile(_naive, fullgraph=True, dynamic=False))
+    return _step({"fused": _fused, "unfused": _unfused, "naive": _naive}[contender])
+
+
+def check(gradients: tuple[Tensor, ...], p: LinearProblem) -> None:
+    """The gradient of a few active hidden states against the reference in float64.
+
+    Raises:
+        AssertionError: it differs by more than 1e-3 of its size.
+    """
+    some = (p.weights != 0).nonzero()[:4, 0]
+    rows = [x[some].detach() for x in (p.hidden, p.ref_hidden, p.labels, p.weights)]
+    hidden, ref_hidden = (x.double() for x in rows[:2])
+    weight, ref_weight = p.weight.detach().double(), p.ref_weight.double()
+    hidden.requires_grad_()
+    small = LinearProblem(hidden, weight, ref_hidden, ref_weight, *rows[2:])
+    loss = tnt.tnt_loss(*_logits(small), rows[2], rows[3], reduction="sum", backend="torch")
+    (expected,) = torch.autograd.grad(loss / (p.weights != 0).sum(), hidden)
+    error = (gradients[0][some] - expected).norm() / expected.norm()
+    assert error < 1e-3, f"gradient off by {error}"
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def measure_memory(contender: str, size: LinearSize) -> dict[str, Any]:
+    torch.set_num_threads(THREADS)
+    step = make_step(contender)
+    step(make_problem(size if contender == "compiled" else size._replace(rows=2)))
+    problem = make_problem(size)
+    known = peak_beyond(lambda: torch.empty(KNOWN, dtype=torch.uint8).fill_(1))
+    return {
+        "contender": contender,
+        **size._asdict(),
+        "bytes_beyond_inputs": peak_beyond(lambda: step(problem)),
+        "gradient_bytes": 4 * (problem.hidden.numel() + problem.weight.numel()),
+        "logits_bytes": 4 * size.rows * size.vocab,
+        "known_bytes": KNOWN,
+        "known_bytes_measured": known,
+    }
+
+
+def measure_memory_in_process(contender: str, size: LinearSize) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.linear", contender, *map(str, size)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    fields: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return fields
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("rows", type=int, nargs="?", default=SIZE.rows)
+    parser.add_argument("hidden", type=int, nargs="?", default=SIZE.hidden)
+    parser.add_argument("vocab", type=int, nargs="?", default=SIZE.vocab)
+    a = parser.parse_args()
+    print(json.dumps(measure_memory(a.contender, LinearSize(a.rows, a.hidden, a.vocab))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The measurements of ``linear_tnt_loss`` on a CPU, one a test, into the same report as ``test_cpu.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.linear import (
+    CONTENDERS,
+    QUICK_SIZE,
+    SIZE,
+    SPARSE,
+    LinearProblem,
+    check,
+    make_problem,
+    make_step,
+)
+
+Measure = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def linear_problem(request: pytest.FixtureRequest) -> LinearProblem:
+    return make_problem(QUICK_SIZE if request.config.getoption("--quick") else SIZE)
+
+
+def measure_step(measure: Measure, p: LinearProblem, contender: str, share: float) -> None:
+    step = make_step(contender)
+    gradients = step(p)
+    if contender != "floor":
+        check(gradients, p)
+    del gradients
+    measure(
+        lambda: step(p),
+        rounds=5,
+        kind="linear",
+        contender=contender,
+        active_share=share,
+        rows=len(p.labels),
+        hidden=p.weight.size(1),
+        vocab=p.weight.size(0),
+        dtype="float32",
+    )
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_linear(measure: Measure, linear_problem: LinearProblem, contender: str) -> None:
+    measure_step(measure, linear_problem, contender, 1.0)
+
+
+@pytest.mark.parametrize("contender", ["floor", "fused"])
+def test_linear_sparse(measure: Measure, linear_problem: LinearProblem, contender: str) -> None:
+    """One row in four is active."""
+    measure_step(measure, linear_problem.with_active_share(SPARSE), contender, SPARSE)

@@ -1,0 +1,591 @@
+"""``linear_tnt_loss``: the same as ``tnt_loss`` of the multiplied-out logits, without ever holding them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import BF16, F16, F32, F64, NAN
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import tnt_kernels as tnt
+from tnt_kernels import _linear_chunks, _linear_ops
+
+ROWS, HIDDEN, REF_HIDDEN, VOCAB = 13, 6, 4, 37
+
+
+class Heads(NamedTuple):
+    """The arguments of a call, and those of its keywords that are the model's."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        return [x.detach().clone().requires_grad_() for x in self[:3]]
+
+
+def heads(dtype: torch.dtype = F64, *, rows: int = ROWS, vocab: int = VOCAB) -> Heads:
+    """Rows of every kind; row 3 is ignored, row 4 has weight 0."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    weights = torch.tensor([1.0, -1.0, 0.5, -0.3, 0.0]).repeat(-(-rows // 5))[:rows]
+    if rows > 3:
+        labels[3] = -100
+    return Heads(
+        normal(rows, HIDDEN), normal(vocab, HIDDEN), normal(vocab),
+        normal(rows, REF_HIDDEN), normal(vocab, REF_HIDDEN),
+        labels, weights.to(F64 if dtype == F64 else F32),
+    )  # fmt: skip
+
+
+def linear(x: Heads, leaves: list[Tensor] | None = None, **keywords: Any) -> Any:
+    hidden, weight, bias = leaves or x[:3]
+    return tnt.linear_tnt_loss(
+        hidden,
+        weight,
+        x.ref_hidden,
+        x.ref_weight,
+        x.labels,
+        x.weights,
+        **{"bias": bias, **keywords},
+    )
+
+
+def whole(
+    x: Heads,
+    leaves: list[Tensor] | None = None,
+    *,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    **keywords: Any,
+) -> Any:
+    """``tnt_loss`` of all logits at once, by autograd."""
+    hidden, weight, bias = leaves or x[:3]
+
+    def capped(logits: Tensor, cap: float | None) -> Tensor:
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    logits = capped(logit_scale * F.linear(hidden, weight, bias), softcap)
+    ref_logits = capped(ref_logit_scale * F.linear(x.ref_hidden, x.ref_weight), ref_softcap)
+    return tnt.tnt_loss(logits, ref_logits, x.labels, x.weights, **keywords)
+
+
+def gradients(
+    loss_of: Callable[..., Any], x: Heads, upstream: Tensor | float = 1.0, **keywords: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    leaves = x.leaves()
+    loss = loss_of(x, leaves, **keywords)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    return loss.detach(), torch.autograd.grad(
+        loss, leaves, torch.as_tensor(upstream).to(loss).expand_as(loss)
+    )
+
+
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+    __tracebackhide__ = True
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=0, atol=tolerance * float(b.abs().max())
+        )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "capped": {"softcap": 3.0, "ref_softcap": 2.0, "logit_scale": 0.7, "ref_logit_scale": 1.3},
+    "scaled": {"logit_scale": 0.25, "temperature": 1.5, "alpha": 0.3, "smoothing": "uniform"},
+}
+PER_ROW = {
+    "alpha": torch.linspace(0.5, 2, ROWS, dtype=F64),
+    "negative_ids": torch.tensor([[-1, 4, 9]] + [[-1, -1, -1]] * 3 + [[5, 5, 8]] * (ROWS - 4)),
+}
+
+
+# --- agreement ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", tnt.METHODS)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_of_the_whole(reduction: str, settings: str, method: str, backend: str) -> None:
+    keywords = {**SETTINGS[settings], "method": method, "reduction": reduction, "backend": backend}
+    upstream = torch.linspace(-1, 2, ROWS) if reduction == "none" else 3.0
+    for x, more in ((heads(), {}), (heads(), PER_ROW)):
+        loss, grads = gradients(linear, x, upstream, chunk_size=4, **{**keywords, **more})
+        want, want_grads = gradients(whole, x, upstream, **{**keywords, **more})
+        assert_close([loss, *grads], [want, *want_grads], 1e-13)
+
+
+@pytest.mark.parametrize("method", tnt.METHODS)
+def test_gradcheck(method: str, backend: str) -> None:
+    x = heads(rows=6, vocab=9)
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda *leaves, reduction=reduction: linear(
+                x,
+                list(leaves),
+                method=method,
+                reduction=reduction,
+                softcap=4.0,
+                backend=backend,
+                chunk_size=4,
+            ),
+            x.leaves(),
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_row_stats(reduction: str, backend: str) -> None:
+    x = heads()
+    keywords = {"method": "tnfll", "reduction": reduction, "return_stats": True, "backend": backend}
+    names = ("hidden", "ref_hidden", "labels", "weights")
+    x = x._replace(**{n: (v := getattr(x, n)[:12]).view(3, 4, *v.shape[1:]) for n in names})
+    for leaves in (None, x.leaves()):
+        loss, stats = linear(x, leaves, chunk_size=5, **keywords)
+        want, want_stats = whole(x, leaves, **keywords)
+        torch.testing.assert_close(loss, want)
+        for a, b in zip(stats, want_stats, strict=True):
+            assert not a.requires_grad
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dtypes(reduction: str, dtype: torch.dtype, backend: str) -> None:
+    """Against float64 on the same inputs. 16-bit ones round the logits, as ``F.linear`` does, and the gradient once."""
+    x = heads(dtype)
+    exact = Heads(*(v.to(F64) if v.is_floating_point() else v for v in x))
+    tolerance = {F32: 2e-6, BF16: 2e-2, F16: 2e-3}[dtype]
+    for settings in SETTINGS.values():
+        keywords = {**settings, "reduction": reduction}
+        loss, grads = gradients(linear, x, backend=backend, chunk_size=5, **keywords)
+        want, want_grads = gradients(whole, exact, **keywords)
+        assert loss.dtype == F32
+        assert [g.dtype for g in grads] == [dtype] * 3
+        assert_close([loss, *grads], [want, *want_grads], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("ref_dtype", [F64, F32, BF16, F16])
+def test_a_reference_of_another_dtype(ref_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    x = heads(dtype)
+    other = x._replace(ref_hidden=x.ref_hidden.to(ref_dtype), ref_weight=x.ref_weight.to(ref_dtype))
+    loss, grads = gradients(linear, other, chunk_size=5)
+    want, want_grads = gradients(linear, x)
+    assert_close([loss, *grads], [want, *want_grads], 4 * torch.finfo(ref_dtype).eps + 1e-6)
+
+
+def test_chunks_do_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = heads()
+    want = gradients(linear, x, method="tnrll", backend=backend)
+    for size in (1, 2, 5, 12, 100):
+        loss, grads = gradients(linear, x, method="tnrll", backend=backend, chunk_size=size)
+        assert_close([loss, *grads], [want[0], *want[1]], 1e-14)
+    for budget in (1, 3000):
+        monkeypatch.setitem(_linear_chunks.CHUNK_BYTES, "cpu", budget)
+        for dtype, tolerance in ((F64, 1e-14), (F16, 3e-3)):
+            loss, grads = gradients(linear, heads(dtype), method="tnrll", backend=backend)
+            assert_close([loss, *grads], [want[0], *want[1]], tolerance)
+
+
+def test_a_fixed_point(backend: str) -> None:
+    """Policy and reference the same (LoRA at its start: tied weights): nothing moves, to the last bit."""
+    x = heads(F32, vocab=1000)
+    hidden, weight, bias = x.leaves()
+    loss = tnt.linear_tnt_loss(
+        hidden, weight, hidden.detach(), weight.detach(), x.labels, x.weights.abs(),
+        bias=bias, ref_bias=bias.detach(), softcap=2.0, ref_softcap=2.0, chunk_size=4, backend=backend,
+    )  # fmt: skip
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
+def test_padded_vocabulary(backend: str) -> None:
+    x = heads()
+    padded = F.pad(x.weight, (0, 0, 0, 3), value=NAN)
+    ref_padded = F.pad(x.ref_weight, (0, 0, 0, 5), value=NAN)
+    leaves = [x.hidden, padded, F.pad(x.bias, (0, 3), value=NAN)]
+    leaves = [v.detach().clone().requires_grad_() for v in leaves]
+    loss = linear(x._replace(ref_weight=ref_padded), leaves, vocab_size=VOCAB, backend=backend)
+    got = torch.autograd.grad(loss, leaves)
+    want, want_grads = gradients(linear, x, backend=backend)
+    assert torch.equal(loss, want)
+    assert torch.equal(got[0], want_grads[0])
+    for a, b in zip(got[1:], want_grads[1:], strict=True):
+        assert torch.equal(a[:VOCAB], b)
+        assert (a[VOCAB:] == 0).all()
+    view = linear(x, [x.hidden, padded[:VOCAB], x.bias], backend=backend)
+    assert torch.equal(view, want)
+
+
+# --- rows that need nothing ---------------------------------------------------------------------
+
+
+def test_rows_that_need_nothing_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, multiplied = heads(), []
+    addmm = torch.addmm
+
+    def recorded(addend: Tensor, rows: Tensor, *more: Any, **keywords: Any) -> Tensor:
+        multiplied.append(tuple(rows.shape))
+        return addmm(addend, rows, *more, **keywords)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    # rows 0 ... 12: weights 1 -1 .5 (ignored) 0, three times; 10 active, 4 negative of them
+    for method, reference in (("tnff", 10), ("tnfll", 4), ("ul+ll", 0)):
+        multiplied.clear()
+        gradients(linear, x, method=method)
+        assert sum(n for n, width in multiplied if width == HIDDEN) == 10
+        assert sum(n for n, width in multiplied if width == REF_HIDDEN) == reference
+
+
+@pytest.mark.parametrize("most", [None, 10, 11, 13, 50])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_of_an_ignored_row_is_seen(reduction: str, most: int | None, backend: str) -> None:
+    x = heads()
+    want, want_grads = gradients(linear, x, reduction=reduction, method="tnfll", backend=backend)
+    for v in (x.hidden, x.ref_hidden):
+        v[[3, 4]] = NAN
+    loss, grads = gradients(
+        linear,
+        x,
+        reduction=reduction,
+        method="tnfll",
+        backend=backend,
+        max_active_rows=most,
+        chunk_size=4,
+    )
+    assert_close([loss, *grads], [want, *want_grads], 1e-13)
+    assert (grads[0][[3, 4]] == 0).all()
+
+
+def test_more_active_rows_than_promised() -> None:
+    with pytest.raises(ValueError, match="max_active_rows is 9, expected at least 10"):
+        linear(heads(), max_active_rows=9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_no_active_row(dtype: torch.dtype, reduction: str, backend: str) -> None:
+    some = heads(dtype)
+    for x in (some._replace(weights=torch.zeros(ROWS)), heads(dtype, rows=0)):
+        for most in (None, 2):
+            loss, grads = gradients(
+                linear, x, reduction=reduction, backend=backend, max_active_rows=most
+            )
+            assert loss.shape == (x.labels.shape if reduction == "none" else ())
+            assert [g.shape for g in grads] == [v.shape for v in x[:3]]
+            assert all((v == 0).all() for v in (loss, *grads))
+
+
+def test_normalizer(backend: str) -> None:
+    x = heads()
+    for normalizer in (7, torch.tensor(7.0), 0):
+        loss, grads = gradients(linear, x, normalizer=normalizer, backend=backend, chunk_size=3)
+        want, want_grads = gradients(whole, x, normalizer=normalizer, backend=backend)
+        assert_close([loss, *grads], [want, *want_grads], 1e-13)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_gradient_only_if_required(reduction: str, wanted: tuple[bool, ...]) -> None:
+    x = heads()
+    _, want = gradients(linear, x, reduction=reduction)
+    leaves = [v.detach().clone().requires_grad_(w) for v, w in zip(x[:3], wanted, strict=True)]
+    loss = linear(x, leaves, reduction=reduction).sum()
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        loss.backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        assert leaf.grad is None or torch.equal(leaf.grad, gradient)
+        assert (leaf.grad is not None) == leaf.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [F64, F16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward(reduction: str, dtype: torch.dtype, backend: str) -> None:
+    leaves = heads(dtype).leaves()
+    loss = linear(heads(dtype), leaves, reduction=reduction, backend=backend).sum()
+    first = torch.autograd.grad(
+        loss, leaves, torch.tensor(2.0, dtype=loss.dtype), retain_graph=True
+    )
+    for a, b in zip(torch.autograd.grad(loss, leaves), first, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_double_backward_raises() -> None:
+    x = heads()
+    leaves = x.leaves()
+    (gradient, *_) = torch.autograd.grad(linear(x, leaves), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(gradient.sum(), leaves)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_gradients_do_not_underflow(reduction: str, backend: str) -> None:
+    """A mean of rows that hardly count, all below float16's least number until the scale arrives, and one that does."""
+    x = heads(F64, rows=60, vocab=500)
+    near = x.hidden + 0.2 * x.hidden.roll(1)
+    weights = x.weights.abs().float() * 1e-4
+    weights[1] = -1.0
+    half = Heads(
+        near.half(), x.weight.half(), torch.zeros(500).half(),
+        x.hidden.half(), x.weight.half(), x.labels, weights,
+    )  # fmt: skip
+    exact = Heads(*(v.to(F64) if v.is_floating_point() else v for v in half))
+    scale, normalizer = 2.0**24, 2.0**14
+    keywords: dict[str, Any] = {"reduction": reduction}
+    upstream = scale / normalizer
+    if reduction == "mean":
+        keywords["normalizer"], upstream = normalizer, scale
+    _, grads = gradients(linear, half, upstream, backend=backend, **keywords)
+    _, want = gradients(whole, exact, upstream, **keywords)
+    active = weights != 0
+    active[3] = False
+    assert (want[0][active].abs().amax(-1) / scale).median() < torch.finfo(
+        F16
+    ).smallest_normal / 1e3
+    # of every row; beyond what float16 logits lose, there is but the rounding of the result
+    error = (grads[0].double() - want[0])[active].norm(dim=-1) / want[0][active].norm(dim=-1)
+    assert error.max() < 0.03
+    for got, expected in zip(grads, want, strict=True):
+        assert (got.double() - expected).norm() / expected.norm() < 0.01
+    # where only rows that hardly count reach: the weight's gradient without row 1
+    half.weights[1] = exact.weights[1] = 0.0
+    _, (_, got, _) = gradients(linear, half, upstream, backend=backend, **keywords)
+    _, (_, expected, _) = gradients(whole, exact, upstream, **keywords)
+    assert (got.double() - expected).norm() / expected.norm() < 0.01
+
+
+def test_an_undefined_row_spoils_no_other(backend: str) -> None:
+    for dtype in (F32, F16):
+        x = heads(dtype)
+        x.hidden[0] = NAN
+        _, (hidden, weight, _) = gradients(linear, x, backend=backend)
+        assert hidden[0].isnan().all()
+        assert hidden[1:].isfinite().all()
+        assert weight.isnan().all()
+
+
+# --- around the call ----------------------------------------------------------------------------
+
+
+def test_module() -> None:
+    x = heads()
+    module = tnt.LinearTNTLoss(method="tnrf", softcap=3.0)
+    assert "softcap=3.0" in repr(module)
+    got = module(x.hidden, x.weight, x.ref_hidden, x.ref_weight, x.labels, x.weights, bias=x.bias)
+    assert torch.equal(got, linear(x, method="tnrf", softcap=3.0))
+    with pytest.raises(TypeError, match="LinearTNTLoss: unknown keyword 'inplace'"):
+        tnt.LinearTNTLoss(inplace=True)
+    with pytest.raises(TypeError, match="LinearTNTLoss: 'method' at call"):
+        module(x.hidden, x.weight, x.ref_hidden, x.ref_weight, x.labels, method="tnff")
+
+
+def test_autocast(backend: str) -> None:
+    """As ``F.linear`` under autocast: 16-bit matmuls, gradients in the parameters' dtype."""
+    x = heads(F32)
+    leaves = x.leaves()
+    with torch.autocast("cpu", dtype=BF16):
+        loss = linear(x, leaves, backend=backend)
+    grads = torch.autograd.grad(loss, leaves)
+    half = Heads(*(v.to(BF16) if v.is_floating_point() else v for v in x[:5]), *x[5:])
+    want, want_grads = gradients(linear, half, backend=backend)
+    assert torch.equal(loss, want)
+    assert [g.dtype for g in grads] == [F32] * 3
+    assert_close(grads, want_grads, 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_checkpointed_trunk(reduction: str) -> None:
+    x = heads()
+    trunk = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()).double()
+    results = []
+    for run in (trunk, lambda h: checkpoint(trunk, h, use_reentrant=False)):
+        weight = x.weight.clone().requires_grad_()
+        loss = linear(
+            x, [run(x.hidden.requires_grad_()), weight, x.bias], reduction=reduction
+        ).sum()
+        results.append(torch.autograd.grad(loss, [weight, *trunk.parameters()]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+COMPILED = [{}, {"reduction": "none"}, {"return_stats": True}, {"method": "tnfll", "softcap": 3.0}]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("keywords", COMPILED, ids=str)
+def test_compiled(keywords: dict[str, Any], dtype: torch.dtype, cpu: str) -> None:
+    """In one graph; other numbers of active rows, and from the second on of rows, do not recompile."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor, x: Heads) -> Any:
+        return linear(x, [torch.tanh(hidden), weight, bias], backend=cpu, chunk_size=4, **keywords)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for rows, most in ((ROWS, 13), (ROWS, 7), (16, 12), (21, 21)):
+        x = heads(dtype, rows=rows)
+        x.weights[most:] = 0
+        results = []
+        for function in (step, compiled):
+            leaves = x.leaves()
+            loss, stats = out if isinstance(out := function(*leaves, x), tuple) else (out, ())
+            results.append(
+                [loss.detach(), *stats, *torch.autograd.grad((loss * 0.5).sum(), leaves)]
+            )
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    assert counter.frame_count <= 2
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_under_autocast(cpu: str) -> None:
+    torch.compiler.reset()
+    x = heads(F32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(*leaves: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=BF16):
+            return linear(x, list(leaves), backend=cpu)
+
+    with torch.autocast("cpu", dtype=BF16):
+        want = linear(x, backend=cpu)
+    assert torch.equal(step(*x.leaves()).detach(), want)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_opcheck(dtype: torch.dtype, cpu: str) -> None:
+    x = heads(dtype, rows=6, vocab=9)
+    tensors = (
+        *x[:3],
+        x.ref_hidden,
+        x.ref_weight,
+        None,
+        x.labels % 8,
+        x.weights - 2,
+        None,
+        None,
+        None,
+    )
+    scalars = (3.0, None, 1.0, 1.0, 8, 2, None)
+    loss = (1, 2, 1.0, 1e-6, False, None, 1.0, -100)
+    for reduction, stats, wanted in (
+        ("mean", True, (True, True, True)),
+        ("sum", False, (True, False, False)),
+        ("none", False, (False, False, False)),
+    ):
+        arguments = (*tensors, *scalars, *loss, reduction, None, cpu)
+        torch.library.opcheck(_linear_ops.linear_losses, (*arguments, stats, *wanted))
+    torch.library.opcheck(
+        _linear_ops.linear_gradients, (*arguments, torch.rand(6), True, True, True)
+    )
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_beyond_the_gradients(
+    frozen: bool, reduction: str, dtype: torch.dtype, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunk's buffers, however many rows; with a frozen head not even a gradient of its size."""
+    rows, vocab, width, budget = 96, 20_000, 32, 4 << 20
+    monkeypatch.setitem(_linear_chunks.CHUNK_BYTES, "cpu", budget)
+    labels = torch.randint(vocab, (rows,))
+    hidden = torch.randn(rows, width, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, width, dtype=dtype).requires_grad_(not frozen)
+    reference = (hidden.detach() + 0.1, weight.detach())
+    leaves = [hidden] if frozen else [hidden, weight]
+
+    # what a call holds at once: blocks of at least 4 KiB, by the profiler's stream of allocations
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        loss = tnt.linear_tnt_loss(
+            hidden, weight, *reference, labels, reduction=reduction, backend=cpu
+        )
+        del loss
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    gradient_bytes = 0 if reduction == "none" else sum(v.numel() * 4 for v in leaves)
+    if dtype == BF16 and not frozen and reduction == "mean":
+        gradient_bytes += weight.numel() * 2  # the float32 sum and what it is cast to
+    assert budget // 4 < most <= budget + gradient_bytes + (1 << 20) + 64 * rows
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_errors_name_what_came_and_what_was_expected(cpu: str) -> None:
+    x = heads(F32)
+    good = dict(
+        zip(
+            ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "labels", "weights"),
+            x,
+            strict=True,
+        )
+    )
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"hidden": 3}, TypeError, "hidden: int, expected a tensor"),
+        ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden: shape \(\), expected \(..., H\)"),
+        ({"hidden": x.hidden.int()}, TypeError, "hidden: dtype torch.int32, expected float32"),
+        ({"weight": x.weight[:, :5]}, ValueError, r"weight: shape \(37, 5\), expected \(V, 6\), .* \(13, 6\)"),
+        ({"weight": x.weight.double()}, TypeError, "weight: dtype torch.float64, expected torch.float32"),
+        ({"weight": x.weight.to("meta")}, ValueError, "weight: on meta, expected cpu, where hidden is"),
+        ({"bias": x.bias[:-1]}, ValueError, r"bias: shape \(36,\), expected \(37,\), because weight"),
+        ({"bias": x.bias.half()}, TypeError, "bias: dtype torch.float16"),
+        ({"ref_hidden": None}, ValueError, "ref_hidden: None, expected a tensor"),
+        ({"ref_weight": None}, ValueError, "ref_weight: None, expected a tensor"),
+        ({"ref_hidden": x.ref_hidden[:5]}, ValueError, r"ref_hidden: shape \(5, 4\), expected \(13, 4\)"),
+        ({"ref_weight": x.weight}, ValueError, r"ref_weight: shape \(37, 6\), expected \(V, 4\), .* \(13, 4\)"),
+        ({"ref_weight": x.ref_weight[:30]}, ValueError, r"ref_weight: shape \(30, 4\), expected \(37, 4\).*vocab_"),
+        ({"ref_weight": x.ref_weight.clone().requires_grad_()}, ValueError, "ref_weight: requires grad"),
+        ({"ref_hidden": x.ref_hidden.clone().requires_grad_()}, ValueError, "ref_hidden: requires grad"),
+        ({"ref_bias": x.bias[:2]}, ValueError, r"ref_bias: shape \(2,\), expected \(37,\)"),
+        ({"vocab_size": 38}, ValueError, "vocab_size is 38, expected at most 37, the number of rows of weight"),
+        ({"vocab_size": 0}, ValueError, "vocab_size is 0, expected at least 1"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0, expected at least 1"),
+        ({"chunk_size": 2.0}, TypeError, "chunk_size: float, expected an int"),
+        ({"max_active_rows": 0}, ValueError, "max_active_rows is 0"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a finite number above 0"),
+        ({"logit_scale": "1"}, TypeError, "logit_scale: str, expected a number"),
+        ({"labels": x.labels[:-1]}, ValueError, r"labels: shape \(12,\), expected \(13,\), that of hidden without H"),
+        ({"labels": x.labels.clone().fill_(37)}, ValueError, "labels: row 0 has label 37, expected 0 <= label < V"),
+        ({"weights": x.weights[:-1]}, ValueError, "weights: shape .* that of hidden without H"),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ({"method": "x"}, ValueError, "method is 'x'"),
+        ({"backend": "x"}, ValueError, "backend is 'x'"),
+    ]  # fmt: skip
+    for change, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            tnt.linear_tnt_loss(**{**good, **change})
+    assert linear(
+        x._replace(ref_hidden=None, ref_weight=None), method="ul+ll", backend=cpu
+    ).isfinite()

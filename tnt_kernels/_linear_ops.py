@@ -1,0 +1,164 @@
+"""The operators behind ``linear_tnt_loss``.
+
+``linear_losses`` yields the loss and, where asked, gradients; ``linear_gradients`` computes the chunks once more, for
+gradients with an upstream factor for every row. To a compiler each is one call: it could not trace a loop whose length
+depends on the data. The work is in ``_linear_chunks``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnt_kernels import _ops
+from tnt_kernels._linear_chunks import (
+    Gradients,
+    LinearScalars,
+    LinearTensors,
+    compute,
+    flatten_rows,
+    held_dtype,
+    plan,
+)
+from tnt_kernels.backends import eager
+from tnt_kernels.backends.call import Scalars
+
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
+    "Tensor labels, Tensor? weights, Tensor? alpha, Tensor? negative_ids, Tensor? normalizer"
+)
+_SCALARS = (
+    "float? softcap, float? ref_softcap, float logit_scale, float ref_logit_scale, SymInt vocab_size, "
+    f"SymInt? chunk_size, SymInt? max_active_rows, {_ops.SCALARS}"
+)
+_WANTED = "bool hidden_gradient, bool weight_gradient, bool bias_gradient"
+_library = torch.library.Library("tnt_kernels", "FRAGMENT")
+for _schema in (
+    f"linear_losses({_TENSORS}, {_SCALARS}, bool with_stats, {_WANTED}) -> Tensor[]",
+    f"linear_gradients({_TENSORS}, {_SCALARS}, Tensor upstream, {_WANTED}) -> Tensor[]",
+):
+    _library.define(_schema)
+
+_LAST_TENSOR = len(LinearTensors._fields)
+_MIDDLE = _LAST_TENSOR + len(LinearScalars._fields)
+_LAST_SCALAR = _MIDDLE + len(Scalars._fields)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[LinearTensors, LinearScalars, Scalars]:
+    return (
+        LinearTensors._make(arguments[:_LAST_TENSOR]),
+        LinearScalars._make(arguments[_LAST_TENSOR:_MIDDLE]),
+        Scalars._make(arguments[_MIDDLE:_LAST_SCALAR]),
+    )
+
+
+def _undisturbed(device: torch.device) -> torch.autocast:
+    """The dtypes are settled before the operators are called."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def _linear_losses(*arguments: Any) -> list[Tensor]:
+    """[loss], stats if asked for, then the gradients that are: of hidden, weight and bias.
+
+    The loss is 0-dim, or (...) under "none". Gradients are in their ``held_dtype`` and lack the upstream factor; with
+    "none" there are none.
+    """
+    shaped, linear, s = _split(arguments)
+    with_stats, *wanted = arguments[_LAST_SCALAR:]
+    shape, t = shaped.labels.shape, flatten_rows(shaped)
+    real = _ops.real_dtype(t.hidden)
+    with _undisturbed(t.hidden.device):
+        eager.check_indices(t.labels, t.weights, t.negative_ids, linear.vocab_size, s.ignore_index)
+        groups, count = plan(t, s, linear.max_active_rows)
+        if s.reduction == "mean" and t.normalizer is None and s.normalizer_value is None:
+            t = t._replace(normalizer=count.to(real))
+        gradients = Gradients(t, linear.vocab_size, real, tuple(wanted)) if any(wanted) else None
+        per_row = s.reduction == "none"
+        loss = t.hidden.new_zeros(len(t.labels) if per_row else (), dtype=real)
+        stats = None
+        if with_stats:
+            stats = t.hidden.new_full((5, len(t.labels)), torch.nan, dtype=real)
+            stats[0] = 0.0
+        for index, chunk_loss, chunk_stats in compute(
+            t, linear, s, groups, gradients, with_stats, None
+        ):
+            if per_row:
+                loss.index_copy_(0, index, chunk_loss)
+            else:
+                loss += chunk_loss
+            if stats is not None and chunk_stats is not None:
+                stats.index_copy_(1, index, chunk_stats)
+        if linear.max_active_rows is not None:
+            loss = _nan_beyond(loss, count, linear.max_active_rows)
+        outputs = [loss.view(shape) if per_row else loss]
+        if stats is not None:
+            outputs.append(stats.view(5, *shape))
+        return outputs + _shaped(gradients, shaped)
+
+
+@torch.no_grad()
+def _linear_gradients(*arguments: Any) -> list[Tensor]:
+    """The gradients that are asked for, of hidden, weight and bias, under reduction "none"; ``upstream`` is (...)."""
+    shaped, linear, s = _split(arguments)
+    upstream, *wanted = arguments[_LAST_SCALAR:]
+    t = flatten_rows(shaped)
+    with _undisturbed(t.hidden.device):
+        groups, _ = plan(t, s, linear.max_active_rows)
+        gradients = Gradients(t, linear.vocab_size, _ops.real_dtype(t.hidden), tuple(wanted))
+        for _ in compute(t, linear, s, groups, gradients, False, upstream.reshape(-1)):
+            pass
+        return _shaped(gradients, shaped)
+
+
+def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:
+    """Rows that ``max_active_rows`` leaves out: an error where it can be seen for free, else NaN."""
+    if count.device.type == "cpu" and count.item() > most:
+        raise ValueError(
+            f"max_active_rows is {most}, expected at least {count.item()}, the number of active rows"
+        )
+    return loss.masked_fill(count > most, torch.nan)
+
+
+def _shaped(gradients: Gradients | None, t: LinearTensors) -> list[Tensor]:
+    if gradients is None:
+        return []
+    if gradients.hidden is not None:
+        gradients.hidden = gradients.hidden.view(t.hidden.shape)
+    return gradients.results()
+
+
+def _new_linear_losses(*arguments: Any) -> list[Tensor]:
+    t, _, s = _split(arguments)
+    with_stats, *wanted = arguments[_LAST_SCALAR:]
+    real, shape = _ops.real_dtype(t.hidden), t.labels.shape
+    outputs = [t.hidden.new_empty(shape if s.reduction == "none" else (), dtype=real)]
+    if with_stats:
+        outputs.append(t.hidden.new_empty((5, *shape), dtype=real))
+    return outputs + _new_gradients(t, wanted)
+
+
+def _new_linear_gradients(*arguments: Any) -> list[Tensor]:
+    return _new_gradients(_split(arguments)[0], arguments[_LAST_SCALAR + 1 :])
+
+
+def _new_gradients(t: LinearTensors, wanted: tuple[bool, ...] | list[bool]) -> list[Tensor]:
+    dtype = held_dtype(t.hidden.dtype)
+    return [
+        x.new_empty(x.shape, dtype=dtype)
+        for x, want in zip(t[:3], wanted, strict=True)
+        if want and x is not None
+    ]
+
+
+for _name, _implementation, _fake in (
+    ("linear_losses", _linear_losses, _new_linear_losses),
+    ("linear_gradients", _linear_gradients, _new_linear_gradients),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tnt_kernels::{_name}", _fake, lib=_library)
+
+linear_losses = torch.ops.tnt_kernels.linear_losses.default
+linear_gradients = torch.ops.tnt_kernels.linear_gradients.default

@@ -1,0 +1,306 @@
+"""``linear_tnt_loss``: from hidden states to the loss. The logits exist a chunk of rows at a time, never as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from tnt_kernels import _linear_ops, _ops
+from tnt_kernels._autograd import LinearTNTLossFunction
+from tnt_kernels._checks import LOGITS_DTYPES, as_number, check_constant, row_arguments
+from tnt_kernels._linear_chunks import LinearScalars
+from tnt_kernels.functional import RowStats
+from tnt_kernels.objectives import Objective, resolve_method
+
+
+@overload
+def linear_tnt_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    ref_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    ref_softcap: float | None = ...,
+    logit_scale: float = ...,
+    ref_logit_scale: float = ...,
+    vocab_size: int | None = ...,
+    chunk_size: int | None = ...,
+    max_active_rows: int | None = ...,
+    method: str | Objective = ...,
+    alpha: float | Tensor = ...,
+    negative_ids: Tensor | None = ...,
+    eps: float = ...,
+    smoothing: str = ...,
+    nl_floor: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def linear_tnt_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    ref_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    ref_softcap: float | None = ...,
+    logit_scale: float = ...,
+    ref_logit_scale: float = ...,
+    vocab_size: int | None = ...,
+    chunk_size: int | None = ...,
+    max_active_rows: int | None = ...,
+    method: str | Objective = ...,
+    alpha: float | Tensor = ...,
+    negative_ids: Tensor | None = ...,
+    eps: float = ...,
+    smoothing: str = ...,
+    nl_floor: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    return_stats: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, RowStats]: ...
+def linear_tnt_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    max_active_rows: int | None = None,
+    method: str | Objective = "tnff",
+    alpha: float | Tensor = 1.0,
+    negative_ids: Tensor | None = None,
+    eps: float = 1e-6,
+    smoothing: str = "negatives",
+    nl_floor: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`tnt_loss` of ``softcap(logit_scale * (hidden @ weight.T + bias))``, without ever holding these logits.
+
+    Rows of weight 0 are not multiplied, and rows whose loss needs no reference not with ``ref_weight``. The gradients
+    of ``hidden``, ``weight`` and ``bias`` are computed in forward, chunk by chunk, each only if it is required; under
+    reduction="none", where every row has its own upstream factor, in backward, which computes the chunks once more.
+    Logits and their gradients are float32 within a chunk (float64 for float64 hidden states), and the gradients of
+    16-bit parameters are summed in float32. Those of float16 ones stay float32 until backward, lest they underflow
+    before a GradScaler's factor.
+
+    Follows autocast. Parameters that are DTensors (FSDP2) are gathered, and their gradient is averaged over the mesh.
+
+    Args:
+        hidden: (..., H) float32, bfloat16 or float16 (float64 on a CPU): the policy's last hidden states.
+        weight: (V, H), the same dtype: its output embedding, ``lm_head.weight``.
+        ref_hidden: (..., H_ref) of any of these dtypes: the original model's, without gradient; None if no row's loss
+            is a KL.
+        ref_weight: (V, H_ref), the dtype of ``ref_hidden``, without gradient: may share ``weight``'s memory. None as
+            ``ref_hidden``.
+        labels: (...) integer, 0 <= label < V. Not shifted here.
+        weights: (...) real, as in :func:`tnt_loss`.
+        bias: (V,), the dtype of ``hidden``.
+        ref_bias: (V,), the dtype of ``ref_hidden``, without gradient.
+        softcap: logits are capped to ``softcap * tanh(logits / softcap)``. None: not.
+        ref_softcap: the same of the reference.
+        logit_scale: factor on logits, before softcap (Cohere; Granite: 1 / ``logits_scaling``; T5: ``d_model**-0.5``).
+        ref_logit_scale: the same of the reference.
+        vocab_size: V, if the parameters are padded to more rows. None: as many as ``weight`` has.
+        chunk_size: rows per chunk. None: as many as fit into 64 MiB on a CPU and 1 GiB elsewhere. Results depend on
+            it by rounding only.
+        max_active_rows: how many rows can have a non-zero weight. Given, this many rows are computed, all with their
+            reference, and a GPU is never waited for; with more active rows the loss is NaN (on a CPU an error). None:
+            just the active ones, whose number is read from the device, once.
+        method, alpha, negative_ids, eps, smoothing, nl_floor, temperature, ignore_index, reduction, normalizer,
+            return_stats, backend: as in :func:`tnt_loss`. ``temperature`` divides what softcap yields.
+
+    Returns:
+        The loss, float32 (float64 for float64 hidden states): 0-dim, or (...) under "none". With ``return_stats``, also
+        ``RowStats``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, a wrong device or value, a missing reference or one that requires grad, a
+            label or id out of range (on a CPU; on other devices it makes the row's loss NaN).
+        RuntimeError: a requested backend that is not available.
+    """
+    objective = resolve_method(method)
+    hidden, weight, bias = _as_linear("", hidden, weight, bias)
+    vocab = _as_count("vocab_size", weight.size(0) if vocab_size is None else vocab_size)
+    if objective.reads_reference:
+        ref_hidden, ref_weight, ref_bias = _as_reference(
+            objective, hidden, weight, ref_hidden, ref_weight, ref_bias, vocab_size is None
+        )
+        for name, x in (
+            ("ref_hidden", ref_hidden),
+            ("ref_weight", ref_weight),
+            ("ref_bias", ref_bias),
+        ):
+            if x is not None:
+                check_constant(name, x, hidden, "hidden")
+    else:
+        ref_hidden = ref_weight = ref_bias = None
+    for name, x in (("weight", weight), ("ref_weight", ref_weight)):
+        if x is not None and x.size(0) < vocab:
+            raise ValueError(
+                f"vocab_size is {vocab}, expected at most {x.size(0)}, the number of rows of {name}"
+            )
+    linear = LinearScalars(
+        None if softcap is None else as_number("softcap", softcap, above=0.0),
+        None if ref_softcap is None else as_number("ref_softcap", ref_softcap, above=0.0),
+        as_number("logit_scale", logit_scale),
+        as_number("ref_logit_scale", ref_logit_scale),
+        vocab,
+        None if chunk_size is None else _as_count("chunk_size", chunk_size),
+        None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
+    )
+    chunk = hidden.new_empty((0, vocab), dtype=_ops.real_dtype(hidden))
+    row_tensors, scalars = row_arguments(
+        chunk, None, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
+        temperature, ignore_index, reduction, normalizer, backend, hidden.shape[:-1], "hidden",
+    )  # fmt: skip
+    rest = (ref_hidden, ref_weight, ref_bias, *row_tensors[1:])
+    wanted = (
+        hidden.requires_grad,
+        weight.requires_grad,
+        bias is not None and bias.requires_grad,
+    )
+    if any(wanted) and torch.is_grad_enabled():
+        outputs = LinearTNTLossFunction.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, rest, linear, scalars, return_stats, wanted
+        )
+        if not return_stats:
+            return cast(Tensor, outputs)
+    else:
+        outputs = _linear_ops.linear_losses(
+            hidden, weight, bias, *rest, *linear, *scalars, return_stats, False, False, False
+        )
+        if not return_stats:
+            return cast(Tensor, outputs[0])
+    return outputs[0], RowStats(*outputs[1].unbind())
+
+
+def _as_linear(
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks one model's tensors, gathers them, casts them to autocast's dtype."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(x, Tensor) and (x is not None or name != "bias"):
+            raise TypeError(f"{prefix}{name}: {type(x).__name__}, expected a tensor")
+    if hidden.dim() == 0 or hidden.size(-1) == 0:
+        raise ValueError(
+            f"{prefix}hidden: shape {tuple(hidden.shape)}, expected (..., H) with H >= 1"
+        )
+    if weight.dim() != 2 or weight.size(1) != hidden.size(-1) or weight.size(0) == 0:
+        raise ValueError(
+            f"{prefix}weight: shape {tuple(weight.shape)}, expected (V, {hidden.size(-1)}), "
+            f"because {prefix}hidden is {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias: shape {tuple(bias.shape)}, expected ({weight.size(0)},), "
+            f"because {prefix}weight is {tuple(weight.shape)}"
+        )
+    device = hidden.device.type
+    hidden, weight = _prepared(hidden, device), _prepared(weight, device)
+    bias = None if bias is None else _prepared(bias, device)
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise TypeError(
+            f"{prefix}hidden: dtype {hidden.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{prefix}{name}: dtype {x.dtype}, expected {hidden.dtype}, that of {prefix}hidden"
+            )
+        if x is not None and x.device != hidden.device:
+            raise ValueError(
+                f"{prefix}{name}: on {x.device}, expected {hidden.device}, where {prefix}hidden is"
+            )
+    return hidden, weight, bias
+
+
+def _as_reference(
+    objective: Objective,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    same_vocab: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        if x is None:
+            raise ValueError(
+                f"{name}: None, expected a tensor, because {objective} compares with the reference"
+            )
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    ref_hidden, ref_weight, ref_bias = _as_linear("ref_", ref_hidden, ref_weight, ref_bias)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: shape {tuple(ref_hidden.shape)}, expected {(*hidden.shape[:-1], ref_hidden.size(-1))}, "
+            f"because hidden is {tuple(hidden.shape)}"
+        )
+    if same_vocab and ref_weight.size(0) != weight.size(0):
+        raise ValueError(
+            f"ref_weight: shape {tuple(ref_weight.shape)}, expected {(weight.size(0), ref_weight.size(1))}, because "
+            f"weight is {tuple(weight.shape)}; if they are padded differently, give vocab_size"
+        )
+    return ref_hidden, ref_weight, ref_bias
+
+
+def _prepared(x: Tensor, device: str) -> Tensor:
+    """What ``F.linear`` would multiply."""
+    if hasattr(x, "full_tensor"):
+        x = _gathered(x)
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _gathered(x: Any) -> Tensor:
+    """A DTensor as a whole. Every rank has rows of its own, so that the gradients are averaged, as FSDP does."""
+    from torch.distributed.tensor import Partial
+
+    whole: Tensor = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        ranks = x.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
+
+
+def _as_count(name: str, x: int) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: {type(x).__name__}, expected an int")
+    if x < 1:
+        raise ValueError(f"{name} is {x}, expected at least 1")
+    return x
