@@ -73,9 +73,9 @@ bool ignored(const RowParams& p, int64_t row) {
 
 // Before anything is written: every index that a kernel would follow lies inside the vocabulary.
 void check_indices(const RowParams& p) {
-  const std::string size = " (vocabulary size " + std::to_string(p.vocab) + ")";
+  const std::string size = " (vocabulary size " + std::to_string(p.vocab_size) + ")";
   for (int64_t i = 0; i < p.rows; ++i)
-    if ((p.labels[i] < 0 || p.labels[i] >= p.vocab) && !ignored(p, i))
+    if ((p.labels[i] < 0 || p.labels[i] >= p.vocab_size) && !ignored(p, i))
       throw std::invalid_argument("labels: row " + std::to_string(i) + " has label " + std::to_string(p.labels[i]) +
                                   ", expected 0 <= label < V" + size + " or ignore_index (" +
                                   std::to_string(p.ignore_index) + ")");
@@ -85,7 +85,7 @@ void check_indices(const RowParams& p) {
     if (p.negative_ids_stride != 0 && ignored(p, i)) continue;
     const int64_t* ids = p.negative_ids + i * p.negative_ids_stride;
     for (int64_t k = 0; k < p.negative_ids_count; ++k)
-      if (ids[k] < -1 || ids[k] >= p.vocab)
+      if (ids[k] < -1 || ids[k] >= p.vocab_size)
         throw std::invalid_argument("negative_ids: row " + std::to_string(i) + " has id " + std::to_string(ids[k]) +
                                     ", expected 0 <= id < V" + size + ", or -1 as padding");
   }
@@ -97,17 +97,21 @@ T* address(uintptr_t value) {
 }
 
 // Addresses are integers, 0 for what is absent; sizes and strides count elements. Grouped as RowParams is.
-void run_rows(int dtype, int64_t rows, int64_t vocab, uintptr_t logits, int64_t logits_stride, uintptr_t ref_logits,
-              int64_t ref_logits_stride, uintptr_t labels, uintptr_t weights, uintptr_t alpha, int64_t alpha_stride,
-              double alpha_value, uintptr_t negative_ids, int64_t negative_ids_stride, int64_t negative_ids_count,
-              int positive_loss, int negative_loss, bool uniform_smoothing, double eps, double nl_floor,
-              double temperature, int64_t ignore_index, int reduction, bool has_normalizer, double normalizer,
-              uintptr_t loss, uintptr_t row_stats, uintptr_t coefficients, uintptr_t grad, int64_t grad_stride,
-              uintptr_t upstream, int64_t upstream_stride, int threads) {
+void run_rows(int dtype, int64_t rows, int64_t vocab, int64_t vocab_offset, int64_t vocab_size, uintptr_t logits,
+              int64_t logits_stride, uintptr_t ref_logits, int64_t ref_logits_stride, uintptr_t labels,
+              uintptr_t weights, uintptr_t alpha, int64_t alpha_stride, double alpha_value, uintptr_t negative_ids,
+              int64_t negative_ids_stride, int64_t negative_ids_count, int positive_loss, int negative_loss,
+              bool uniform_smoothing, double eps, double nl_floor, double temperature, int64_t ignore_index,
+              int reduction, bool has_normalizer, double normalizer, uintptr_t statistics, uintptr_t gathered,
+              int64_t gathered_stride, int64_t shards, uintptr_t parts, uintptr_t totals, uintptr_t loss,
+              uintptr_t row_stats, uintptr_t coefficients, uintptr_t grad, int64_t grad_stride, uintptr_t upstream,
+              int64_t upstream_stride, int threads) {
   RowParams p{};
   p.dtype = static_cast<DType>(dtype);
   p.rows = rows;
   p.vocab = vocab;
+  p.vocab_offset = vocab_offset;
+  p.vocab_size = vocab_size;
   p.logits = address<const void>(logits);
   p.logits_stride = logits_stride;
   p.ref_logits = address<const void>(ref_logits);
@@ -130,6 +134,12 @@ void run_rows(int dtype, int64_t rows, int64_t vocab, uintptr_t logits, int64_t 
   p.reduction = static_cast<Reduction>(reduction);
   p.has_normalizer = has_normalizer;
   p.normalizer = normalizer;
+  p.statistics = address<void>(statistics);
+  p.gathered = address<const void>(gathered);
+  p.gathered_stride = gathered_stride;
+  p.shards = shards;
+  p.parts = address<void>(parts);
+  p.totals = address<const void>(totals);
   p.loss = address<void>(loss);
   p.row_stats = address<void>(row_stats);
   p.coefficients = address<void>(coefficients);
@@ -140,7 +150,7 @@ void run_rows(int dtype, int64_t rows, int64_t vocab, uintptr_t logits, int64_t 
   p.threads = threads;
 
   py::gil_scoped_release release;
-  if (!p.upstream) check_indices(p);
+  if (!p.upstream && !p.gathered) check_indices(p);  // in a call's first launch
   selected.run_rows(p);
 }
 
@@ -162,8 +172,10 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.def("openmp", [] { return false; });
 #endif
-  m.attr("INTERFACE") = 1;  // raised with every change to run_rows' arguments: backends/cpu.py checks it
+  m.attr("INTERFACE") = 2;  // raised with every change to run_rows' arguments: backends/cpu.py checks it
   m.attr("ROW_COEFFICIENTS") = ROW_COEFFICIENTS;
+  m.attr("ROW_STATISTICS") = ROW_STATISTICS;
+  m.attr("ROW_PARTS") = ROW_PARTS;
   m.attr("version") = TNT_VERSION;
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;

@@ -385,7 +385,7 @@ class Row {
     row_.eps = p_.eps;
     row_.nl_floor = p_.nl_floor;
     row_.inverse_temperature = 1 / p_.temperature;
-    row_.vocab = p_.vocab;
+    row_.vocab = p_.vocab_size;
     scale_ = exponent_scale<Real>(row_.inverse_temperature);
     inverse_t_ = Real(row_.inverse_temperature);
   }
@@ -399,6 +399,7 @@ class Row {
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index * p_.ref_logits_stride : nullptr;
     g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index * p_.grad_stride : nullptr;
     label_ = p_.labels[index];
+    label_policy_ = label_reference_ = 0;
     const double weight = p_.weights ? static_cast<const Real*>(p_.weights)[index] : 1.0;
     if (ignored(index)) return inactive();
 
@@ -406,16 +407,14 @@ class Row {
     const bool negative = !s_.ids.empty();
     row_.loss = negative ? p_.negative_loss : p_.positive_loss;
     // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
-    log_kappa_ = 0;
-    partial_ = -1;
-    const bool kl = row_.loss == FORWARD_KL || row_.loss == REVERSE_KL;
-    if (kl && weight < 0 && weight > -1 && label_pushed_) {
-      partial_ = label_;
-      log_kappa_ = log1p(weight);
-      s_.ids.erase(std::lower_bound(s_.ids.begin(), s_.ids.end(), label_));
-    }
+    const bool kl = reads_reference();
+    const bool in_part = kl && weight < 0 && weight > -1 && label_pushed_;
+    log_kappa_ = in_part ? log1p(weight) : 0;
+    if (in_part) s_.ids.erase(std::lower_bound(s_.ids.begin(), s_.ids.end(), label_));
     if (row_.loss == LOG_LIKELIHOOD) s_.ids.assign(1, static_cast<int32_t>(label_));
     row_.set_size = static_cast<int64_t>(s_.ids.size());
+    if (p_.vocab_size != p_.vocab) localise();
+    partial_ = in_part && label_ >= 0 && label_ < p_.vocab ? label_ : -1;
 
     double row_weight = weight;
     if (negative) {
@@ -426,15 +425,25 @@ class Row {
     s_.set_z.resize(s_.ids.size());
     s_.set_gradient.resize(s_.ids.size());
     if (kl) s_.set_r.resize(s_.ids.size());
-    if (partial_ >= 0) {
-      partial_z_ = load(z_[partial_]);
-      partial_r_ = load(r_[partial_]);
+    if (partial_ >= 0 && !p_.totals) {
+      label_policy_ = load(z_[partial_]);
+      label_reference_ = load(r_[partial_]);
     }
-    if (p_.upstream) {
+    if (p_.coefficients && p_.upstream) {
       gradient_only();
       return 0;
     }
-    return forward(negative, row_weight, row_weight * inverse_normalizer * row_.inverse_temperature);
+    if (row_weight == 0 || row_.loss == NONE) row_weight = 0;
+    const double scale = row_weight * inverse_normalizer * row_.inverse_temperature;
+    if (p_.statistics) {
+      pack(row_.loss != NONE || p_.row_stats ? statistics() : RowStatistics(), packed(p_.statistics));
+      return 0;
+    }
+    if (p_.parts) {
+      shard_parts(scale);
+      return 0;
+    }
+    return p_.totals ? finish(negative, row_weight, scale) : forward(negative, row_weight, scale);
   }
 
   bool ignored(int64_t index) const {
@@ -445,6 +454,8 @@ class Row {
   double inactive() {
     if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Logit));
     if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0;
+    if (p_.statistics) pack(RowStatistics(), packed(p_.statistics));
+    if (p_.parts) write_parts(0, 0);
     write_stats(0, NAN, NAN, NAN, NAN);
     if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = 0;
     return 0;
@@ -470,6 +481,16 @@ class Row {
       else
         s_.ids.insert(at, static_cast<int32_t>(label_));
     }
+  }
+
+  // From the whole vocabulary's numbers to this shard's columns; what lies elsewhere is left out.
+  void localise() {
+    const int64_t first = p_.vocab_offset, last = first + p_.vocab;
+    const auto begin = std::lower_bound(s_.ids.begin(), s_.ids.end(), first);
+    const auto end = std::lower_bound(begin, s_.ids.end(), last);
+    s_.ids.erase(std::transform(begin, end, s_.ids.begin(), [&](int32_t id) { return int32_t(id - first); }),
+                 s_.ids.end());
+    label_ -= first;
   }
 
   bool reads_reference() const { return row_.loss == FORWARD_KL || row_.loss == REVERSE_KL; }
@@ -498,7 +519,8 @@ class Row {
     const bool pair = reads_reference();
     const int64_t tiles = (p_.vocab + TILE - 1) / TILE;
     const int32_t* const ids = s_.ids.data();
-    int64_t begin = backwards ? row_.set_size : 0, end = begin;
+    const int64_t set_size = static_cast<int64_t>(s_.ids.size());
+    int64_t begin = backwards ? set_size : 0, end = begin;
     for (int64_t k = 0; k < tiles; ++k) {
       const int64_t at = (backwards ? tiles - 1 - k : k) * TILE;
       const int64_t n = std::min<int64_t>(TILE, p_.vocab - at);
@@ -507,7 +529,7 @@ class Row {
         while (begin > 0 && ids[begin - 1] >= at) --begin;
       } else {
         begin = end;
-        while (end < row_.set_size && ids[end] < at + n) ++end;
+        while (end < set_size && ids[end] < at + n) ++end;
       }
       const bool has_partial = partial_ >= at && partial_ < at + n;
       Tile tile{nullptr, nullptr, direct && (begin != end || has_partial), at, n, begin, end};
@@ -641,6 +663,7 @@ class Row {
       gather(tile);
     });
     if (partial_ >= 0) add_partial(s, moment);
+    s.kept = double(p_.vocab) - double(s_.ids.size());
     s.policy_set = set_sum(s_.set_z, entropy || moment);
     if (entropy && pair) s.reference_set = set_sum(s_.set_r, false);
     if (row_.loss == LOG_LIKELIHOOD && row_.uniform) {
@@ -663,14 +686,16 @@ class Row {
   void add_partial(RowStatistics& s, bool moment) const {
     const double inverse_t = row_.inverse_temperature;
     const double old_max = s.policy.max;
-    const bool z_lost = partial_z_ == -INFINITY, r_lost = partial_r_ == -INFINITY;
-    if (!z_lost) s.policy = merge(s.policy, {double(partial_z_), 1, 0}, inverse_t);
-    if (!r_lost) s.reference = merge(s.reference, {double(partial_r_), ::exp(log_kappa_), 0}, inverse_t);
+    const bool z_lost = label_policy_ == -INFINITY, r_lost = label_reference_ == -INFINITY;
+    if (!z_lost) s.policy = merge(s.policy, {label_policy_, 1, 0}, inverse_t);
+    if (!r_lost) s.reference = merge(s.reference, {label_reference_, ::exp(log_kappa_), 0}, inverse_t);
     if (moment && !z_lost) {
-      const double x = (double(partial_z_) - double(partial_r_) - s.centre) * inverse_t - log_kappa_;
+      const double x = (label_policy_ - label_reference_ - s.centre) * inverse_t - log_kappa_;
       s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
-                    rescale(x, (double(partial_z_) - s.policy.max) * inverse_t);
+                    rescale(x, (label_policy_ - s.policy.max) * inverse_t);
     }
+    s.label_policy = label_policy_;
+    s.label_reference = label_reference_;
   }
 
   // ---- second pass: the gradient (if `write`) times `scale`; returns what the loss still lacks
@@ -680,7 +705,7 @@ class Row {
     double loss = 0;
     bool bounded = true;  // until a tile says otherwise
     for_each_tile({uniform_kl() ? -INFINITY : VANISHING, uniform_kl()}, true, [&](const Tile& tile) {
-      if (p_.upstream) gather(tile);  // there was no first pass
+      if (p_.upstream || p_.gathered) gather(tile);  // there was no first pass
       loss +=
           tile.masked ? tile_loss(tile, t, bounded, std::true_type()) : tile_loss(tile, t, bounded, std::false_type());
       if (write) store_tile(s_.gradient, g_ + tile.at, tile.n);
@@ -741,7 +766,7 @@ class Row {
 
   // y of a KL row with -1 < w < 0.
   double partial_element(const RowCoefficients& c, double scale, bool write) {
-    const double inverse_t = row_.inverse_temperature, z = partial_z_, r = partial_r_;
+    const double inverse_t = row_.inverse_temperature, z = label_policy_, r = label_reference_;
     const double log_p = (z - c.policy_max) * inverse_t - c.policy_log_sum;
     const double p = ::exp(log_p);
     double q = ::exp((r - c.reference_max) * inverse_t + log_kappa_) * c.reference_inverse;
@@ -757,62 +782,149 @@ class Row {
     return e.loss;
   }
 
-  double negative_likelihood(RowCoefficients& c) {
+  struct NegativeLikelihood {
+    double total;
+    int64_t active;
+  };
+
+  NegativeLikelihood negative_likelihood(const RowCoefficients& c) const {
     const Real max = Real(c.policy_max), least = Real(row_.nl_floor + c.policy_log_sum);
-    double total = 0;
-    int64_t active = 0;
+    NegativeLikelihood sum{0, 0};
     for (const Real z : s_.set_z) {
       const Real log_weight = (z - max) * inverse_t_;
       if (log_weight < least) {
-        total += row_.nl_floor;
+        sum.total += row_.nl_floor;
       } else {
-        total += double(log_weight) - c.policy_log_sum;
-        ++active;
+        sum.total += double(log_weight) - c.policy_log_sum;
+        ++sum.active;
       }
     }
-    c.weight *= double(active);
-    c.set_value = double(active);
-    return total;
+    return sum;
+  }
+
+  static void set_active(RowCoefficients& c, double active) {
+    c.weight *= active;
+    c.set_value = active;
   }
 
   // ---- the calls
 
   double forward(bool negative, double row_weight, double scale) {
-    const bool write = g_ != nullptr;
     RowStatistics s;
     RowCoefficients c;
     if (row_.loss != NONE || p_.row_stats) {
       s = statistics();
       c = row_coefficients(row_, s);
     }
-    if (row_.loss == NEGATIVE_LIKELIHOOD) c.loss = negative_likelihood(c);
-    if (uniform_kl() && row_.loss == REVERSE_KL) c.loss = second_pass(c, 0, false);  // its gradient needs the KL first
-    const bool kl = reads_reference();
-    const bool known = !kl || (uniform_kl() && row_.loss == REVERSE_KL);
-    if (row_weight == 0 || row_.loss == NONE) scale = 0;
-    if (!known)
-      c.loss += second_pass(c, scale, write && scale != 0);
-    else if (write && scale != 0)
+    if (row_.loss == NEGATIVE_LIKELIHOOD) {
+      const NegativeLikelihood sum = negative_likelihood(c);
+      c.loss = sum.total;
+      set_active(c, double(sum.active));
+    }
+    const bool write = g_ && scale != 0;
+    if (gradient_needs_loss()) {
+      c.loss = second_pass(c, 0, false);
+      if (write) second_pass(c, scale, true);
+    } else if (reads_reference()) {
+      c.loss += second_pass(c, scale, write);
+    } else if (write) {
       second_pass(c, scale, true);
-
-    // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN.
-    const bool lost =
-        c.loss != c.loss || (c.loss == INFINITY && (row_.loss == REVERSE_KL || row_.loss == UNLIKELIHOOD));
-    if (lost && scale != 0) scale = NAN;
-    if (write && (scale == 0 || scale != scale)) fill(scale);
+    }
+    scale = settle(c, scale);
     if (p_.coefficients) write_coefficients(c, scale);
-    if (p_.row_stats) diagnose(s, c, negative, kl);
-    const double weighted = scale == 0 && (row_weight == 0 || row_.loss == NONE) ? 0 : row_weight * c.loss;
-    if (p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
+    return report(s, c, negative, row_weight);
+  }
+
+  // Of a sharded vocabulary: what this shard's second pass yields, with the gradient unless it has to wait for totals.
+  void shard_parts(double scale) {
+    const RowStatistics s = gathered();
+    RowCoefficients c = row_coefficients(row_, s);
+    double loss = 0, active = 0;
+    if (row_.loss == NEGATIVE_LIKELIHOOD) {
+      for (size_t i = 0; i < s_.ids.size(); ++i) s_.set_z[i] = load(z_[s_.ids[i]]);
+      const NegativeLikelihood sum = negative_likelihood(c);
+      loss = sum.total;
+      active = double(sum.active);
+      set_active(c, double(row_.set_size));
+    }
+    const bool write = g_ && scale != 0;
+    if (reads_reference())
+      loss = second_pass(c, gradient_needs_loss() ? 0 : scale, write);
+    else if (write)
+      second_pass(c, scale, true);
+    settle(c, scale);
+    write_parts(loss, active);
+  }
+
+  // Of a sharded vocabulary: the loss, and a gradient that had to wait.
+  double finish(bool negative, double row_weight, double scale) {
+    const RowStatistics s = gathered();
+    RowCoefficients c = row_coefficients(row_, s);
+    label_policy_ = s.label_policy;
+    label_reference_ = s.label_reference;
+    const Real* totals = static_cast<const Real*>(p_.totals) + index_ * ROW_PARTS;
+    c.loss += double(totals[0]);
+    if (row_.loss == NEGATIVE_LIKELIHOOD) set_active(c, double(totals[1]));
+    if (g_) {
+      if (p_.upstream) scale = with_upstream(scale);
+      if (scale != 0) second_pass(c, scale, true);
+      settle(c, scale);
+    }
+    return report(s, c, negative, row_weight);
+  }
+
+  bool gradient_needs_loss() const { return uniform_kl() && row_.loss == REVERSE_KL; }
+
+  // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN. A shard may not see the
+  // loss, but it sees why: in the coefficients.
+  bool lost(const RowCoefficients& c) const {
+    if (c.loss != c.loss || (reads_reference() && c.offset != c.offset)) return true;
+    if (row_.loss == REVERSE_KL) return c.loss == INFINITY || !(std::abs(c.kl_centre) < INFINITY);
+    return row_.loss == UNLIKELIHOOD && c.loss == INFINITY;
+  }
+
+  // Fills rows whose gradient is not what the second pass wrote; returns its factor.
+  double settle(const RowCoefficients& c, double scale) {
+    if (scale != 0 && lost(c)) scale = NAN;
+    if (g_ && (scale == 0 || scale != scale)) fill(scale);
+    return scale;
+  }
+
+  // Statistics of the row, and its loss times its weight.
+  double report(const RowStatistics& s, const RowCoefficients& c, bool negative, double row_weight) {
+    if (p_.row_stats) diagnose(s, c, negative, reads_reference());
+    const double weighted = row_weight == 0 ? 0 : row_weight * c.loss;
+    if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
     return weighted;
   }
 
-  void gradient_only() {
+  RowStatistics gathered() const {
+    const Real* const first = packed(p_.gathered);
+    RowStatistics s = unpack(first);
+    for (int64_t shard = 1; shard < p_.shards; ++shard)
+      s = merge(s, unpack(first + shard * p_.gathered_stride), row_.inverse_temperature);
+    return s;
+  }
+
+  Real* packed(void* to) const { return static_cast<Real*>(to) + index_ * ROW_STATISTICS; }
+  const Real* packed(const void* from) const { return static_cast<const Real*>(from) + index_ * ROW_STATISTICS; }
+
+  void write_parts(double loss, double active) const {
+    Real* to = static_cast<Real*>(p_.parts) + index_ * ROW_PARTS;
+    to[0] = Real(loss);
+    to[1] = Real(active);
+  }
+
+  // A row that does not count or that nobody asks about is 0, whatever the other factor is.
+  double with_upstream(double scale) const {
     const Real upstream = static_cast<const Real*>(p_.upstream)[index_ * p_.upstream_stride];
+    return scale == 0 || upstream == 0 ? 0 : scale * upstream;
+  }
+
+  void gradient_only() {
     double scale;
     const RowCoefficients c = read_coefficients(scale);
-    // A row that does not count or that nobody asks about is 0, whatever the other factor is.
-    scale = scale == 0 || upstream == 0 ? 0 : scale * upstream;
+    scale = with_upstream(scale);
     if (scale == 0 || scale != scale) return fill(scale);
     second_pass(c, scale, true);
   }
@@ -847,12 +959,12 @@ class Row {
     const double entropy = c.policy_log_sum - all.moment / all.sum;
     double mass = negative ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum : 0;
     double ref_mass = kl ? 0 : NAN;
-    if (partial_ >= 0) mass += ::exp((partial_z_ - c.policy_max) * inverse_t) * c.policy_inverse;
+    if (log_kappa_ != 0) mass += ::exp((label_policy_ - c.policy_max) * inverse_t) * c.policy_inverse;
     if (kl && negative) {  // p° itself: without κ on the partially pushed y
       ExpSum set = s.reference_set, everything = merge(s.reference, s.reference_set, inverse_t);
-      if (partial_ >= 0 && partial_r_ != -INFINITY) {
-        set = merge(set, {double(partial_r_), 1, 0}, inverse_t);
-        everything = merge(everything, {double(partial_r_), -::expm1(log_kappa_), 0}, inverse_t);
+      if (log_kappa_ != 0 && label_reference_ != -INFINITY) {
+        set = merge(set, {label_reference_, 1, 0}, inverse_t);
+        everything = merge(everything, {label_reference_, -::expm1(log_kappa_), 0}, inverse_t);
       }
       ref_mass = set.sum * ::exp((set.max - everything.max) * inverse_t) / everything.sum;
     }
@@ -873,9 +985,10 @@ class Row {
   Scratch<Real>& s_;
   RowScalars row_;
   Real scale_, inverse_t_;
-  int64_t index_ = 0, next_ = 0, label_ = 0, partial_ = -1;
-  double log_kappa_ = 0;
-  Real partial_z_ = 0, partial_r_ = 0;
+  int64_t index_ = 0, next_ = 0, label_ = 0;
+  int64_t partial_ = -1;                           // the column of a y with -1 < w < 0, if it lies in this shard
+  double log_kappa_ = 0;                           // of that y, wherever it lies
+  double label_policy_ = 0, label_reference_ = 0;  // its logits
   bool label_pushed_ = false;
   const Logit *z_ = nullptr, *r_ = nullptr;
   Logit* g_ = nullptr;
@@ -910,7 +1023,7 @@ void run(const RowParams& p) {
   std::vector<double> losses(static_cast<size_t>(p.rows));
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its
   // next block before it works on the present one, to know what to prefetch.
-  const int64_t block = std::max<int64_t>(1, 16384 / p.vocab);
+  const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.vocab));
   const int threads = int(std::min<int64_t>(p.threads, (p.rows + block - 1) / block));
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -191,7 +191,61 @@ struct RowStatistics {
   double kl_moment = 0;     // Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
   double centre = 0;        // any number near max z - max r, fixed before the first term
   double policy_total = 0;  // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
+  double kept = 0;          // their number, by which totals merge
+  double label_policy = 0, label_reference = 0;  // z_y and r_y where -1 < w < 0, in the slice that holds y; else 0
 };
+
+// Statistics of two slices. An infinite moment (a reference of -inf) whose weight underflows to 0 is nothing, not NaN.
+TNT_FN RowStatistics merge(const RowStatistics& a, const RowStatistics& b, double inverse_temperature) {
+  RowStatistics s;
+  s.policy = merge(a.policy, b.policy, inverse_temperature);
+  s.reference = merge(a.reference, b.reference, inverse_temperature);
+  s.policy_set = merge(a.policy_set, b.policy_set, inverse_temperature);
+  s.reference_set = merge(a.reference_set, b.reference_set, inverse_temperature);
+  s.centre = a.policy.sum != 0 ? a.centre : b.centre;  // that of an empty slice says nothing
+  const RowStatistics* const slices[] = {&a, &b};
+  for (const RowStatistics* slice : slices) {
+    const double shift = (slice->policy.max - s.policy.max) * inverse_temperature, scale = ::exp(shift);
+    if (slice->policy.sum != 0 && scale != 0)
+      s.kl_moment +=
+          scale * (slice->kl_moment + slice->policy.sum * ((slice->centre - s.centre) * inverse_temperature));
+    if (slice->kept != 0) s.policy_total += slice->policy_total + slice->kept * shift;
+  }
+  s.kept = a.kept + b.kept;
+  s.label_policy = a.label_policy + b.label_policy;
+  s.label_reference = a.label_reference + b.label_reference;
+  return s;
+}
+
+// As they travel between devices, in ROW_STATISTICS numbers. All maxima are logits, and the sums of equal logits are
+// equal still, so that rounding to Real takes nothing from p = q.
+template <class Real>
+TNT_FN void pack(const RowStatistics& s, Real* to) {
+  const double values[] = {s.policy.max,        s.policy.sum,
+                           s.policy.moment,     s.reference.max,
+                           s.reference.sum,     s.label_policy,
+                           s.policy_set.max,    s.policy_set.sum,
+                           s.policy_set.moment, s.reference_set.max,
+                           s.reference_set.sum, s.label_reference,
+                           s.kl_moment,         s.centre,
+                           s.policy_total,      s.kept};
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<Real>(values[i]);
+}
+template <class Real>
+TNT_FN RowStatistics unpack(const Real* from) {
+  RowStatistics s;
+  s.policy = {from[0], from[1], from[2]};
+  s.reference = {from[3], from[4], 0};
+  s.policy_set = {from[6], from[7], from[8]};
+  s.reference_set = {from[9], from[10], 0};
+  s.label_policy = from[5];
+  s.label_reference = from[11];
+  s.kl_moment = from[12];
+  s.centre = from[13];
+  s.policy_total = from[14];
+  s.kept = from[15];
+  return s;
+}
 
 // ------------------------------------------------------------------------------------------ 2. row coefficients
 

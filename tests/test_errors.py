@@ -343,7 +343,7 @@ def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("None", "tnt_kernels._C"),
         (
-            "types.SimpleNamespace(INTERFACE=-1, ROW_COEFFICIENTS=16)",
+            "types.SimpleNamespace(INTERFACE=-1)",
             "stale.*interface -1.*install",
         ),
     ],

@@ -30,12 +30,13 @@ def test_row_losses_are_numbered_alike_in_python_and_cpp() -> None:
 
 
 @pytest.mark.skipif(not CSRC.is_dir(), reason="no C++ sources next to the tests")
-def test_coefficients_are_counted_alike_in_python_and_cpp(cpu: str) -> None:
+@pytest.mark.parametrize("name", ["ROW_COEFFICIENTS", "ROW_STATISTICS", "ROW_PARTS"])
+def test_numbers_of_a_row_are_counted_alike_in_python_and_cpp(name: str, cpu: str) -> None:
     from tnt_kernels import _C
 
-    count = re.search(r"ROW_COEFFICIENTS = (\d+);", (CSRC / "params.h").read_text())
+    count = re.search(rf"{name} = (\d+);", (CSRC / "params.h").read_text())
     assert count
-    assert int(count[1]) == backends.call.ROW_COEFFICIENTS == _C.ROW_COEFFICIENTS
+    assert int(count[1]) == getattr(backends.call, name) == getattr(_C, name)
 
 
 def test_import_is_light() -> None:

@@ -2,6 +2,8 @@
 
 INTERFACE: int
 ROW_COEFFICIENTS: int
+ROW_STATISTICS: int
+ROW_PARTS: int
 compiler: str
 version: str
 
@@ -13,6 +15,8 @@ def run_rows(
     dtype: int,
     rows: int,
     vocab: int,
+    vocab_offset: int,
+    vocab_size: int,
     logits: int,
     logits_stride: int,
     ref_logits: int,
@@ -35,6 +39,12 @@ def run_rows(
     reduction: int,
     has_normalizer: bool,
     normalizer: float,
+    statistics: int,
+    gathered: int,
+    gathered_stride: int,
+    shards: int,
+    parts: int,
+    totals: int,
     loss: int,
     row_stats: int,
     coefficients: int,

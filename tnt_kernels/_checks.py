@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tnt_kernels import backends
-from tnt_kernels._ops import RowTensors, real_dtype
-from tnt_kernels.backends.call import Scalars
+from tnt_kernels._ops import RowTensors
+from tnt_kernels.backends.call import Scalars, real_dtype
 from tnt_kernels.objectives import Objective
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnt_kernels import _ops
-from tnt_kernels.backends.call import Scalars
+from tnt_kernels.backends.call import Scalars, real_dtype
 from tnt_kernels.objectives import RowLoss
 
 #: What a chunk's buffers may take. Every chunk reads all of the weight and reads and writes all of its gradient: at V =
@@ -272,7 +272,7 @@ def compute(
 
     ``t`` has flat rows. ``upstream`` (N,) multiplies the gradient of every row.
     """
-    real, vocab = _ops.real_dtype(t.hidden), linear.vocab_size
+    real, vocab = real_dtype(t.hidden), linear.vocab_size
     policy = _Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
     for group in groups:
         buffers = _Buffers(t, linear, group, real, gradients is not None)

@@ -23,7 +23,7 @@ from tnt_kernels._linear_chunks import (
     plan,
 )
 from tnt_kernels.backends import eager
-from tnt_kernels.backends.call import Scalars
+from tnt_kernels.backends.call import Scalars, real_dtype
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
@@ -69,7 +69,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
     shaped, linear, s = _split(arguments)
     with_stats, *wanted = arguments[_LAST_SCALAR:]
     shape, t = shaped.labels.shape, flatten_rows(shaped)
-    real = _ops.real_dtype(t.hidden)
+    real = real_dtype(t.hidden)
     with _undisturbed(t.hidden.device):
         eager.check_indices(t.labels, t.weights, t.negative_ids, linear.vocab_size, s.ignore_index)
         groups, count = plan(t, s, linear.max_active_rows)
@@ -107,7 +107,7 @@ def _linear_gradients(*arguments: Any) -> list[Tensor]:
     t = flatten_rows(shaped)
     with _undisturbed(t.hidden.device):
         groups, _ = plan(t, s, linear.max_active_rows)
-        gradients = Gradients(t, linear.vocab_size, _ops.real_dtype(t.hidden), tuple(wanted))
+        gradients = Gradients(t, linear.vocab_size, real_dtype(t.hidden), tuple(wanted))
         for _ in compute(t, linear, s, groups, gradients, False, upstream.reshape(-1)):
             pass
         return _shaped(gradients, shaped)
@@ -133,7 +133,7 @@ def _shaped(gradients: Gradients | None, t: LinearTensors) -> list[Tensor]:
 def _new_linear_losses(*arguments: Any) -> list[Tensor]:
     t, _, s = _split(arguments)
     with_stats, *wanted = arguments[_LAST_SCALAR:]
-    real, shape = _ops.real_dtype(t.hidden), t.labels.shape
+    real, shape = real_dtype(t.hidden), t.labels.shape
     outputs = [t.hidden.new_empty(shape if s.reduction == "none" else (), dtype=real)]
     if with_stats:
         outputs.append(t.hidden.new_empty((5, *shape), dtype=real))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnt_kernels.backends import BACKENDS
-from tnt_kernels.backends.call import ROW_COEFFICIENTS, RowCall, Scalars
+from tnt_kernels.backends.call import ROW_COEFFICIENTS, RowCall, Scalars, real_dtype
 
 _TENSORS = (
     "Tensor? ref_logits, Tensor labels, Tensor? weights, Tensor? alpha, Tensor? negative_ids, "
@@ -45,11 +45,6 @@ class RowTensors(NamedTuple):
     alpha: Tensor | None  # (...) real, or None: Scalars.alpha_value
     negative_ids: Tensor | None  # (..., K) or (K,) int64
     normalizer: Tensor | None  # () real, or None: Scalars.normalizer_value
-
-
-def real_dtype(logits: Tensor) -> torch.dtype:
-    """What the arithmetic, the loss, the weights and the diagnostics are in."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -136,6 +131,12 @@ def _launch(
         coefficients,
         gradient,
         None if upstream is None else upstream.reshape(-1),
+        vocab_offset=0,
+        vocab_size=rows.size(1),
+        statistics=None,
+        gathered=None,
+        parts=None,
+        totals=None,
     )
     BACKENDS[settings.backend].launch(call)
 

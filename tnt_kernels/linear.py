@@ -7,10 +7,11 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from tnt_kernels import _linear_ops, _ops
+from tnt_kernels import _linear_ops
 from tnt_kernels._autograd import LinearTNTLossFunction
 from tnt_kernels._checks import LOGITS_DTYPES, as_number, check_constant, row_arguments
 from tnt_kernels._linear_chunks import LinearScalars
+from tnt_kernels.backends.call import real_dtype
 from tnt_kernels.functional import RowStats
 from tnt_kernels.objectives import Objective, resolve_method
 
@@ -182,7 +183,7 @@ def linear_tnt_loss(
         None if chunk_size is None else _as_count("chunk_size", chunk_size),
         None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
     )
-    chunk = hidden.new_empty((0, vocab), dtype=_ops.real_dtype(hidden))
+    chunk = hidden.new_empty((0, vocab), dtype=real_dtype(hidden))
     row_tensors, scalars = row_arguments(
         chunk, None, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
         temperature, ignore_index, reduction, normalizer, backend, hidden.shape[:-1], "hidden",

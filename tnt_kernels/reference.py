@@ -21,7 +21,7 @@ from torch import Tensor
 from tnt_kernels.objectives import Objective, RowLoss
 
 _INF, _NAN = math.inf, math.nan
-_SCALED_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
+SCALED_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
 
 
 class RowTerms(NamedTuple):
@@ -125,7 +125,7 @@ class _Rows:
         return torch.where(self.removed, eps, q) / log_norm.exp(), d
 
 
-def _phi(d: Tensor) -> Tensor:
+def phi(d: Tensor) -> Tensor:
     """φ(d) = e^d − 1 − d for |d| < 1 by its series: next to 0 the closed form has no digit left."""
     last = 19 if d.dtype == torch.float64 else 11
     s = torch.full_like(d, 1 / math.factorial(last))
@@ -138,7 +138,7 @@ def _forward_kl(rows: _Rows) -> Tensor:
     """KL(q*‖p) = Σ q* φ(d) + p(R), the Bregman form: all terms are ≥ 0; those with q* = 0 are p."""
     p = rows.p
     q, d = rows.target(rows.eps if rows.uniform else 0.0)
-    term = torch.where(d.abs() < 1, q * _phi(d), p - q - q * d)
+    term = torch.where(d.abs() < 1, q * phi(d), p - q - q * d)
     return torch.where(q == 0, p, term).sum(-1)
 
 
@@ -152,7 +152,7 @@ def _reverse_kl(rows: _Rows) -> Tensor:
     """KL(p‖q̃) = Σ p φ(−d); terms with p = 0 are q̃."""
     p = rows.p
     q, d = rows.target(rows.eps)
-    term = torch.where(d.abs() < 1, p * _phi(-d), p * d - p + q)
+    term = torch.where(d.abs() < 1, p * phi(-d), p * d - p + q)
     return torch.where(p == 0, q, term).sum(-1)
 
 
@@ -349,7 +349,7 @@ def _prepare(
 
     negative = pushed | removed
     scale = torch.as_tensor(alpha, dtype=dtype, device=z.device).detach().expand_as(w)
-    if objective.negative_loss in _SCALED_BY_WEIGHT:
+    if objective.negative_loss in SCALED_BY_WEIGHT:
         scale = torch.where(w < 0, scale * w.abs(), scale)
     scale = torch.where(negative.any(-1), scale, w).masked_fill(~active, 0.0)
     return _Rows(

@@ -7,8 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tnt_kernels.objectives import RowLoss
+
 #: Numbers that a kernel keeps of a row between its loss and a gradient that is written later (csrc/params.h).
 ROW_COEFFICIENTS = 16
+#: Numbers that one shard of the vocabulary tells the others about a row (csrc/row_math.h, ``pack``).
+ROW_STATISTICS = 16
+#: Numbers of a row that are summed over the shards: the loss terms of the second pass, NL's active tokens.
+ROW_PARTS = 2
 
 
 class Scalars(NamedTuple):
@@ -32,6 +38,15 @@ class RowCall(NamedTuple):
 
     A launch computes one of three things: loss and gradient (``loss``, ``gradient``), the loss alone, with what a later
     gradient needs (``loss``, ``coefficients``), or that gradient (``coefficients``, ``gradient``, ``upstream``).
+
+    Where the vocabulary is sharded over S devices, V counts this shard's columns, labels and ids are those of the whole
+    vocabulary, and a loss takes three launches, with a collective after the first and after the second:
+
+    1. ``statistics`` is written. ``stats``, given here too where they are wanted in the end, asks for their sums.
+    2. ``gathered`` in; ``parts`` is written, and ``gradient`` where it neither waits for an upstream factor nor needs
+       totals (see :func:`gradient_needs_totals`).
+    3. ``gathered`` and ``totals`` in; ``loss`` and ``stats`` are written without a look at the vocabulary, and the
+       ``gradient`` that had to wait, with ``upstream`` where that is set.
     """
 
     logits: Tensor  # (N, V), dense rows
@@ -49,6 +64,32 @@ class RowCall(NamedTuple):
     coefficients: Tensor | None  # (N, ROW_COEFFICIENTS) real
     gradient: Tensor | None  # (N, V) in the logits' dtype; may be the logits
     upstream: Tensor | None  # (1,) or (N,) real: the gradient of the loss
+    vocab_offset: int  # the vocabulary id of column 0
+    vocab_size: int  # of the whole vocabulary; V where it is not sharded
+    statistics: Tensor | None  # (N, ROW_STATISTICS) real, out
+    gathered: Tensor | None  # (S, N, ROW_STATISTICS) real, in; shard after shard, at any distance
+    parts: Tensor | None  # (N, ROW_PARTS) real, out
+    totals: Tensor | None  # (N, ROW_PARTS) real, in: parts, summed over the shards
+
+
+def gradient_needs_totals(s: Scalars) -> bool:
+    """Whether, for some row of the call, the gradient needs what all shards' second passes yield."""
+    sides = (s.positive_loss, s.negative_loss)
+    uniform_reverse = s.uniform_smoothing and s.eps > 0 and RowLoss.REVERSE_KL in sides
+    return uniform_reverse or (s.nl_floor is not None and RowLoss.NEGATIVE_LIKELIHOOD in sides)
+
+
+def loss_needs_totals(s: Scalars) -> bool:
+    """Whether some row's loss is not known from the statistics alone."""
+    sides = (s.positive_loss, s.negative_loss)
+    return any(
+        RowLoss(side).reads_reference or side == RowLoss.NEGATIVE_LIKELIHOOD for side in sides
+    )
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """What the arithmetic, the loss, the weights and the diagnostics are in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def describe(logits: Tensor) -> str:

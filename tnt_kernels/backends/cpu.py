@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tnt_kernels import _build_info
-from tnt_kernels.backends.call import ROW_COEFFICIENTS, RowCall, describe, scale_by_item
+from tnt_kernels.backends.call import RowCall, describe, scale_by_item
 
-_INTERFACE = 1  # of csrc/bind.cpp
+_INTERFACE = 2  # of csrc/bind.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -20,7 +20,7 @@ except ImportError as error:
     _missing = _build_info.load().native_missing or str(error)
 else:
     _missing = ""
-    if (_C.INTERFACE, _C.ROW_COEFFICIENTS) != (_INTERFACE, ROW_COEFFICIENTS):
+    if _C.INTERFACE != _INTERFACE:
         _missing = (
             f"tnt_kernels._C is stale: it has interface {_C.INTERFACE}, this package expects {_INTERFACE}; "
             "install tnt_kernels again"
@@ -46,13 +46,15 @@ def _address(x: Tensor | None) -> int:
 
 def launch(call: RowCall) -> None:
     logits, ref_logits, alpha, ids = call.logits, call.ref_logits, call.alpha, call.negative_ids
-    gradient, upstream, s = call.gradient, call.upstream, call.scalars
+    gradient, upstream, gathered, s = call.gradient, call.upstream, call.gathered, call.scalars
     rows, vocab = logits.shape
     normalizer = s.normalizer_value if call.normalizer is None else float(call.normalizer)
     _C.run_rows(
         _DTYPES[logits.dtype],
         rows,
         vocab,
+        call.vocab_offset,
+        call.vocab_size,
         logits.data_ptr(),
         logits.stride(0),
         _address(ref_logits),
@@ -75,6 +77,12 @@ def launch(call: RowCall) -> None:
         _REDUCTIONS[s.reduction],
         normalizer is not None,
         0.0 if normalizer is None else normalizer,
+        _address(call.statistics),
+        _address(gathered),
+        0 if gathered is None else gathered.stride(0),
+        0 if gathered is None else gathered.size(0),
+        _address(call.parts),
+        _address(call.totals),
         _address(call.loss),
         _address(call.stats),
         _address(call.coefficients),

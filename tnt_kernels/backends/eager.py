@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tnt_kernels.backends.call import RowCall, scale_by_item
+from tnt_kernels.backends import eager_shards
+from tnt_kernels.backends.call import RowCall, real_dtype, scale_by_item
 from tnt_kernels.objectives import Objective, RowLoss
 from tnt_kernels.reference import row_gradients, row_terms
 
@@ -60,12 +61,30 @@ def check_indices(
             )
 
 
+def _inverse_normalizer(call: RowCall) -> Tensor:
+    """() real: what a row's loss and gradient are multiplied by, besides its own factor."""
+    s, real = call.scalars, real_dtype(call.logits)
+    one = call.logits.new_ones((), dtype=real)
+    if s.reduction != "mean":
+        return one
+    if call.normalizer is not None:
+        normalizer = call.normalizer
+    elif s.normalizer_value is not None:
+        normalizer = one * s.normalizer_value
+    else:
+        active = call.labels != s.ignore_index
+        if call.weights is not None:
+            active &= call.weights != 0
+        normalizer = active.sum().to(real)
+    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
+
+
 def launch(call: RowCall) -> None:
     s = call.scalars
-    if call.upstream is None:
-        check_indices(
-            call.labels, call.weights, call.negative_ids, call.logits.size(1), s.ignore_index
-        )
+    if call.upstream is None and call.gathered is None:  # in a call's first launch
+        check_indices(call.labels, call.weights, call.negative_ids, call.vocab_size, s.ignore_index)
+    if call.statistics is not None or call.gathered is not None:
+        return eager_shards.launch(call, _inverse_normalizer(call))
     names = (RowLoss(s.positive_loss).name.lower(), RowLoss(s.negative_loss).name.lower())
     alpha: float | Tensor = (
         s.alpha_value if call.alpha is None else call.alpha.expand(len(call.labels))
@@ -83,21 +102,8 @@ def launch(call: RowCall) -> None:
     }
     terms = row_terms(*arguments, **settings)  # type: ignore[arg-type]
 
-    active = call.labels != s.ignore_index
-    if call.weights is not None:
-        active &= call.weights != 0
-    inverse = terms.scale.new_ones(())
-    if s.reduction == "mean":
-        normalizer = call.normalizer
-        if normalizer is None:
-            value = s.normalizer_value
-            normalizer = (
-                active.sum().to(terms.scale) if value is None else terms.scale.new_tensor(value)
-            )
-        inverse = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
-
     # A factor of 0 is a loss and a gradient of 0, whatever the row holds.
-    factor = terms.scale if s.reduction == "none" else terms.scale * inverse
+    factor = terms.scale if s.reduction == "none" else terms.scale * _inverse_normalizer(call)
     if call.loss is not None:
         losses = torch.where(factor == 0, 0.0, terms.loss * factor)
         call.loss.copy_(losses.view_as(call.loss) if s.reduction == "none" else losses.sum())

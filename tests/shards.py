@@ -1,0 +1,106 @@
+"""A vocabulary cut into shards within one process: a backend's three launches, without a collective."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from oracle import F16, Batch, Result
+from torch import Tensor
+
+import tnt_kernels as tnt
+from tnt_kernels._checks import row_arguments
+from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends.call import (
+    ROW_PARTS,
+    ROW_STATISTICS,
+    RowCall,
+    gradient_needs_totals,
+    real_dtype,
+)
+from tnt_kernels.objectives import resolve_method
+
+
+def cuts(vocab: int) -> Iterator[tuple[int, ...]]:
+    """1, 2 and 3 shards of unequal sizes, empty ones included."""
+    yield (vocab,)
+    yield (vocab // 3, vocab - vocab // 3)
+    first, second = (vocab + 1) // 2, vocab // 5
+    yield (first, second, vocab - first - second)
+
+
+def run_shards(
+    batch: Batch,
+    backend: str | Sequence[str],
+    sizes: Sequence[int],
+    *,
+    reduction: str = "mean",
+    upstream: Tensor | None = None,
+    with_stats: bool = True,
+) -> Result:
+    """As ``oracle.run``; the gradients of the shards side by side. Each shard may have a backend of its own."""
+    names = [backend] * len(sizes) if isinstance(backend, str) else backend
+    z, vocab, n = batch.logits, batch.logits.size(-1), len(batch.labels)
+    real, options = real_dtype(z), {"method": "tnff", **batch.options}
+    objective = resolve_method(options.pop("method"))
+    known = {
+        "alpha": 1.0, "negative_ids": None, "eps": 1e-6, "smoothing": "negatives", "nl_floor": None,
+        "temperature": 1.0, "ignore_index": -100, "normalizer": None, **options,
+    }  # fmt: skip
+    tensors, scalars = row_arguments(
+        z, batch.ref_logits, batch.labels, batch.weights, objective,
+        known["alpha"], known["negative_ids"], known["eps"], known["smoothing"], known["nl_floor"],
+        known["temperature"], known["ignore_index"], reduction, known["normalizer"], names[0],
+        batch.labels.shape, "logits",
+    )  # fmt: skip
+    launchers, shards = [BACKENDS[name].launch for name in names], len(sizes)
+    # a row more than there are: blocks at a distance, as the header of a real collective leaves them
+    gathered = torch.full((shards, n + 1, ROW_STATISTICS), torch.nan, dtype=real)
+    parts = torch.full((shards, n, ROW_PARTS), torch.nan, dtype=real)
+    gradient, loss = (
+        torch.empty_like(z),
+        z.new_empty((n,) if reduction == "none" else (), dtype=real),
+    )
+    stats = z.new_empty((5, n), dtype=real) if with_stats else None
+    offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
+    deferred = reduction == "none" or z.dtype == F16
+    late = deferred or gradient_needs_totals(scalars)
+
+    def calls() -> Iterator[tuple[int, RowCall]]:
+        for shard, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
+            ref = None if tensors.ref_logits is None else tensors.ref_logits[:, at : at + size]
+            alpha = None if tensors.alpha is None else tensors.alpha.reshape(-1)
+            yield shard, RowCall(
+                z[:, at : at + size], ref, tensors.labels, tensors.weights, alpha,
+                tensors.negative_ids, tensors.normalizer, scalars, loss=None, stats=None,
+                coefficients=None, gradient=None, upstream=None, vocab_offset=at, vocab_size=vocab,
+                statistics=None, gathered=None, parts=None, totals=None,
+            )  # fmt: skip
+
+    for shard, call in calls():
+        launchers[shard](call._replace(statistics=gathered[shard, :n], stats=stats))
+    view = gathered[:, :n]
+    for shard, call in calls():
+        mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
+        given = None if late else mine
+        launchers[shard](call._replace(gathered=view, parts=parts[shard], gradient=given))
+    totals = parts.sum(0)
+    results = []
+    for shard, call in calls():
+        mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
+        late_here = late and not deferred
+        call = call._replace(gathered=view, totals=totals)
+        launchers[shard](
+            call._replace(loss=loss, stats=stats, gradient=mine if late_here else None)
+        )
+        results.append((loss.clone(), None if stats is None else stats.clone()))
+        if deferred:
+            up = torch.ones(1, dtype=real) if upstream is None else upstream.reshape(-1)
+            launchers[shard](call._replace(gradient=mine, upstream=up))
+    for other, other_stats in results[1:] if len(set(names)) == 1 else ():  # every rank alike
+        torch.testing.assert_close(other, results[0][0], rtol=0, atol=0, equal_nan=True)
+        if stats is not None:
+            torch.testing.assert_close(other_stats, results[0][1], rtol=0, atol=0, equal_nan=True)
+    rows = None if stats is None else tnt.RowStats(*stats.unbind())
+    return Result(loss, gradient, rows)

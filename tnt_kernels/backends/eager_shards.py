@@ -1,0 +1,446 @@
+"""The three launches of a sharded vocabulary (``RowCall``) in plain PyTorch. The names are those of csrc/row_math.h.
+
+Everything of a row is (N, 1), everything of its entries (N, V), in the dtype of the arithmetic. Both sides' losses are
+computed on all rows and then chosen from: to pick the rows out would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnt_kernels.backends.call import RowCall, real_dtype
+from tnt_kernels.objectives import RowLoss
+from tnt_kernels.reference import SCALED_BY_WEIGHT, phi
+
+_LOWEST = torch.finfo(torch.float32).min  # where a maximum starts
+
+
+class _ExpSum(NamedTuple):
+    """Σ e^((x − max)/T) and its moment Σ e^((x − max)/T) (x − max)/T, each (N, 1)."""
+
+    max: Tensor
+    sum: Tensor
+    moment: Tensor
+
+    def merged(self, other: _ExpSum, inverse_t: float) -> _ExpSum:
+        top = torch.maximum(self.max, other.max)
+        total, moment = torch.zeros_like(top), torch.zeros_like(top)
+        for part in (self, other):
+            shift = (part.max - top) * inverse_t
+            scale = shift.exp()
+            total = total + scale * part.sum
+            added = scale * (part.moment + part.sum * shift)
+            moment = moment + added.masked_fill((part.sum == 0) | (scale == 0), 0.0)
+        return _ExpSum(top, total, moment)
+
+
+class _Statistics(NamedTuple):
+    """A slice's, unpacked."""
+
+    policy: _ExpSum
+    reference: _ExpSum
+    policy_set: _ExpSum
+    reference_set: _ExpSum
+    kl_moment: Tensor
+    centre: Tensor
+    policy_total: Tensor
+    kept: Tensor
+    label_policy: Tensor
+    label_reference: Tensor
+
+    def packed(self) -> Tensor:
+        return torch.cat(
+            (
+                *self.policy, *self.reference[:2], self.label_policy, *self.policy_set,
+                *self.reference_set[:2], self.label_reference, self.kl_moment, self.centre,
+                self.policy_total, self.kept,
+            ),
+            dim=-1,
+        )  # fmt: skip
+
+    @staticmethod
+    def unpacked(x: Tensor) -> _Statistics:
+        c = x.split(1, dim=-1)
+        nothing = torch.zeros_like(c[0])
+        return _Statistics(
+            _ExpSum(*c[:3]), _ExpSum(c[3], c[4], nothing), _ExpSum(*c[6:9]),
+            _ExpSum(c[9], c[10], nothing), c[12], c[13], c[14], c[15], c[5], c[11],
+        )  # fmt: skip
+
+    def merged(self, other: _Statistics, inverse_t: float) -> _Statistics:
+        policy = self.policy.merged(other.policy, inverse_t)
+        centre = torch.where(self.policy.sum != 0, self.centre, other.centre)
+        moment, total = torch.zeros_like(centre), torch.zeros_like(centre)
+        for part in (self, other):
+            shift = (part.policy.max - policy.max) * inverse_t
+            scale = shift.exp()
+            added = part.kl_moment + part.policy.sum * ((part.centre - centre) * inverse_t)
+            nothing = (part.policy.sum == 0) | (scale == 0)
+            moment = moment + (scale * added).masked_fill(nothing, 0.0)
+            added = part.policy_total + part.kept * shift
+            total = total + added.masked_fill(part.kept == 0, 0.0)
+        return _Statistics(
+            policy,
+            self.reference.merged(other.reference, inverse_t),
+            self.policy_set.merged(other.policy_set, inverse_t),
+            self.reference_set.merged(other.reference_set, inverse_t),
+            moment,
+            centre,
+            total,
+            self.kept + other.kept,
+            self.label_policy + other.label_policy,
+            self.label_reference + other.label_reference,
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The inputs of a launch in one form."""
+
+    z: Tensor  # (N, V)
+    r: Tensor  # (N, V), zeros if no row's loss reads it
+    active: Tensor  # (N, 1) bool: the others have weight 0
+    invalid: Tensor  # (N, 1) bool: a label or an id is out of range
+    negative_row: Tensor  # (N, 1) bool, whichever shard holds the negatives
+    label: Tensor  # (N, V) bool: y
+    negative: Tensor  # (N, V) bool: S
+    removed: Tensor  # (N, V) bool: S without a y that is pushed down in part
+    removed_count: Tensor  # (N, 1), over all shards
+    set_count: Tensor  # (N, 1), of S, over all shards
+    in_part: Tensor  # (N, 1) bool: y is pushed down in part, whichever shard holds it
+    log_kappa: Tensor  # (N, 1), of that y, else 0
+    scale: Tensor  # (N, 1): w, or α (α |w| for NL and UL) on negative rows
+
+    def set_of(self, loss: RowLoss) -> Tensor:
+        """What a loss treats apart from the rest."""
+        if loss is RowLoss.LOG_LIKELIHOOD:
+            return self.label
+        return self.removed if loss.reads_reference else self.negative
+
+
+def _rows(call: RowCall) -> _Rows:
+    s, real = call.scalars, real_dtype(call.logits)
+    n, vocab = call.logits.shape
+    w = call.labels.new_ones(n, dtype=real) if call.weights is None else call.weights
+    w, labels = w[:, None], call.labels[:, None]
+    active = (w != 0) & (labels != s.ignore_index)
+    invalid = active & ((labels < 0) | (labels >= call.vocab_size))
+    z = call.logits.detach().to(real).masked_fill(~active, 0.0)
+    r = torch.zeros_like(z)
+    if call.ref_logits is not None:
+        r = call.ref_logits.to(real).masked_fill(~active, 0.0)
+
+    def local(ids: Tensor) -> Tensor:
+        """Global ids as columns; a further column takes those of other shards."""
+        ids = ids - call.vocab_offset
+        return torch.where((ids >= 0) & (ids < vocab), ids, vocab)
+
+    def marked(ids: Tensor) -> Tensor:
+        marks = torch.zeros(n, vocab + 1, dtype=torch.bool, device=z.device)
+        return marks.scatter_(1, local(ids).expand(n, -1), True)[:, :vocab]
+
+    label = marked(labels)
+    pushed = (w < 0) & active
+    named, count = torch.zeros_like(label), torch.zeros_like(labels)
+    label_named = torch.zeros_like(pushed)
+    if call.negative_ids is not None:
+        ids = call.negative_ids if call.negative_ids.dim() == 2 else call.negative_ids[None]
+        ids = ids.expand(n, -1)
+        valid = (ids >= 0) & (ids < call.vocab_size)
+        invalid = invalid | (active & (~valid & (ids != -1)).any(-1, keepdim=True))
+        named = marked(ids.masked_fill(~valid, call.vocab_offset - 1))
+        ordered = ids.masked_fill(~valid, -1).sort(-1).values
+        first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+        count = (first & (ordered >= 0)).sum(-1, keepdim=True)
+        label_named = (ids == labels).any(-1, keepdim=True)
+    in_part = pushed & (w > -1) & ~label_named
+    removed = named | (label & pushed & ~in_part)
+    extra = pushed & ~label_named
+    negative_row = active & ((count > 0) | pushed)
+    alpha = w.new_tensor(s.alpha_value) if call.alpha is None else call.alpha[:, None]
+    scale = torch.where(negative_row, alpha.expand_as(w), w)
+    if RowLoss(s.negative_loss) in SCALED_BY_WEIGHT:
+        scale = torch.where(pushed, scale * w.abs(), scale)
+    return _Rows(
+        z, r, active, invalid, negative_row, label, named | (label & pushed), removed,
+        count + (extra & ~in_part), count + extra, in_part,
+        torch.where(in_part, w, 0.0).log1p(), scale.masked_fill(~active, 0.0),
+    )  # fmt: skip
+
+
+def _chosen(call: RowCall, rows: _Rows, of: Callable[[RowLoss], Tensor]) -> Tensor:
+    """Each row's side's."""
+    positive, negative = RowLoss(call.scalars.positive_loss), RowLoss(call.scalars.negative_loss)
+    if positive == negative:
+        return of(positive)
+    return torch.where(rows.negative_row, of(negative), of(positive))
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def _exp_sum(x: Tensor, keep: Tensor, inverse_t: float, factor: Tensor | None = None) -> _ExpSum:
+    x = x.masked_fill(~keep, -math.inf)
+    least = x.new_full((len(x), 1), _LOWEST)  # also the maximum of no entry, or of -inf alone
+    top = torch.cat((least, x), -1).amax(-1, keepdim=True)
+    centred = (x - top) * inverse_t
+    weight = centred.exp() if factor is None else centred.exp() * factor
+    moment = (weight * centred).masked_fill(weight == 0, 0.0)
+    return _ExpSum(top, weight.sum(-1, keepdim=True), moment.sum(-1, keepdim=True))
+
+
+def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
+    z, r, inverse_t = rows.z, rows.r, 1 / call.scalars.temperature
+    apart = rows.set_of(loss)
+    partial = rows.label & rows.in_part
+    log_kappa = torch.where(partial, rows.log_kappa, 0.0)
+    policy = _exp_sum(z, ~apart, inverse_t)
+    reference = _exp_sum(r, ~apart, inverse_t, log_kappa.exp())
+    centre = policy.max - reference.max
+    centre = centre.masked_fill(~(centre.abs() < 1e30), 0.0)
+    weight = ((z - policy.max) * inverse_t).exp().masked_fill(apart, 0.0)
+    moment = weight * ((z - r - centre) * inverse_t - log_kappa)
+    total = ((z - policy.max) * inverse_t).masked_fill(apart, 0.0)
+
+    def of_label(x: Tensor) -> Tensor:
+        return x.masked_fill(~partial, 0.0).sum(-1, keepdim=True)
+
+    return _Statistics(
+        policy,
+        reference,
+        _exp_sum(z, apart, inverse_t),
+        _exp_sum(r, apart, inverse_t),
+        moment.masked_fill(weight == 0, 0.0).sum(-1, keepdim=True),
+        centre,
+        total.sum(-1, keepdim=True),
+        (~apart).sum(-1, keepdim=True).to(z.dtype),
+        of_label(z),
+        of_label(r),
+    ).packed()
+
+
+# --- coefficients, loss and gradient of the entries ---------------------------------------------------------------
+
+
+class _Row:
+    """A row's coefficients under one loss, from all shards' statistics, and what its entries then have."""
+
+    def __init__(self, call: RowCall, rows: _Rows, loss: RowLoss, s: _Statistics) -> None:
+        self.rows, self.kind, self.scalars, self.s = rows, loss, call.scalars, s
+        self.t = t = 1 / call.scalars.temperature
+        self.vocab_size = call.vocab_size
+        self.eps = call.scalars.eps
+        self.uniform = call.scalars.uniform_smoothing and self.eps > 0
+        self.all = s.policy.merged(s.policy_set, t)
+        self.log_sum = self.all.sum.log()
+        self.kept_inverse = ((s.policy.max - self.all.max) * t).exp() / self.all.sum
+        self.mass = s.policy_set.sum * ((s.policy_set.max - self.all.max) * t).exp() / self.all.sum
+        self.log_odds = (s.policy_set.max - s.policy.max) * t
+        self.log_odds = self.log_odds + (s.policy_set.sum / s.policy.sum).log()
+        self.apart = rows.set_of(loss)
+        self.offset = (s.reference.sum / self.all.sum).log()
+        n = rows.removed_count.to(self.log_sum.dtype)
+        reverse = loss is RowLoss.REVERSE_KL and not self.uniform
+        self.log_norm = (self.eps * n).log1p() if reverse else torch.zeros_like(self.offset)
+        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
+        self.set_offset = self.log_norm - log_eps - self.log_sum
+        # d − KL = (d − M) + p(other group) (M − M of the other group), M the mean of d over a group
+        self.kept_mean = s.kl_moment / s.policy.sum
+        self.kept_mean = self.kept_mean + (s.centre - (self.all.max - s.reference.max)) * t
+        set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - self.all.max) * t
+        excess = self.kept_mean + self.offset + self.log_norm - (set_mean + self.set_offset)
+        none = self.mass == 0
+        kept = s.policy.sum * self.kept_inverse
+        self.set_centre = set_mean + (kept * excess).masked_fill(kept == 0, 0.0)
+        self.kl_centre = self.kept_mean - (self.mass * excess).masked_fill(none, 0.0)
+
+    def lost(self, loss: Tensor) -> Tensor:
+        """(N, 1) bool: the gradient of the row is NaN, whichever shard holds the cause."""
+        lost = loss.isnan() | self.rows.invalid
+        if self.kind.reads_reference:
+            lost = lost | self.offset.isnan() | (self.s.reference.sum == 0)
+        if self.kind is RowLoss.REVERSE_KL:
+            lost = lost | (loss == math.inf)
+            if not self.uniform:
+                lost = lost | ~self.kl_centre.isfinite()
+        if self.kind is RowLoss.UNLIKELIHOOD:
+            lost = lost | (loss == math.inf)
+        return lost & (self.kind is not RowLoss.NONE)
+
+    @property
+    def known_loss(self) -> Tensor:
+        """(N, 1): the part of the loss that needs no pass over the entries."""
+        s = self.s
+        if self.kind is RowLoss.LOG_LIKELIHOOD:
+            loss = F.softplus(-self.log_odds)
+            if not self.uniform:
+                return loss
+            v = self.vocab_size
+            shift = self.log_sum + (self.all.max - s.policy.max) * self.t
+            total = s.policy_total - (v - 1) * shift - loss
+            return (loss - self.eps * total) / (1 + v * self.eps)
+        if self.kind is RowLoss.UNLIKELIHOOD:
+            return F.softplus(self.log_odds)
+        if self.kind is RowLoss.FORWARD_KL and not self.uniform:
+            return self.mass.masked_fill(s.reference.sum == 0, math.nan)
+        nothing = torch.zeros_like(self.mass)
+        if self.kind.reads_reference:
+            return nothing.masked_fill(s.reference.sum == 0, math.nan)
+        return nothing
+
+    @property
+    def relative(self) -> Tensor:
+        return (self.rows.z - self.all.max) * self.t
+
+    @property
+    def p(self) -> Tensor:
+        return self.relative.exp() / self.all.sum
+
+    def target(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q̃, d = log p − log q̃ and, of the kept entries of an unsmoothed reverse KL, d − offset."""
+        rows, s = self.rows, self.s
+        partial = rows.label & rows.in_part
+        log_kappa = torch.where(partial, rows.log_kappa, 0.0)
+        q = ((rows.r - s.reference.max) * self.t + log_kappa).exp() / s.reference.sum
+        q = q.masked_fill(self.apart, 0.0)
+        if self.uniform:
+            v = self.vocab_size
+            d = self.relative - self.log_sum - (q + self.eps).log() + math.log1p(v * self.eps)
+            return (q + self.eps) / (1 + v * self.eps), d, d
+        x = ((rows.z - rows.r) - (self.all.max - s.reference.max)) * self.t - log_kappa
+        d = x + self.offset + self.log_norm
+        if self.kind is RowLoss.REVERSE_KL:
+            norm = self.log_norm.exp()
+            d = torch.where(self.apart, self.relative + self.set_offset, d)
+            q = torch.where(self.apart, self.eps / norm, q / norm)
+        return q, d, x
+
+    def entries(self, loss: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries' sum of loss terms (N, 1), NL's active tokens (N, 1), and the gradient (N, V).
+
+        ``loss`` and ``active`` are the row's, as far as they are known.
+        """
+        p, nothing = self.p, torch.zeros_like(self.mass)
+        if self.kind.reads_reference:
+            q, d, x = self.target()
+            near = d.abs() < 1
+            if self.kind is RowLoss.FORWARD_KL:
+                term = torch.where(near, q * phi(d), p - q - q * d)
+                term = torch.where(q == 0, p, term)
+                gradient = torch.where(near & (q > 0), q * d.expm1(), p - q)
+                if not self.uniform:  # the removed tokens' p is in the known part
+                    term = term.masked_fill(self.apart, 0.0)
+                    gradient = torch.where(self.apart, p, gradient)
+            else:
+                term = torch.where(near, p * phi(-d), p * d - p + q)
+                term = torch.where(p == 0, q, term)
+                centred = x - self.kl_centre
+                if self.uniform:
+                    centred = d - loss
+                else:
+                    centred = torch.where(self.apart, self.relative - self.set_centre, centred)
+                gradient = (p * centred).masked_fill(p == 0, 0.0)
+            return term.sum(-1, keepdim=True), nothing, gradient
+        if self.kind is RowLoss.LOG_LIKELIHOOD:
+            at_label = -self.s.policy.sum * self.kept_inverse
+            gradient = torch.where(self.apart, at_label, p)
+            if self.uniform:
+                norm = 1 + self.vocab_size * self.eps
+                bias = (self.vocab_size * self.apart - 1).to(p.dtype) * (self.eps / norm)
+                gradient = gradient + bias
+            return nothing, nothing, gradient
+        if self.kind is RowLoss.UNLIKELIHOOD:
+            share = ((self.rows.z - self.s.policy.max) * self.t).exp() / self.s.policy.sum
+            return nothing, nothing, torch.where(self.apart, p, -self.mass * share)
+        if self.kind is RowLoss.NEGATIVE_LIKELIHOOD:
+            floor = self.scalars.nl_floor
+            log_p = self.relative - self.log_sum
+            pushed = self.apart if floor is None else self.apart & (log_p >= floor)
+            clamped = log_p if floor is None else log_p.clamp_min(floor)
+            total = clamped.masked_fill(~self.apart, 0.0).sum(-1, keepdim=True)
+            count = pushed.sum(-1, keepdim=True).to(p.dtype)
+            return total, count, pushed.to(p.dtype) - active * p
+        return nothing, nothing, torch.zeros_like(p)
+
+
+def launch(call: RowCall, inverse_normalizer: Tensor) -> None:
+    rows = _rows(call)
+    if call.statistics is not None:
+        packed = _chosen(call, rows, lambda kind: _statistics(call, rows, kind))
+        call.statistics.copy_(packed.masked_fill(~rows.active, 0.0))
+        return
+    assert call.gathered is not None
+    inverse_t = 1 / call.scalars.temperature
+    s = _Statistics.unpacked(call.gathered[0])
+    for shard in call.gathered[1:]:
+        s = s.merged(_Statistics.unpacked(shard), inverse_t)
+    sides = {RowLoss(call.scalars.positive_loss), RowLoss(call.scalars.negative_loss)}
+    row = {kind: _Row(call, rows, kind, s) for kind in sides}
+    loss, active = {kind: x.known_loss for kind, x in row.items()}, rows.set_count.to(s.kept)
+    if call.totals is not None:
+        loss = {kind: x + call.totals[:, :1] for kind, x in loss.items()}
+        active = call.totals[:, 1:]
+
+    # A factor of 0 is a loss and a gradient of 0, whatever the row holds.
+    none = _chosen(call, rows, lambda kind: torch.full_like(rows.active, kind is RowLoss.NONE))
+    factor = (rows.scale * inverse_normalizer).masked_fill(none, 0.0)
+    if call.parts is not None or call.gradient is not None:
+        entries = {kind: x.entries(loss[kind], active) for kind, x in row.items()}
+        if call.parts is not None:
+            parts = _chosen(call, rows, lambda kind: torch.cat(entries[kind][:2], dim=-1))
+            call.parts.copy_(parts.masked_fill(~rows.active, 0.0))
+        if call.gradient is not None:
+            gradient = _chosen(
+                call,
+                rows,
+                lambda kind: entries[kind][2].masked_fill(row[kind].lost(loss[kind]), math.nan),
+            )
+            scale = factor * inverse_t
+            if call.upstream is not None:
+                upstream = call.upstream[:, None]
+                scale = (scale * upstream).masked_fill((scale == 0) | (upstream == 0), 0.0)
+            call.gradient.copy_((gradient * scale).masked_fill(scale == 0, 0.0))
+    if call.totals is None:
+        return
+
+    value = _chosen(call, rows, loss.__getitem__).masked_fill(rows.invalid, math.nan)
+    value = value.masked_fill(~rows.active, 0.0)
+    if call.loss is not None:
+        weighted = (value * factor).masked_fill(factor == 0, 0.0)
+        per_row = call.scalars.reduction == "none"
+        call.loss.copy_(weighted.view_as(call.loss) if per_row else weighted.sum())
+    if call.stats is not None:
+        diagnosis = _chosen(call, rows, lambda kind: _diagnosis(row[kind], value))
+        diagnosis = diagnosis.masked_fill(~rows.active | rows.invalid, math.nan)
+        call.stats.copy_(torch.cat((value, diagnosis), -1).t().view_as(call.stats))
+
+
+def _diagnosis(row: _Row, loss: Tensor) -> Tensor:
+    """(N, 4): the loss if it is a KL, p(S), q(S) if the reference is read, the entropy of p; else NaN."""
+    rows, s, t = row.rows, row.s, row.t
+    entropy = row.log_sum - row.all.moment / row.all.sum
+    in_part = rows.in_part & row.kind.reads_reference
+    of_label = ((s.label_policy - row.all.max) * t).exp() / row.all.sum
+    mass = row.mass + of_label.masked_fill(~in_part, 0.0)
+    mass = mass.masked_fill(~rows.negative_row, 0.0)
+    if not row.kind.reads_reference:
+        none = torch.full_like(mass, math.nan)
+        return torch.cat((none, mass, none, entropy), dim=-1)
+    # q itself: without κ on a y that is pushed down in part
+    out = ~in_part | (s.label_reference == -math.inf)
+    at = s.label_reference.masked_fill(out, _LOWEST)
+    nothing = torch.zeros_like(at)
+    label = _ExpSum(at, (~out).to(at), nothing)
+    removed = _ExpSum(at, (-rows.log_kappa.expm1()).masked_fill(out, 0.0), nothing)
+    inside = s.reference_set.merged(label, t)
+    whole = s.reference.merged(s.reference_set, t).merged(removed, t)
+    ref_mass = inside.sum * ((inside.max - whole.max) * t).exp() / whole.sum
+    ref_mass = ref_mass.masked_fill(~rows.negative_row & ~whole.sum.isnan(), 0.0)
+    return torch.cat((loss, mass, ref_mass, entropy), dim=-1)
