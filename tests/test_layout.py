@@ -85,6 +85,8 @@ def test_signature() -> None:
         "normalizer": None,
         "inplace": False,
         "return_stats": False,
+        "group": None,
+        "shard_sizes": None,
         "backend": None,
     }
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]

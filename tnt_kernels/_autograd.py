@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tnt_kernels import _linear_ops, _ops
+from tnt_kernels import _linear_ops, _shards
 from tnt_kernels._linear_chunks import LinearScalars
 from tnt_kernels._ops import RowTensors
+from tnt_kernels._shards import Shard
 from tnt_kernels.backends import BACKENDS
 from tnt_kernels.backends.call import Scalars
 
@@ -24,9 +25,10 @@ class TNTLossFunction(torch.autograd.Function):
     """Loss and row statistics of logits that need a gradient.
 
     The gradient of "mean" and "sum" is written in forward, while the logits are at hand, and neither logits nor
-    reference are kept. It is written in backward instead, from ``ROW_COEFFICIENTS`` numbers a row and the two logits,
-    where forward cannot know it well: under "none" (every row has its upstream gradient) and for float16 (the mean's
-    1/N would underflow before a GradScaler's factor arrives).
+    reference are kept. It is written in backward instead, from a few numbers a row and the two logits, where forward
+    cannot know it well: under "none" (every row has its upstream gradient) and for float16 (the mean's 1/N would
+    underflow before a GradScaler's factor arrives). Those numbers are ``ROW_COEFFICIENTS`` or, of a sharded vocabulary,
+    all shards' statistics and the totals: backward needs no collective.
     """
 
     @staticmethod
@@ -35,26 +37,26 @@ class TNTLossFunction(torch.autograd.Function):
         logits: Tensor,
         tensors: RowTensors,
         scalars: Scalars,
+        shard: Shard | None,
         inplace: bool,
         with_stats: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        ctx.scalars, ctx.inplace, ctx.spent = scalars, inplace, False
+        ctx.scalars, ctx.shard, ctx.inplace, ctx.spent = scalars, shard, inplace, False
         ctx.deferred = scalars.reduction == "none" or logits.dtype == torch.float16
         if ctx.deferred:
-            loss, *more, coefficients = _ops.row_losses(
-                logits, *tensors, *scalars, False, with_stats, True
-            )
-            ctx.save_for_backward(logits, coefficients, *tensors)
+            loss, *more = _shards.losses(logits, tensors, scalars, shard, False, with_stats, True)
+            kept = more[with_stats:]
+            ctx.save_for_backward(logits, *tensors, *kept)
         elif inplace:
-            loss, stats = _ops.row_losses_(logits, *tensors, *scalars, with_stats)
+            loss, stats = _shards.losses_(logits, tensors, scalars, shard, with_stats)
             # A mutable schema leaves the counter as it was, for a compiler that traces this too. With it, autograd
             # raises where another operation had saved these logits for its own backward.
             torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits)
             more = [stats]
         else:
-            loss, gradient, *more = _ops.row_losses(
-                logits, *tensors, *scalars, True, with_stats, False
+            loss, gradient, *more = _shards.losses(
+                logits, tensors, scalars, shard, True, with_stats, False
             )
             ctx.save_for_backward(gradient)
         if not with_stats:
@@ -73,7 +75,7 @@ class TNTLossFunction(torch.autograd.Function):
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return None, None, None, None, None
+        return (None,) * 6
     if ctx.inplace:
         if ctx.spent:
             raise RuntimeError(
@@ -82,15 +84,17 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             )
         ctx.spent = True
     if ctx.deferred:
-        logits, coefficients, *tensors = ctx.saved_tensors
-        arguments = (logits.detach(), *tensors, *ctx.scalars, coefficients, upstream)
+        logits, *saved = ctx.saved_tensors
+        last = len(RowTensors._fields)
+        tensors, kept = RowTensors._make(saved[:last]), saved[last:]
+        arguments = (logits.detach(), tensors, ctx.scalars, ctx.shard, *kept, upstream)
         # A compiled backward may not write over what forward saved: the same tensor may be saved for another operation.
         if ctx.inplace and not torch.compiler.is_compiling():
-            _ops.row_gradients_(*arguments)
+            _shards.gradients_(*arguments)
             torch.autograd.graph.increment_version(logits)
             gradient = logits.detach()
         else:
-            gradient = _ops.row_gradients(*arguments)
+            gradient = _shards.gradients(*arguments)
     else:
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
@@ -98,7 +102,7 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             gradient = gradient.clone() if _keeps_graph() else gradient.detach()
             BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
-    return gradient, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)

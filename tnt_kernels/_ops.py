@@ -16,7 +16,7 @@ from torch import Tensor
 from tnt_kernels.backends import BACKENDS
 from tnt_kernels.backends.call import ROW_COEFFICIENTS, RowCall, Scalars, real_dtype
 
-_TENSORS = (
+TENSORS = (
     "Tensor? ref_logits, Tensor labels, Tensor? weights, Tensor? alpha, Tensor? negative_ids, "
     "Tensor? normalizer"
 )
@@ -27,11 +27,11 @@ SCALARS = (
 )
 _library = torch.library.Library("tnt_kernels", "DEF")
 for _schema in (
-    f"row_losses(Tensor logits, {_TENSORS}, {SCALARS}, bool with_gradient, bool with_stats, "
+    f"row_losses(Tensor logits, {TENSORS}, {SCALARS}, bool with_gradient, bool with_stats, "
     "bool with_coefficients) -> Tensor[]",
-    f"row_losses_(Tensor(a!) logits, {_TENSORS}, {SCALARS}, bool with_stats) -> (Tensor loss, Tensor stats)",
-    f"row_gradients(Tensor logits, {_TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> Tensor",
-    f"row_gradients_(Tensor(a!) logits, {_TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> ()",
+    f"row_losses_(Tensor(a!) logits, {TENSORS}, {SCALARS}, bool with_stats) -> (Tensor loss, Tensor stats)",
+    f"row_gradients(Tensor logits, {TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> Tensor",
+    f"row_gradients_(Tensor(a!) logits, {TENSORS}, {SCALARS}, Tensor coefficients, Tensor upstream) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -50,7 +50,7 @@ class RowTensors(NamedTuple):
 def as_rows(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with dense rows: a view wherever one exists, else a copy."""
     if x.dim() != 2:
-        x = x.reshape(-1, x.size(-1))
+        x = x.reshape(x.shape[:-1].numel(), x.size(-1))
     return x if x.stride(1) == 1 or x.size(1) <= 1 else x.contiguous()
 
 
@@ -85,31 +85,44 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return not interleaved
 
 
+def check_apart(logits: Tensor, ref_logits: Tensor | None) -> None:
+    """Of logits that are to be overwritten."""
+    if ref_logits is not None and _overlap(as_rows(logits), as_rows(ref_logits)):
+        raise ValueError(
+            "inplace: logits and ref_logits share memory, expected separate storage "
+            "(the gradient would be written over the reference)"
+        )
+
+
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
-def _launch(
+def launch(
     logits: Tensor,
     tensors: tuple[Tensor | None, ...],
     scalars: tuple[Any, ...],
-    loss: Tensor | None,
-    stats: Tensor | None,
-    coefficients: Tensor | None,
-    gradient: Tensor | None,
-    upstream: Tensor | None,
+    *,
+    loss: Tensor | None = None,
+    stats: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
+    vocab_offset: int = 0,
+    vocab_size: int | None = None,
+    statistics: Tensor | None = None,
+    gathered: Tensor | None = None,
+    parts: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> None:
+    """A backend's launch (``RowCall``) for rows (...)."""
     ref_logits, labels, weights, alpha, negative_ids, normalizer = tensors
     assert labels is not None
     rows = as_rows(logits)
     if ref_logits is not None:
         ref_logits = as_rows(ref_logits)
     if gradient is logits:
-        if ref_logits is not None and _overlap(rows, ref_logits):
-            raise ValueError(
-                "inplace: logits and ref_logits share memory, expected separate storage "
-                "(the gradient would be written over the reference)"
-            )
+        check_apart(rows, ref_logits)
         gradient = rows
     elif gradient is not None:
         gradient = as_rows(gradient)
@@ -131,19 +144,19 @@ def _launch(
         coefficients,
         gradient,
         None if upstream is None else upstream.reshape(-1),
-        vocab_offset=0,
-        vocab_size=rows.size(1),
-        statistics=None,
-        gathered=None,
-        parts=None,
-        totals=None,
+        vocab_offset,
+        rows.size(1) if vocab_size is None else vocab_size,
+        statistics,
+        gathered,
+        parts,
+        totals,
     )
     BACKENDS[settings.backend].launch(call)
 
 
-_LAST_TENSOR = len(RowTensors._fields)
-_LAST_SCALAR = _LAST_TENSOR + len(Scalars._fields)
-_REDUCTION = _LAST_TENSOR + Scalars._fields.index("reduction")
+LAST_TENSOR = len(RowTensors._fields)
+LAST_SCALAR = LAST_TENSOR + len(Scalars._fields)
+_REDUCTION = LAST_TENSOR + Scalars._fields.index("reduction")
 
 
 def _new_loss(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -156,16 +169,16 @@ def _new_stats(logits: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -
     return logits.new_empty((5, *arguments[1].shape), dtype=dtype)
 
 
-def _new_gradient(logits: Tensor) -> Tensor:
+def new_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _new_row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
-    with_gradient, with_stats, with_coefficients = arguments[_LAST_SCALAR:]
+def new_row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
+    with_gradient, with_stats, with_coefficients = arguments[LAST_SCALAR:]
     dtype = real_dtype(logits)
     outputs = [_new_loss(logits, arguments, dtype)]
     if with_gradient:
-        outputs.append(_new_gradient(logits))
+        outputs.append(new_gradient(logits))
     if with_stats:
         outputs.append(_new_stats(logits, arguments, dtype))
     if with_coefficients:
@@ -175,66 +188,65 @@ def _new_row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
 
 def _row_losses(logits: Tensor, *arguments: Any) -> list[Tensor]:
     """[loss], then what was asked for of [gradient, stats, coefficients]."""
-    with_gradient, with_stats, with_coefficients = arguments[_LAST_SCALAR:]
-    outputs = _new_row_losses(logits, *arguments)
-    _launch(
+    with_gradient, with_stats, with_coefficients = arguments[LAST_SCALAR:]
+    outputs = new_row_losses(logits, *arguments)
+    launch(
         logits,
-        arguments[:_LAST_TENSOR],
-        arguments[_LAST_TENSOR:_LAST_SCALAR],
-        outputs[0],
-        outputs[1 + with_gradient] if with_stats else None,
-        outputs[-1] if with_coefficients else None,
-        outputs[1] if with_gradient else None,
-        None,
+        arguments[:LAST_TENSOR],
+        arguments[LAST_TENSOR:LAST_SCALAR],
+        loss=outputs[0],
+        stats=outputs[1 + with_gradient] if with_stats else None,
+        coefficients=outputs[-1] if with_coefficients else None,
+        gradient=outputs[1] if with_gradient else None,
     )
     return outputs
 
 
-def _new_row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def new_row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = real_dtype(logits)
-    with_stats = arguments[_LAST_SCALAR]
+    with_stats = arguments[LAST_SCALAR]
     stats = _new_stats(logits, arguments, dtype) if with_stats else logits.new_empty(0, dtype=dtype)
     return _new_loss(logits, arguments, dtype), stats
 
 
 def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and stats (empty unless asked for); the gradient lies where the logits were."""
-    loss, stats = _new_row_losses_(logits, *arguments)
-    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
-    _launch(
+    loss, stats = new_row_losses_(logits, *arguments)
+    tensors, scalars = arguments[:LAST_TENSOR], arguments[LAST_TENSOR:LAST_SCALAR]
+    launch(
         logits,
         tensors,
         scalars,
-        loss,
-        stats if arguments[_LAST_SCALAR] else None,
-        None,
-        logits,
-        None,
+        loss=loss,
+        stats=stats if arguments[LAST_SCALAR] else None,
+        gradient=logits,
     )
     return loss, stats
 
 
 def _new_row_gradients(logits: Tensor, *_: Any) -> Tensor:
-    return _new_gradient(logits)
+    return new_gradient(logits)
 
 
 def _row_gradients(logits: Tensor, *arguments: Any) -> Tensor:
-    coefficients, upstream = arguments[_LAST_SCALAR:]
-    gradient = _new_gradient(logits)
-    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
-    _launch(logits, tensors, scalars, None, None, coefficients, gradient, upstream)
+    coefficients, upstream = arguments[LAST_SCALAR:]
+    gradient = new_gradient(logits)
+    tensors, scalars = arguments[:LAST_TENSOR], arguments[LAST_TENSOR:LAST_SCALAR]
+    outputs = {"gradient": gradient, "upstream": upstream}
+    launch(logits, tensors, scalars, coefficients=coefficients, **outputs)
     return gradient
 
 
 def _row_gradients_(logits: Tensor, *arguments: Any) -> None:
-    coefficients, upstream = arguments[_LAST_SCALAR:]
-    tensors, scalars = arguments[:_LAST_TENSOR], arguments[_LAST_TENSOR:_LAST_SCALAR]
-    _launch(logits, tensors, scalars, None, None, coefficients, logits, upstream)
+    coefficients, upstream = arguments[LAST_SCALAR:]
+    tensors, scalars = arguments[:LAST_TENSOR], arguments[LAST_TENSOR:LAST_SCALAR]
+    outputs = {"gradient": logits, "upstream": upstream}
+    launch(logits, tensors, scalars, coefficients=coefficients, **outputs)
 
 
 for _name, _implementation, _fake in (
-    ("row_losses", _row_losses, _new_row_losses),
-    ("row_losses_", _row_losses_, _new_row_losses_),
+    ("row_losses", _row_losses, new_row_losses),
+    ("row_losses_", _row_losses_, new_row_losses_),
     ("row_gradients", _row_gradients, _new_row_gradients),
     ("row_gradients_", _row_gradients_, lambda *_: None),
 ):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops
+from tnt_kernels import _ops, _shards
 from tnt_kernels._autograd import TNTLossFunction
 from tnt_kernels._checks import LOGITS_DTYPES, check_constant, row_arguments
+from tnt_kernels._ops import RowTensors
+from tnt_kernels._shards import announcing, shard_of
+from tnt_kernels.backends.call import Scalars
 from tnt_kernels.objectives import Objective, resolve_method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RowStats(NamedTuple):
@@ -45,6 +52,8 @@ def tnt_loss(
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
     return_stats: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -66,6 +75,8 @@ def tnt_loss(
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
     return_stats: Literal[True],
+    group: ProcessGroup | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, RowStats]: ...
 def tnt_loss(
@@ -86,6 +97,8 @@ def tnt_loss(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """The token-level loss of Targeted Negative Training (Zhang, Ranganath, Tafvizi, TMLR 2024, arXiv 2406.13660).
@@ -118,6 +131,12 @@ def tnt_loss(
         inplace: write the gradient over the logits' storage; their values are gone afterwards ("none" and float16:
             after backward). Nothing is written where no gradient is needed.
         return_stats: also return ``RowStats``.
+        group: a process group over which the vocabulary is sharded. Every rank gives its own columns of ``logits`` and
+            ``ref_logits``, in rank order, and the same of everything else; labels and ids are those of the whole
+            vocabulary. Every rank gets the whole loss and statistics and its own columns' gradient. Forward takes two
+            all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none.
+        shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
+            change.
         backend: "cpu" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the fastest that serves these tensors.
 
     Returns:
@@ -128,40 +147,47 @@ def tnt_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, a missing ``ref_logits``, a label or id out of range (on a CPU; on
             other devices it makes the row's loss NaN), logits that cannot be overwritten under ``inplace``.
-        RuntimeError: a requested backend that is not available.
+        RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
     """
-    objective = resolve_method(method)
-    _check_logits(logits)
-    shape = logits.shape[:-1]
-    if objective.reads_reference:
-        _check_reference(ref_logits, logits, objective)
-    else:
-        ref_logits = None
-    tensors, scalars = row_arguments(
-        logits, ref_logits, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
-        temperature, ignore_index, reduction, normalizer, backend, shape, "logits",
-    )  # fmt: skip
-    if logits.requires_grad and torch.is_grad_enabled():
-        if inplace:
+    shard = shard_of(group, shard_sizes)
+
+    def prepare() -> tuple[RowTensors, Scalars, bool]:
+        objective = resolve_method(method)
+        _check_logits(logits, least=1 if shard is None else 0)
+        if objective.reads_reference:
+            _check_reference(ref_logits, logits, objective)
+        tensors, scalars = row_arguments(
+            logits, ref_logits if objective.reads_reference else None, labels, weights, objective, alpha,
+            negative_ids, eps, smoothing, nl_floor, temperature, ignore_index, reduction, normalizer,
+            backend, logits.shape[:-1], "logits",
+        )  # fmt: skip
+        with_gradient = logits.requires_grad and torch.is_grad_enabled()
+        if with_gradient and inplace:
             _check_overwritable(logits)
-        outputs = TNTLossFunction.apply(logits, tensors, scalars, inplace, return_stats)  # type: ignore[no-untyped-call]
+        return tensors, scalars, with_gradient
+
+    tensors, scalars, with_gradient = announcing(shard, logits, prepare)
+    if with_gradient:
+        outputs = TNTLossFunction.apply(  # type: ignore[no-untyped-call]
+            logits, tensors, scalars, shard, inplace, return_stats
+        )
         if not return_stats:
             return cast(Tensor, outputs)
     else:
-        outputs = _ops.row_losses(logits, *tensors, *scalars, False, return_stats, False)
+        outputs = _shards.losses(logits, tensors, scalars, shard, False, return_stats, False)
         if not return_stats:
             return cast(Tensor, outputs[0])
     return outputs[0], RowStats(*outputs[1].unbind())
 
 
-def _check_logits(logits: Tensor) -> None:
+def _check_logits(logits: Tensor, least: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: {type(logits).__name__}, expected a tensor")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"logits: dtype {logits.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
         )
-    if logits.dim() == 0 or logits.size(-1) == 0:
+    if logits.dim() == 0 or logits.size(-1) < least:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
 
 

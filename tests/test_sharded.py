@@ -1,0 +1,234 @@
+"""``group=``: the loss of logits whose vocabulary is sharded over gloo processes, against the unsharded truth."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import (
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    INF,
+    NAN,
+    OBJECTIVES,
+    Batch,
+    Result,
+    assert_agrees,
+    mixed_batch,
+    truth,
+)
+from ranks import beside, collectives, columns, needs_gloo, run_cases, shard_sizes
+from torch import Tensor
+
+import tnt_kernels as tnt
+
+pytestmark = needs_gloo
+SMOOTHINGS = ("negatives", "uniform")
+
+
+def run(
+    batch: Batch, sizes: list[int], rank: int, *, upstream: Tensor | None = None, **keywords: Any
+) -> Result:
+    """As ``oracle.run`` on the whole: this rank's loss and statistics, all ranks' gradients."""
+    mine = columns(sizes, rank)
+    leaf = batch.logits[..., mine].clone().requires_grad_()
+    ref = None if batch.ref_logits is None else batch.ref_logits[..., mine]
+    options = {**batch.options, **keywords}
+    logits = leaf * 1 if options.get("inplace") else leaf
+    out = tnt.tnt_loss(
+        logits,
+        ref,
+        batch.labels,
+        batch.weights,
+        group=dist.group.WORLD,
+        shard_sizes=sizes,
+        **options,
+    )
+    loss, stats = out if isinstance(out, tuple) else (out, None)
+    (gradient,) = torch.autograd.grad(
+        loss, logits, torch.ones_like(loss) if upstream is None else upstream
+    )
+    return Result(loss.detach(), beside(gradient, sizes), stats)
+
+
+def every_loss(rank: int, world: int) -> None:
+    upstream = torch.linspace(-1, 2, 12)
+    for dtype, objective, smoothing in itertools.product(DTYPES, OBJECTIVES, SMOOTHINGS):
+        batch = mixed_batch(103, dtype).with_options(method=objective, smoothing=smoothing)
+        expected, sizes = truth(batch), shard_sizes(103, world)
+        per_row = upstream.to(F64 if dtype == F64 else F32)
+        for backend, inplace in (("cpu", False), ("cpu", True), ("torch", False)):
+            for reduction, given in (("mean", None), ("none", per_row)):
+                result = run(
+                    batch, sizes, rank, upstream=given, reduction=reduction, inplace=inplace,
+                    return_stats=True, backend=backend,
+                )  # fmt: skip
+                label = f"{backend} {objective} {smoothing} {reduction} {inplace}"
+                assert_agrees(
+                    result, expected, batch, reduction=reduction, upstream=given, label=label
+                )
+
+
+def settings(rank: int, world: int) -> None:
+    """Few columns, rows (2, 6), a floor, alpha per row, a normalizer; sizes derived from the group."""
+    for vocab in (2, 5, 40):
+        batch = mixed_batch(vocab)
+        shape = (2, 6)
+        batch = Batch(
+            batch.logits.view(*shape, vocab), batch.ref_logits.view(*shape, vocab),
+            batch.labels.view(shape), batch.weights.view(shape),
+            {"negative_ids": batch.options["negative_ids"].view(*shape, -1), "nl_floor": -3.0,
+             "alpha": torch.linspace(0, 2, 6), "temperature": 1.5},
+        )  # fmt: skip
+        sizes = shard_sizes(vocab, world)
+        for objective in OBJECTIVES[:4]:
+            some = batch.with_options(method=objective)
+            result = run(some, sizes, rank, return_stats=True, normalizer=7)
+            assert_agrees(result, truth(some), some, normalizer=7.0, label=f"{vocab} {objective}")
+
+
+def edges(rank: int, world: int) -> None:
+    """No rows, ignored rows, p = q, one broken shard."""
+    sizes = shard_sizes(20, world)
+    for dtype in (F32, F16):
+        for rows, weight in ((0, 1.0), (3, 0.0)):
+            z = torch.full((rows, 20), NAN, dtype=dtype)
+            batch = Batch(z, z, torch.zeros(rows, dtype=torch.int64), torch.full((rows,), weight))
+            for reduction, inplace in itertools.product(("mean", "none"), (False, True)):
+                result = run(batch, sizes, rank, reduction=reduction, inplace=inplace)
+                assert (result.loss == 0).all()
+                assert (result.gradient == 0).all()
+    z = 4 * torch.randn(5, 20)
+    batch = Batch(z, z.clone(), torch.zeros(5, dtype=torch.int64), torch.linspace(0.5, 2, 5))
+    for method in ("tnff", "tnrr"):
+        result = run(batch, sizes, rank, method=method)
+        assert (result.loss == 0).all()
+        assert (result.gradient == 0).all()
+    z[2, 0] = INF
+    result = run(batch, sizes, rank, reduction="none", return_stats=True)
+    assert result.loss[2].isnan()
+    assert result.gradient[2].isnan().all()
+    assert torch.isfinite(result.gradient[[0, 1, 3, 4]]).all()
+
+
+def counts(rank: int, world: int) -> None:
+    """Two all-gathers with gradient, one where the statistics say it all; none in backward, none for a group of one."""
+    batch, sizes = mixed_batch(40), shard_sizes(40, world)
+    run(batch, sizes, rank)
+    mine = columns(sizes, rank)
+    labels = batch.labels.clamp_max(sizes[rank] - 1)
+
+    def step(dtype: torch.dtype, options: dict[str, Any]) -> None:
+        z, r = batch.logits[:, mine].to(dtype), batch.ref_logits[:, mine].to(dtype)
+        loss = tnt.tnt_loss(z.requires_grad_(), r, labels, batch.weights, **options)
+        loss.sum().backward()
+
+    for method, smoothing, reduction, dtype in itertools.product(
+        ("tnff", "tnrr", "nl+ll", "ul+ll"), SMOOTHINGS, ("mean", "none"), (F32, F16)
+    ):
+        options = {"method": method, "smoothing": smoothing, "reduction": reduction}
+        sharded = {**options, "group": dist.group.WORLD, "shard_sizes": sizes}
+        seen = collectives(partial(step, dtype, sharded))
+        assert len(seen) == (1 if method == "ul+ll" else 2), (method, seen)
+        assert collectives(partial(step, dtype, {**options, "group": alone[rank]})) == []
+
+
+alone: list[Any] = []
+
+
+def groups_of_one(rank: int, world: int) -> None:
+    alone[:] = [dist.new_group([i]) for i in range(world)]
+
+
+def every_rank_alike(rank: int, world: int) -> None:
+    """The loss to the last bit."""
+    batch, sizes = mixed_batch(1003), shard_sizes(1003, world)
+    for objective in OBJECTIVES[:4]:
+        loss = run(batch, sizes, rank, method=objective).loss
+        others = [torch.empty_like(loss) for _ in sizes]
+        dist.all_gather(others, loss)
+        assert all(torch.equal(loss, other) for other in others)
+
+
+def bad_input(rank: int, world: int) -> None:
+    """All ranks raise, and the next call works."""
+    batch, sizes = mixed_batch(40), shard_sizes(40, world)
+    mine = columns(sizes, rank)
+    world_group = dist.group.WORLD
+    z, r = batch.logits[:, mine], batch.ref_logits[:, mine]
+
+    def call(**changed: Any) -> Tensor:
+        arguments = {
+            "logits": z, "ref_logits": r, "labels": batch.labels, "weights": batch.weights,
+            "group": world_group, "shard_sizes": sizes, **changed,
+        }  # fmt: skip
+        return tnt.tnt_loss(**arguments)
+
+    def raises(error: type[Exception], match: str, **changed: Any) -> None:
+        with pytest.raises(error, match=match):
+            call(**changed)
+        assert torch.isfinite(call(method="ul+ll"))
+
+    last = rank == world - 1
+    labels = batch.labels.clone()
+    labels[0] = 40
+    raises(ValueError, "labels: row 0 has label 40", labels=labels)
+    # one rank alone
+    other = "rank [0-9] of group has raised"
+    if last:
+        raises(ValueError, "labels: row 0", labels=labels)
+        raises(TypeError, "ref_logits: dtype", ref_logits=r.double())
+        raises(ValueError, "method is", method="no")
+        raises(ValueError, "V = .* expected .* shards", logits=z[:, :0], ref_logits=r[:, :0])
+    else:
+        for _ in range(4):
+            raises(RuntimeError, other)
+    fresh = [size + (1 if i == 0 else -1 if i == 1 else 0) for i, size in enumerate(sizes)]
+    raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh)
+    raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh if last else [1, *sizes[1:]])
+    with pytest.raises(ValueError, match=r"expected \d sizes"):
+        call(shard_sizes=[40])
+    with pytest.raises(ValueError, match="without group"):
+        call(group=None)
+    with pytest.raises(TypeError, match="group: str, expected"):
+        call(group="world")
+
+
+def sizes_from_the_group(rank: int, world: int) -> None:
+    """Asked once; a vocabulary that changes is an error on all ranks."""
+    group = dist.new_group(list(range(world)))
+    for vocab in (40, 40):
+        batch, sizes = mixed_batch(vocab), shard_sizes(vocab, world)
+        mine = columns(sizes, rank)
+        expected = truth(batch)
+        leaf = batch.logits[:, mine].clone().requires_grad_()
+        loss = tnt.tnt_loss(
+            leaf,
+            batch.ref_logits[:, mine],
+            batch.labels,
+            batch.weights,
+            group=group,
+            **batch.options,
+        )
+        loss.backward()
+        assert_agrees(Result(loss, beside(leaf.grad, sizes), None), expected, batch)
+    z = torch.randn(3, 8 if rank else 21)
+    with pytest.raises((ValueError, RuntimeError), match=r"V = |has raised"):
+        tnt.tnt_loss(z, z, torch.zeros(3, dtype=torch.int64), group=group)
+
+
+CASES = [
+    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_logits(world: int, tmp_path: Path, cpu: str) -> None:
+    run_cases(world, tmp_path, CASES)
