@@ -224,8 +224,52 @@ def sizes_from_the_group(rank: int, world: int) -> None:
         tnt.tnt_loss(z, z, torch.zeros(3, dtype=torch.int64), group=group)
 
 
+def dtensors(rank: int, world: int) -> None:
+    """Sharded on V, unevenly; on rows too; other placements raise."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    batch = mixed_batch(42)
+    labels, weights, options = batch.labels, batch.weights, batch.options
+    mesh = dist.init_device_mesh("cpu", (world,))
+    expected = truth(batch)
+
+    def split(x: Tensor, mesh: Any, *placements: Any) -> DTensor:
+        return distribute_tensor(x.clone(), mesh, placements)
+
+    for vocab in (Shard(1), Shard(-1)):
+        leaf = split(batch.logits, mesh, vocab).requires_grad_()
+        ref = split(batch.ref_logits, mesh, vocab)
+        for rows in (labels, split(labels, mesh, Replicate())):
+            loss = tnt.tnt_loss(leaf, ref, rows, weights, **options)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            assert gradient.placements == leaf.placements
+            assert_agrees(Result(loss, gradient.full_tensor(), None), expected, batch)
+    # rows over one mesh dimension, the vocabulary over the other
+    both = dist.init_device_mesh("cpu", (2, world // 2))
+    leaf = split(batch.logits, both, Shard(0), Shard(1)).requires_grad_()
+    ref = split(batch.ref_logits, both, Shard(0), Shard(1))
+    tensors = [split(x, both, Shard(0), Replicate()) for x in (labels, weights)]
+    ids = split(options["negative_ids"], both, Shard(0), Replicate())
+    count = int(((labels != -100) & (weights != 0)).sum())
+    loss = tnt.tnt_loss(leaf, ref, *tensors, negative_ids=ids, normalizer=count)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=both.get_group(0))
+    assert_agrees(Result(total, gradient.full_tensor(), None), expected, batch)
+    whole = split(batch.logits, mesh, Replicate())
+    with pytest.raises(ValueError, match=r"logits: DTensor with placements .*Replicate"):
+        tnt.tnt_loss(whole, whole, labels, weights)
+    leaf = split(batch.logits, mesh, Shard(1))
+    with pytest.raises(ValueError, match="ref_logits: DTensor with placements"):
+        tnt.tnt_loss(leaf, split(batch.logits, mesh, Replicate()), labels, weights)
+    with pytest.raises(TypeError, match="ref_logits: Tensor, expected a DTensor"):
+        tnt.tnt_loss(leaf, batch.ref_logits, labels, weights)
+    with pytest.raises(ValueError, match="group: given with logits that are a DTensor"):
+        tnt.tnt_loss(leaf, leaf, labels, weights, group=dist.group.WORLD)
+
+
 CASES = [
-    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group,
+    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group, dtensors,
 ]  # fmt: skip
 
 

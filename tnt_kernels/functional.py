@@ -11,6 +11,7 @@ from torch import Tensor
 from tnt_kernels import _ops, _shards
 from tnt_kernels._autograd import TNTLossFunction
 from tnt_kernels._checks import LOGITS_DTYPES, check_constant, row_arguments
+from tnt_kernels._dtensor import is_dtensor, local
 from tnt_kernels._ops import RowTensors
 from tnt_kernels._shards import announcing, shard_of
 from tnt_kernels.backends.call import Scalars
@@ -108,6 +109,11 @@ def tnt_loss(
     ``inplace=False`` the call allocates one gradient of the logits' size and nothing else of that order; with
     ``inplace=True`` not even that.
 
+    ``logits`` and ``ref_logits`` may be DTensors whose last dimension is sharded over one mesh dimension, and rows over
+    others: that replaces ``group``. The other tensors are then DTensors with the placements of the rows, or this rank's
+    part of them. Loss and statistics are plain tensors, of this rank's rows: "mean" counts these, unless ``normalizer``
+    is given.
+
     Args:
         logits: (..., V) float32, bfloat16 or float16 (float64 on a CPU): the policy's. Dense rows of any stride are
             read where they are (``logits[..., :V]`` of a padded vocabulary). Not shifted here: shift labels and
@@ -149,6 +155,18 @@ def tnt_loss(
             other devices it makes the row's loss NaN), logits that cannot be overwritten under ``inplace``.
         RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
     """
+    if is_dtensor(logits):
+        if group is not None or shard_sizes is not None:
+            raise ValueError("group: given with logits that are a DTensor, whose mesh says it")
+        rows = {"labels": labels, "weights": weights, "alpha": alpha, "negative_ids": negative_ids}
+        here = local(logits, ref_logits, {**rows, "normalizer": normalizer})
+        logits, ref_logits, group, shard_sizes = (
+            here.logits,
+            here.ref_logits,
+            here.group,
+            here.shard_sizes,
+        )
+        labels, weights, alpha, negative_ids, normalizer = here.rows
     shard = shard_of(group, shard_sizes)
 
     def prepare() -> tuple[RowTensors, Scalars, bool]:
