@@ -498,7 +498,7 @@ def test_opcheck(dtype: torch.dtype, cpu: str) -> None:
         ("sum", False, (True, False, False)),
         ("none", False, (False, False, False)),
     ):
-        arguments = (*tensors, *scalars, *loss, reduction, None, cpu)
+        arguments = (*tensors, *scalars, *loss, reduction, None, cpu, None, None)
         torch.library.opcheck(_linear_ops.linear_losses, (*arguments, stats, *wanted))
     torch.library.opcheck(
         _linear_ops.linear_gradients, (*arguments, torch.rand(6), True, True, True)

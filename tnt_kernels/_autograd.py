@@ -120,14 +120,16 @@ class LinearTNTLossFunction(torch.autograd.Function):
         rest: tuple[Tensor | None, ...],
         linear: LinearScalars,
         scalars: Scalars,
+        shard: Shard | None,
         with_stats: bool,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        ctx.linear, ctx.scalars, ctx.wanted, ctx.dtype = linear, scalars, wanted, hidden.dtype
+        ctx.scalars, ctx.wanted, ctx.dtype = scalars, wanted, hidden.dtype
+        ctx.settings = (*linear, *scalars, *(shard or (None, None)))
         ctx.recompute = scalars.reduction == "none"
         tensors = (hidden, weight, bias, *rest)
         now = (False, False, False) if ctx.recompute else wanted
-        loss, *more = _linear_ops.linear_losses(*tensors, *linear, *scalars, with_stats, *now)
+        loss, *more = _linear_ops.linear_losses(*tensors, *ctx.settings, with_stats, *now)
         if ctx.recompute:
             ctx.save_for_backward(*tensors)
         else:
@@ -142,10 +144,10 @@ class LinearTNTLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         if ctx.recompute:
             gradients = _linear_ops.linear_gradients(
-                *ctx.saved_tensors, *ctx.linear, *ctx.scalars, upstream, *ctx.wanted
+                *ctx.saved_tensors, *ctx.settings, upstream, *ctx.wanted
             )
         elif torch.compiler.is_compiling():
             gradients = [gradient * upstream for gradient in ctx.saved_tensors]
@@ -156,4 +158,4 @@ class LinearTNTLossFunction(torch.autograd.Function):
                 BACKENDS[ctx.scalars.backend].scale_(gradient, upstream)
         found = iter(gradients)
         mine = [next(found).to(ctx.dtype) if want else None for want in ctx.wanted]
-        return *mine, None, None, None, None, None
+        return *mine, None, None, None, None, None, None

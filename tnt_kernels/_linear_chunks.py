@@ -1,6 +1,6 @@
 """Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
 
-A chunk is multiplied out, the loss overwrites its logits with their gradient (``_ops.row_losses_``), and that is
+A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.losses_``), and that is
 multiplied back. Chunks are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. For
 16-bit parameters this costs two passes over the chunk and 4 bytes more per entry than logits in their own dtype would;
 it buys a gradient that is rounded once, right before the matmuls that sum it up, room to scale it for float16, and
@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops
+from tnt_kernels import _shards
+from tnt_kernels._ops import RowTensors
+from tnt_kernels._shards import Shard
 from tnt_kernels.backends.call import Scalars, real_dtype
 from tnt_kernels.objectives import RowLoss
 
@@ -156,13 +158,18 @@ class Gradients:
     """Of hidden, weight and bias, None where not wanted; chunk after chunk is added."""
 
     def __init__(
-        self, t: LinearTensors, vocab: int, real: torch.dtype, wanted: tuple[bool, ...]
+        self,
+        t: LinearTensors,
+        vocab: int,
+        real: torch.dtype,
+        wanted: tuple[bool, ...],
+        shard: Shard | None,
     ) -> None:
-        self.dtype, self.real, self.vocab = t.hidden.dtype, real, vocab
+        self.dtype, self.real, self.vocab, self.shard = t.hidden.dtype, real, vocab, shard
         hidden, weight, bias = wanted
-        self.hidden = (
-            t.hidden.new_zeros(t.hidden.shape, dtype=held_dtype(self.dtype)) if hidden else None
-        )
+        # A shard's part of the hidden states' gradient is rounded when all parts are summed.
+        dtype = held_dtype(self.dtype) if shard is None else real
+        self.hidden = t.hidden.new_zeros(t.hidden.shape, dtype=dtype) if hidden else None
         # new_zeros, not zeros_like: contiguous, whatever the parameter's strides
         self.weight = t.weight.new_zeros(t.weight.shape, dtype=real) if weight else None
         self.bias = (
@@ -209,6 +216,8 @@ class Gradients:
             self.weight[begin:end].add_(part, alpha=head.scale)
 
     def results(self) -> list[Tensor]:
+        if self.shard is not None and self.hidden is not None:
+            _shards.all_reduce_(self.hidden, self.shard.group)
         return [
             x.to(held_dtype(self.dtype))
             for x in (self.hidden, self.weight, self.bias)
@@ -235,6 +244,7 @@ class _Buffers:
         group: RowGroup,
         real: torch.dtype,
         with_gradient: bool,
+        widest: int,
     ) -> None:
         policy, reference = t.hidden, t.ref_hidden if group.reads_reference else None
         wide = {"logits", *(["ref_logits"] if reference is not None else [])}
@@ -243,7 +253,7 @@ class _Buffers:
         dtypes = {x.dtype for x in (policy, reference) if x is not None} - {real}
         n, budget = len(group.rows), _budget(policy.device)
         budget -= budget // _MATMUL_SHARE
-        row = linear.vocab_size * (len(wide) * real.itemsize + sum(x.itemsize for x in dtypes))
+        row = widest * (len(wide) * real.itemsize + sum(x.itemsize for x in dtypes))
         row += policy.size(1) * (2 * policy.element_size() + 2 * real.itemsize)
         row += 0 if reference is None else reference.size(1) * reference.element_size()
         most = max(1, linear.chunk_size or budget // row)
@@ -267,15 +277,18 @@ def compute(
     gradients: Gradients | None,
     with_stats: bool,
     upstream: Tensor | None,
+    shard: Shard | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Chunk after chunk, what it yields: its rows' indices, their loss and statistics. Adds to ``gradients``.
 
     ``t`` has flat rows. ``upstream`` (N,) multiplies the gradient of every row.
     """
     real, vocab = real_dtype(t.hidden), linear.vocab_size
+    # all ranks have chunks of the same rows, whatever their shards' sizes
+    widest = vocab if shard is None else _shards.place(shard, vocab, t.hidden.device).widest
     policy = _Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
     for group in groups:
-        buffers = _Buffers(t, linear, group, real, gradients is not None)
+        buffers = _Buffers(t, linear, group, real, gradients is not None, widest)
         reference, settings = None, s
         if not group.reads_reference:
             # None of these rows is of a side that reads it, but a backend asks for it if one side might.
@@ -301,21 +314,20 @@ def compute(
                 ref_rows = reference.hidden[index]
                 reference.logits(ref_rows, ref_logits, buffers.narrow_for(n, ref_rows.dtype), None)
             alpha, ids = t.alpha, t.negative_ids
-            arguments = (
-                logits,
+            tensors = RowTensors(
                 ref_logits,
                 labels,
                 weights,
                 alpha if alpha is None or alpha.dim() == 0 else alpha[index],
                 ids if ids is None or ids.dim() == 1 else ids[index],
                 t.normalizer,
-                *settings,
             )
+            arguments = (logits, tensors, settings, shard)
             if gradients is None:
-                loss, *more = _ops.row_losses(*arguments, False, with_stats, False)
+                loss, *more = _shards.losses(*arguments, False, with_stats, False)
                 yield index, loss, more[0] if with_stats else None
                 continue
-            loss, stats = _ops.row_losses_(*arguments, with_stats)
+            loss, stats = _shards.losses_(*arguments, with_stats)
             if upstream is not None:
                 logits.mul_(upstream[index][:, None])
             if tanh is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops
+from tnt_kernels import _ops, _shards
 from tnt_kernels._linear_chunks import (
     Gradients,
     LinearScalars,
@@ -22,6 +22,7 @@ from tnt_kernels._linear_chunks import (
     held_dtype,
     plan,
 )
+from tnt_kernels._shards import Shard
 from tnt_kernels.backends import eager
 from tnt_kernels.backends.call import Scalars, real_dtype
 
@@ -31,7 +32,7 @@ _TENSORS = (
 )
 _SCALARS = (
     "float? softcap, float? ref_softcap, float logit_scale, float ref_logit_scale, SymInt vocab_size, "
-    f"SymInt? chunk_size, SymInt? max_active_rows, {_ops.SCALARS}"
+    f"SymInt? chunk_size, SymInt? max_active_rows, {_ops.SCALARS}, str? group, SymInt[]? shard_sizes"
 )
 _WANTED = "bool hidden_gradient, bool weight_gradient, bool bias_gradient"
 _library = torch.library.Library("tnt_kernels", "FRAGMENT")
@@ -43,14 +44,19 @@ for _schema in (
 
 _LAST_TENSOR = len(LinearTensors._fields)
 _MIDDLE = _LAST_TENSOR + len(LinearScalars._fields)
-_LAST_SCALAR = _MIDDLE + len(Scalars._fields)
+_SHARD = _MIDDLE + len(Scalars._fields)
+_LAST_SCALAR = _SHARD + len(Shard._fields)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[LinearTensors, LinearScalars, Scalars]:
+def _split(
+    arguments: tuple[Any, ...],
+) -> tuple[LinearTensors, LinearScalars, Scalars, Shard | None]:
+    shard = arguments[_SHARD:_LAST_SCALAR]
     return (
         LinearTensors._make(arguments[:_LAST_TENSOR]),
         LinearScalars._make(arguments[_LAST_TENSOR:_MIDDLE]),
-        Scalars._make(arguments[_MIDDLE:_LAST_SCALAR]),
+        Scalars._make(arguments[_MIDDLE:_SHARD]),
+        None if shard[0] is None else Shard._make(shard),
     )
 
 
@@ -66,16 +72,21 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
     The loss is 0-dim, or (...) under "none". Gradients are in their ``held_dtype`` and lack the upstream factor; with
     "none" there are none.
     """
-    shaped, linear, s = _split(arguments)
+    shaped, linear, s, shard = _split(arguments)
     with_stats, *wanted = arguments[_LAST_SCALAR:]
     shape, t = shaped.labels.shape, flatten_rows(shaped)
     real = real_dtype(t.hidden)
     with _undisturbed(t.hidden.device):
-        eager.check_indices(t.labels, t.weights, t.negative_ids, linear.vocab_size, s.ignore_index)
+        vocab_size = linear.vocab_size
+        if shard is not None:
+            vocab_size = _shards.place(shard, vocab_size, t.hidden.device).vocab_size
+        eager.check_indices(t.labels, t.weights, t.negative_ids, vocab_size, s.ignore_index)
         groups, count = plan(t, s, linear.max_active_rows)
         if s.reduction == "mean" and t.normalizer is None and s.normalizer_value is None:
             t = t._replace(normalizer=count.to(real))
-        gradients = Gradients(t, linear.vocab_size, real, tuple(wanted)) if any(wanted) else None
+        gradients = None
+        if any(wanted):
+            gradients = Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
         per_row = s.reduction == "none"
         loss = t.hidden.new_zeros(len(t.labels) if per_row else (), dtype=real)
         stats = None
@@ -83,7 +94,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
             stats = t.hidden.new_full((5, len(t.labels)), torch.nan, dtype=real)
             stats[0] = 0.0
         for index, chunk_loss, chunk_stats in compute(
-            t, linear, s, groups, gradients, with_stats, None
+            t, linear, s, groups, gradients, with_stats, None, shard
         ):
             if per_row:
                 loss.index_copy_(0, index, chunk_loss)
@@ -102,13 +113,14 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
 @torch.no_grad()
 def _linear_gradients(*arguments: Any) -> list[Tensor]:
     """The gradients that are asked for, of hidden, weight and bias, under reduction "none"; ``upstream`` is (...)."""
-    shaped, linear, s = _split(arguments)
+    shaped, linear, s, shard = _split(arguments)
     upstream, *wanted = arguments[_LAST_SCALAR:]
     t = flatten_rows(shaped)
     with _undisturbed(t.hidden.device):
         groups, _ = plan(t, s, linear.max_active_rows)
-        gradients = Gradients(t, linear.vocab_size, real_dtype(t.hidden), tuple(wanted))
-        for _ in compute(t, linear, s, groups, gradients, False, upstream.reshape(-1)):
+        real = real_dtype(t.hidden)
+        gradients = Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
+        for _ in compute(t, linear, s, groups, gradients, False, upstream.reshape(-1), shard):
             pass
         return _shaped(gradients, shaped)
 
@@ -131,7 +143,7 @@ def _shaped(gradients: Gradients | None, t: LinearTensors) -> list[Tensor]:
 
 
 def _new_linear_losses(*arguments: Any) -> list[Tensor]:
-    t, _, s = _split(arguments)
+    t, _, s, _ = _split(arguments)
     with_stats, *wanted = arguments[_LAST_SCALAR:]
     real, shape = real_dtype(t.hidden), t.labels.shape
     outputs = [t.hidden.new_empty(shape if s.reduction == "none" else (), dtype=real)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from tnt_kernels import _linear_ops
 from tnt_kernels._autograd import LinearTNTLossFunction
 from tnt_kernels._checks import LOGITS_DTYPES, as_number, check_constant, row_arguments
 from tnt_kernels._linear_chunks import LinearScalars
+from tnt_kernels._shards import shard_of
 from tnt_kernels.backends.call import real_dtype
 from tnt_kernels.functional import RowStats
 from tnt_kernels.objectives import Objective, resolve_method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -45,6 +50,8 @@ def linear_tnt_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     return_stats: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -76,6 +83,8 @@ def linear_tnt_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     return_stats: Literal[True],
+    group: ProcessGroup | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, RowStats]: ...
 def linear_tnt_loss(
@@ -106,6 +115,8 @@ def linear_tnt_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`tnt_loss` of ``softcap(logit_scale * (hidden @ weight.T + bias))``, without ever holding these logits.
@@ -116,6 +127,11 @@ def linear_tnt_loss(
     Logits and their gradients are float32 within a chunk (float64 for float64 hidden states), and the gradients of
     16-bit parameters are summed in float32. Those of float16 ones stay float32 until backward, lest they underflow
     before a GradScaler's factor.
+
+    With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
+    at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
+    and the gradient of ``hidden``, which every rank gets as a whole, one all-reduce in float32. A rank that raises
+    before its first chunk cannot tell the others.
 
     Follows autocast. Parameters that are DTensors (FSDP2) are gathered, and their gradient is averaged over the mesh.
 
@@ -141,7 +157,7 @@ def linear_tnt_loss(
             reference, and a GPU is never waited for; with more active rows the loss is NaN (on a CPU an error). None:
             just the active ones, whose number is read from the device, once.
         method, alpha, negative_ids, eps, smoothing, nl_floor, temperature, ignore_index, reduction, normalizer,
-            return_stats, backend: as in :func:`tnt_loss`. ``temperature`` divides what softcap yields.
+            return_stats, group, shard_sizes, backend: as in :func:`tnt_loss`. ``temperature`` divides softcap's result.
 
     Returns:
         The loss, float32 (float64 for float64 hidden states): 0-dim, or (...) under "none". With ``return_stats``, also
@@ -153,6 +169,7 @@ def linear_tnt_loss(
             label or id out of range (on a CPU; on other devices it makes the row's loss NaN).
         RuntimeError: a requested backend that is not available.
     """
+    shard = shard_of(group, shard_sizes)
     objective = resolve_method(method)
     hidden, weight, bias = _as_linear("", hidden, weight, bias)
     vocab = _as_count("vocab_size", weight.size(0) if vocab_size is None else vocab_size)
@@ -196,14 +213,15 @@ def linear_tnt_loss(
     )
     if any(wanted) and torch.is_grad_enabled():
         outputs = LinearTNTLossFunction.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, rest, linear, scalars, return_stats, wanted
+            hidden, weight, bias, rest, linear, scalars, shard, return_stats, wanted
         )
         if not return_stats:
             return cast(Tensor, outputs)
     else:
         outputs = _linear_ops.linear_losses(
-            hidden, weight, bias, *rest, *linear, *scalars, return_stats, False, False, False
-        )
+            hidden, weight, bias, *rest, *linear, *scalars, *(shard or (None, None)), return_stats,
+            False, False, False,
+        )  # fmt: skip
         if not return_stats:
             return cast(Tensor, outputs[0])
     return outputs[0], RowStats(*outputs[1].unbind())

@@ -1,0 +1,113 @@
+"""``linear_tnt_loss(group=)``: output embeddings sharded over gloo processes, against the whole."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import BF16, F16, F32, OBJECTIVES
+from ranks import beside, collectives, columns, needs_gloo, run_cases
+from torch import Tensor
+
+import tnt_kernels as tnt
+
+pytestmark = needs_gloo
+ROWS, HIDDEN, VOCAB = 12, 8, 30
+
+
+def inputs(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """Parameters that need a gradient, the rest in order, keywords."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    trained = [normal(ROWS, HIDDEN), normal(VOCAB, HIDDEN), normal(VOCAB)]
+    labels = torch.randint(VOCAB, (ROWS,), generator=generator)
+    weights = torch.tensor([1.0, -1.0, -0.3, 0.0]).repeat(3)
+    ids = torch.randint(VOCAB, (ROWS, 3), generator=generator)
+    ids[::2] = -1
+    rest = [normal(ROWS, HIDDEN), normal(VOCAB, HIDDEN), labels, weights]
+    return trained, rest, {"negative_ids": ids}
+
+
+def sizes_of(world: int) -> list[int]:
+    return [VOCAB - 2 * (world - 1), *[2] * (world - 1)]
+
+
+def run(rank: int, sizes: list[int] | None, dtype: torch.dtype, **keywords: Any) -> list[Tensor]:
+    """The loss and the gradients of hidden, weight, bias; as they are of the whole."""
+    trained, rest, options = inputs(dtype)
+    if sizes is not None:
+        mine = columns(sizes, rank)
+        trained[1:] = [x[mine].clone() for x in trained[1:]]
+        rest[1] = rest[1][mine].clone()
+        options["group"] = dist.group.WORLD
+    hidden, weight, bias = (x.requires_grad_() for x in trained)
+    loss = tnt.linear_tnt_loss(
+        hidden, weight, *rest, bias=bias, logit_scale=0.5, **options, **keywords
+    )
+    upstream = torch.linspace(-1, 2, loss.numel()).view(loss.shape) if loss.dim() else None
+    loss.backward(upstream)
+    gradients = [hidden.grad, weight.grad, bias.grad]
+    if sizes is not None:
+        gradients[1:] = [beside(x.t().contiguous(), sizes).t() for x in gradients[1:]]
+    return [loss.detach(), *gradients]
+
+
+def agrees(rank: int, world: int) -> None:
+    sizes = sizes_of(world)
+    for dtype, objective, reduction in itertools.product(
+        (F32, BF16, F16), OBJECTIVES[:4], ("mean", "none")
+    ):
+        options = {"method": objective, "reduction": reduction, "softcap": 20.0, "chunk_size": 5}
+        whole, parts = run(rank, None, dtype, **options), run(rank, sizes, dtype, **options)
+        tolerance = {F32: 1e-5, BF16: 2e-2, F16: 4e-3}[dtype]
+        for a, b in zip(parts, whole, strict=True):
+            assert a.dtype == b.dtype
+            scale = b.abs().max().item() + 1e-6
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def counts(rank: int, world: int) -> None:
+    """Two all-gathers a chunk, one all-reduce for the gradient of the hidden states."""
+    sizes = sizes_of(world)
+    trained, rest, options = inputs(F32)
+    hidden, weight = trained[0].requires_grad_(), trained[1][columns(sizes, rank)].clone()
+    rest[1] = rest[1][columns(sizes, rank)]
+
+    def step(chunk_size: int, weight: Tensor) -> None:
+        loss = tnt.linear_tnt_loss(
+            hidden, weight, *rest, chunk_size=chunk_size, group=dist.group.WORLD, **options
+        )
+        loss.backward()
+
+    step(9, weight.requires_grad_())
+    for chunk_size in (9, 5, 3):
+        seen = collectives(partial(step, chunk_size, weight))
+        chunks = -(-9 // chunk_size)  # 9 of the 12 rows have a weight
+        assert seen == ["all_gather"] * (2 * chunks) + ["all_reduce"]
+
+
+def default_chunks(rank: int, world: int) -> None:
+    """Chunks are the same on all ranks, though their shards differ."""
+    from tnt_kernels import _linear_chunks
+
+    budget = dict(_linear_chunks.CHUNK_BYTES)
+    _linear_chunks.CHUNK_BYTES["cpu"] = 2000
+    try:
+        whole, parts = run(rank, None, F32), run(rank, sizes_of(world), F32)
+    finally:
+        _linear_chunks.CHUNK_BYTES.update(budget)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_weights(world: int, tmp_path: Path, cpu: str) -> None:
+    run_cases(world, tmp_path, [agrees, counts, default_chunks])
