@@ -70,6 +70,10 @@ using RealOf = decltype(load(Logit{}));
 //
 // Entries to leave out have a large negative number in `mask`, which is 0 elsewhere. Adding it costs a tenth of copying
 // the tile to overwrite them. Without MASKED there is no mask.
+//
+// A tile's loss is summed in blocks, so that its rounding error is small where the compiler does not vectorise, too:
+// one after the other, 1024 terms would lose 2e-6 of their sum.
+constexpr int64_t BLOCK = 128;
 
 #if defined(__GNUC__)
 #define TNT_TILE __attribute__((noinline))
@@ -221,17 +225,22 @@ template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                               const TileCoefficients<Real>& c) {
   Real loss = 0, largest = 0;
-#pragma omp simd reduction(+ : loss) reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const Real z_i = masked<MASKED>(z, mask, i);
-    const Real r_i = masked<MASKED>(r, mask, i);
-    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-    const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
-    const Element<Real> e = forward_kl_element(q, d);
-    loss += e.loss;
-    gradient[i] = e.gradient * c.row_scale;
-    const Real size = d < 0 ? -d : d;
-    largest = size > largest ? size : largest;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min(n, at + BLOCK);
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : largest)
+    for (int64_t i = at; i < end; ++i) {
+      const Real z_i = masked<MASKED>(z, mask, i);
+      const Real r_i = masked<MASKED>(r, mask, i);
+      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+      const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
+      const Element<Real> e = forward_kl_element(q, d);
+      sum += e.loss;
+      gradient[i] = e.gradient * c.row_scale;
+      const Real size = d < 0 ? -d : d;
+      largest = size > largest ? size : largest;
+    }
+    loss += sum;
   }
   return {loss, largest};
 }
@@ -240,16 +249,21 @@ template <bool MASKED, class Real>
 TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                               const TileCoefficients<Real>& c) {
   Real loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < n; ++i) {
-    const Real z_i = masked<MASKED>(z, mask, i);
-    const Real r_i = masked<MASKED>(r, mask, i);
-    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-    const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
-    const Element<Real> e = forward_kl_element(p, q, d);
-    loss += e.loss;
-    gradient[i] = e.gradient * c.row_scale;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min(n, at + BLOCK);
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = at; i < end; ++i) {
+      const Real z_i = masked<MASKED>(z, mask, i);
+      const Real r_i = masked<MASKED>(r, mask, i);
+      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+      const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
+      const Element<Real> e = forward_kl_element(p, q, d);
+      sum += e.loss;
+      gradient[i] = e.gradient * c.row_scale;
+    }
+    loss += sum;
   }
   return loss;
 }
@@ -258,17 +272,22 @@ template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                               const TileCoefficients<Real>& c) {
   Real loss = 0, largest = 0;
-#pragma omp simd reduction(+ : loss) reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const Real z_i = masked<MASKED>(z, mask, i);
-    const Real r_i = masked<MASKED>(r, mask, i);
-    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-    const Real x = (z_i - r_i - c.centre) * c.inverse_t, d = x + c.offset;
-    const Element<Real> e = reverse_kl_element(p, d, x - c.kl_centre);
-    loss += e.loss;
-    gradient[i] = e.gradient * c.row_scale;
-    const Real size = d < 0 ? -d : d;
-    largest = size > largest ? size : largest;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min(n, at + BLOCK);
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : largest)
+    for (int64_t i = at; i < end; ++i) {
+      const Real z_i = masked<MASKED>(z, mask, i);
+      const Real r_i = masked<MASKED>(r, mask, i);
+      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+      const Real x = (z_i - r_i - c.centre) * c.inverse_t, d = x + c.offset;
+      const Element<Real> e = reverse_kl_element(p, d, x - c.kl_centre);
+      sum += e.loss;
+      gradient[i] = e.gradient * c.row_scale;
+      const Real size = d < 0 ? -d : d;
+      largest = size > largest ? size : largest;
+    }
+    loss += sum;
   }
   return {loss, largest};
 }
@@ -277,16 +296,21 @@ template <bool MASKED, class Real>
 TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                               const TileCoefficients<Real>& c) {
   Real loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < n; ++i) {
-    const Real z_i = masked<MASKED>(z, mask, i);
-    const Real r_i = masked<MASKED>(r, mask, i);
-    const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-    const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-    const Real x = (z_i - r_i - c.centre) * c.inverse_t;
-    const Element<Real> e = reverse_kl_element(p, q, x + c.offset, x - c.kl_centre);
-    loss += e.loss;
-    gradient[i] = e.gradient * c.row_scale;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min(n, at + BLOCK);
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = at; i < end; ++i) {
+      const Real z_i = masked<MASKED>(z, mask, i);
+      const Real r_i = masked<MASKED>(r, mask, i);
+      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
+      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
+      const Real x = (z_i - r_i - c.centre) * c.inverse_t;
+      const Element<Real> e = reverse_kl_element(p, q, x + c.offset, x - c.kl_centre);
+      sum += e.loss;
+      gradient[i] = e.gradient * c.row_scale;
+    }
+    loss += sum;
   }
   return loss;
 }
@@ -296,18 +320,23 @@ template <bool MASKED, bool REVERSE, class Real>
 TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
                                 const TileCoefficients<Real>& c) {
   Real loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < n; ++i) {
-    const Real r_i = masked<MASKED>(r, mask, i);
-    const Real centred = z[i] - c.p_max;
-    const Real p = exponential(centred * c.scale) * c.p_inverse;
-    const Real smoothed = exponential((r_i - c.q_max) * c.scale) * c.q_inverse + c.eps;
-    const Real q = smoothed * c.smoothing_norm;
-    const Real log_p = centred * c.inverse_t - c.p_log_sum;
-    const Real d = log_p - (logarithm(smoothed) + c.log_smoothing_norm);
-    const Element<Real> e = REVERSE ? reverse_kl_element(p, q, d, d - c.loss) : forward_kl_element(p, q, d);
-    loss += e.loss;
-    gradient[i] = e.gradient * c.row_scale;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min(n, at + BLOCK);
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = at; i < end; ++i) {
+      const Real r_i = masked<MASKED>(r, mask, i);
+      const Real centred = z[i] - c.p_max;
+      const Real p = exponential(centred * c.scale) * c.p_inverse;
+      const Real smoothed = exponential((r_i - c.q_max) * c.scale) * c.q_inverse + c.eps;
+      const Real q = smoothed * c.smoothing_norm;
+      const Real log_p = centred * c.inverse_t - c.p_log_sum;
+      const Real d = log_p - (logarithm(smoothed) + c.log_smoothing_norm);
+      const Element<Real> e = REVERSE ? reverse_kl_element(p, q, d, d - c.loss) : forward_kl_element(p, q, d);
+      sum += e.loss;
+      gradient[i] = e.gradient * c.row_scale;
+    }
+    loss += sum;
   }
   return loss;
 }

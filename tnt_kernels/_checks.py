@@ -99,6 +99,15 @@ def row_arguments(
     return tensors, scalars
 
 
+def refuse_transforms(name: str, x: Tensor) -> None:
+    """``torch.func.grad`` and ``vmap`` would reach kernels that take memory, not wrapped tensors."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise RuntimeError(
+            f"{name}: inside torch.func.grad or vmap, which the losses do not support; expected a plain tensor and "
+            "loss.backward() or torch.autograd.grad (the rows of a call are a batch already)"
+        )
+
+
 def check_constant(name: str, x: Tensor, logits: Tensor, of: str) -> None:
     if x.device != logits.device:
         raise ValueError(f"{name}: on {x.device}, expected {logits.device}, {_WHERE[of]}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tnt_kernels import _ops, _shards
 from tnt_kernels._autograd import TNTLossFunction
-from tnt_kernels._checks import LOGITS_DTYPES, check_constant, row_arguments
+from tnt_kernels._checks import LOGITS_DTYPES, check_constant, refuse_transforms, row_arguments
 from tnt_kernels._dtensor import is_dtensor, local
 from tnt_kernels._ops import RowTensors
 from tnt_kernels._shards import announcing, shard_of
@@ -153,7 +153,8 @@ def tnt_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, a missing ``ref_logits``, a label or id out of range (on a CPU; on
             other devices it makes the row's loss NaN), logits that cannot be overwritten under ``inplace``.
-        RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
+        RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised; a call
+            inside ``torch.func.grad`` or ``vmap``.
     """
     if is_dtensor(logits):
         if group is not None or shard_sizes is not None:
@@ -201,6 +202,7 @@ def tnt_loss(
 def _check_logits(logits: Tensor, least: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: {type(logits).__name__}, expected a tensor")
+    refuse_transforms("logits", logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"logits: dtype {logits.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"

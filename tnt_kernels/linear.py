@@ -10,7 +10,13 @@ from torch import Tensor
 
 from tnt_kernels import _linear_ops
 from tnt_kernels._autograd import LinearTNTLossFunction
-from tnt_kernels._checks import LOGITS_DTYPES, as_number, check_constant, row_arguments
+from tnt_kernels._checks import (
+    LOGITS_DTYPES,
+    as_number,
+    check_constant,
+    refuse_transforms,
+    row_arguments,
+)
 from tnt_kernels._linear_chunks import LinearScalars
 from tnt_kernels._shards import shard_of
 from tnt_kernels.backends.call import real_dtype
@@ -234,6 +240,8 @@ def _as_linear(
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{prefix}{name}: {type(x).__name__}, expected a tensor")
+    refuse_transforms(f"{prefix}hidden", hidden)
+    refuse_transforms(f"{prefix}weight", weight)
     if hidden.dim() == 0 or hidden.size(-1) == 0:
         raise ValueError(
             f"{prefix}hidden: shape {tuple(hidden.shape)}, expected (..., H) with H >= 1"
