@@ -28,6 +28,7 @@ from ranks import beside, collectives, columns, needs_gloo, run_cases, shard_siz
 from torch import Tensor
 
 import tnt_kernels as tnt
+from tnt_kernels import _shards
 
 pytestmark = needs_gloo
 SMOOTHINGS = ("negatives", "uniform")
@@ -268,8 +269,27 @@ def dtensors(rank: int, world: int) -> None:
         tnt.tnt_loss(leaf, leaf, labels, weights, group=dist.group.WORLD)
 
 
+def operators(rank: int, world: int) -> None:
+    """What PyTorch expects of an operator: its schema, its shapes for tracing, with dynamic ones too."""
+    z, r = torch.randn(2, 6, 9)
+    tensors = (r, torch.arange(6), torch.tensor([1.0, -1.0] * 3), None, None, None)
+    shard = (dist.group.WORLD.group_name, [9] * world)
+    for reduction in ("mean", "none"):
+        scalars = (1, 2, 1.0, 1e-6, False, None, 1.0, -100, reduction, None, "cpu")
+        arguments = (*tensors, *scalars, *shard)
+        for wanted in ((True, True, True), (False, False, False)):
+            torch.library.opcheck(_shards.sharded_losses, (z, *arguments, *wanted))
+        for stats in (False, True):
+            torch.library.opcheck(_shards.sharded_losses_, (z.clone(), *arguments, stats))
+        *_, gathered, totals = _shards.sharded_losses(z, *arguments, False, False, True)
+        kept = (gathered, totals, torch.rand(6 if reduction == "none" else ()))
+        torch.library.opcheck(_shards.sharded_gradients, (z, *arguments, *kept))
+        torch.library.opcheck(_shards.sharded_gradients_, (z.clone(), *arguments, *kept))
+
+
 CASES = [
-    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group, dtensors,
+    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group,
+    dtensors, operators,
 ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_a_compiled_step_of_a_transformer(checkpointed: bool, cpu: str) -> None:
         return loss_of(model, data, **keywords)
 
     compiled = set()
-    for seed, (rows, length) in enumerate(((2, 9), (3, 9), (3, 14), (5, 7), (4, 24))):
+    for seed, (rows, length) in enumerate(((2, 9), (3, 9), (4, 24))):
         data = batch(rows, length, seed)
         for module, loss in ((model, step(*data)), (eager, loss_of(eager, data, **keywords))):
             module.zero_grad()
@@ -195,7 +195,7 @@ def compiled_shards(rank: int, world: int) -> None:
             )
 
         compiled, counts = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True), set()
-        for seed, shape in enumerate(((2, 9), (3, 6), (4, 12))):
+        for seed, shape in enumerate(((2, 9), (3, 6))):
             data = batch(*shape, seed)
             for module, value in ((model, compiled(model, data)), (eager, loss(eager, data))):
                 module.zero_grad()
