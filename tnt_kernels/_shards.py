@@ -158,7 +158,7 @@ def place(shard: Shard, vocab: int, device: torch.device) -> Place:
     return Place(sum(sizes[:rank]), sum(sizes), max(sizes))
 
 
-def announce_failure(shard: Shard, logits: Any) -> None:
+def announce_failure(shard: Shard, logits: Any, twice: bool) -> None:
     """Takes part in the collectives of the other ranks, to tell them that this one raises.
 
     Not possible for logits that do not say how many rows there are.
@@ -173,18 +173,20 @@ def announce_failure(shard: Shard, logits: Any) -> None:
     n, real = logits.shape[:-1].numel(), real_dtype(logits)
     nan = logits.new_full((n + 1, ROW_STATISTICS), torch.nan, dtype=real)
     all_gather(nan, shard.group)
-    if logits.device.type != "cpu":  # the others have not noticed yet
+    if twice and logits.device.type != "cpu":  # the others have not noticed yet
         all_gather(logits.new_full((n, ROW_PARTS), torch.nan, dtype=real), shard.group)
 
 
-def announcing(shard: Shard | None, logits: Any, prepare: Callable[[], _T]) -> _T:
-    """``prepare()``, whose errors the other ranks get to know."""
+def announcing(
+    shard: Shard | None, logits: Any, prepare: Callable[[], _T], twice: bool = True
+) -> _T:
+    """``prepare()``, whose errors the other ranks get to know; ``twice`` if theirs is a loss of two collectives."""
     if shard is None or torch.compiler.is_compiling():
         return prepare()
     try:
         return prepare()
     except Exception:
-        announce_failure(shard, logits)
+        announce_failure(shard, logits, twice)
         raise
 
 
@@ -237,7 +239,7 @@ def _compute(
         _launch(logits, arguments, where, statistics=packed[:n], stats=stats)
         return where
 
-    where = announcing(shard, logits, first)
+    where = announcing(shard, logits, first, loss_needs_totals(scalars))
     packed[n] = vocab
     gathered = all_gather(packed, shard.group)
     if device.type == "cpu":
