@@ -317,7 +317,7 @@ def test_bytes_of_tokens(kind, wrapped):
     draw = random.Random(0)
     known = [i for i in range(len(tokens)) if i not in special]
     texts = ["the class of a class", "classes ß — “naïve”"][: 1 + kind.startswith("byte")]
-    samples = [draw.choices(known, k=12) for _ in range(20)]
+    samples = [[known[-1], *draw.choices(known, k=12)] for _ in range(20)]  # first: "of course"
     encoded = [tokenizer.encode(t) if wrapped else tokenizer.encode(t).ids for t in texts]
     for ids in encoded + ([] if kind.startswith("byte") else samples):
         text = tokenizer.decode(ids)

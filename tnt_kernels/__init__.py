@@ -1,5 +1,7 @@
 """Fused kernels for Targeted Negative Training: ``import tnt_kernels as tnt``; start at ``tnt.tnt_loss``."""
 
+from typing import Any
+
 from tnt_kernels._version import __version__
 from tnt_kernels.annotate import (
     NegativePhrases,
@@ -28,3 +30,11 @@ __all__ = [
     "weights_from_correction",
     "weights_from_spans",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "hf":  # needs transformers, and takes seconds to import
+        import importlib
+
+        return importlib.import_module("tnt_kernels.hf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

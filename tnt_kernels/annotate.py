@@ -390,7 +390,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     def read(i: int, name: str | None) -> bytes:
         if name is None or i in special:
             return _BOUNDARY
-        if i in added:
+        if i in added and "WordPiece" not in decoders:
             return added[i].encode()
         if "ByteLevel" in decoders:
             return b"".join(characters.get(c) or c.encode() for c in name)
@@ -413,7 +413,7 @@ def token_offsets(tokens: Sequence[bytes]) -> Tensor:
     data = torch.frombuffer(bytearray(b"".join(tokens) + b" "), dtype=torch.uint8)
     characters = ((data & 0xC0) != 0x80).long().cumsum(dim=0)  # begun up to and with each byte
     ends = torch.tensor([len(token) for token in tokens], dtype=torch.int64).cumsum(dim=0)
-    begins = torch.nn.functional.pad(ends[:-1], (1, 0))
+    begins = torch.nn.functional.pad(ends, (1, 0))[:-1]
     first, beyond = characters[begins] - 1, characters[(ends - 1).clamp(min=0)]
     return torch.stack((first, torch.where(ends > begins, beyond, first)), dim=1)
 
