@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-import transformers as hf  # noqa: E402
+import transformers as hf
 
-import tnt_kernels as tnt  # noqa: E402
+import tnt_kernels as tnt
 
 VOCAB = 100
 UNWANTED = torch.arange(3, VOCAB, 7)
