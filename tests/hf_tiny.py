@@ -44,7 +44,9 @@ def tiny(kind: str, seed: int = 0, **options: Any) -> Any:
     return getattr(hf, f"{names[kind]}ForCausalLM")(config)
 
 
-def annotated(n: int, seed: int = 1, encoder_decoder: bool = False) -> list[dict[str, Tensor]]:
+def annotated(
+    n: int, seed: int = 1, encoder_decoder: bool = False, negative_ids: bool = False
+) -> list[dict[str, Tensor]]:
     """Examples of uneven lengths, with prompts, unwanted tokens and left-out ones."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
@@ -56,6 +58,9 @@ def annotated(n: int, seed: int = 1, encoder_decoder: bool = False) -> list[dict
         if not encoder_decoder:
             weights[: length // 3] = 0.0
         examples.append({"input_ids": ids, "labels": ids.clone(), "weights": weights})
+        if negative_ids and length % 2:
+            draw = torch.randint(-VOCAB, VOCAB, (length, 3), generator=generator)
+            examples[-1]["negative_ids"] = draw.clamp(min=-1)
         if encoder_decoder:
             examples[-1]["input_ids"] = ids.flip(0)[: length - 1]
     return examples

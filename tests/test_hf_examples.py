@@ -39,6 +39,12 @@ def test_three_rounds(example, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"round-1", "round-2", "round-3"}
 
 
+def test_the_ways_to_take_a_step_agree(example, tmp_path):
+    module = example("hf_memory")
+    losses = [module.Step(way, 300, str(tmp_path))() for way in module.WAYS]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-4)
+
+
 def test_rounds_can_start_from_the_one_before(tmp_path):
     words = tokenizer()
     model = tiny("gpt2", vocab_size=len(words))

@@ -56,7 +56,8 @@ def test_a_step_is_that_of_the_loss(kind, fused, tmp_path):
     """k micro-batches of uneven lengths, one batch, and the plain loop: the same to 1e-6."""
     model = tiny(kind).double()
     original = tiny(kind, seed=1).double()
-    start, examples = parameters(model), annotated(8, encoder_decoder=kind == "t5")
+    start = parameters(model)
+    examples = annotated(8, encoder_decoder=kind == "t5", negative_ids=True)
     loss, expected = by_hand(copy.deepcopy(model), original, examples, method="tnrf", alpha=2.0)
     for size, steps in ((8, 1), (2, 4), (3, 3)):
         args = config(
