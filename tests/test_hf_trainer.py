@@ -70,6 +70,19 @@ def test_a_step_is_that_of_the_loss(kind, fused, tmp_path):
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_each_trunk_runs_once(fused, tmp_path):
+    trainer = tnt.hf.TNTTrainer(tiny("llama"), config(tmp_path, fused_linear=fused))
+    batch, runs = tnt.hf.TNTDataCollator()(annotated(8)), []
+    for model in (trainer.model, trainer.ref_model):
+        model.model.register_forward_hook(lambda module, *_: runs.append(module))
+    trainer.compute_loss(trainer.model, batch)  # the first one probes
+    runs.clear()
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert runs == [trainer.ref_model.model, trainer.model.model]
+    assert "forward" not in vars(trainer.model)  # nothing is left behind
+
+
 def test_reference_is_the_model_at_the_start(tmp_path):
     model, examples = tiny("llama"), annotated(8)
     start = parameters(model)
@@ -424,6 +437,13 @@ def test_bad_arguments(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, **options)
+
+
+def test_a_reference_with_other_special_tokens_is_said(tmp_path, warnings_of_transformers):
+    tnt.hf.TNTTrainer(tiny("gpt2"), config(tmp_path), ref_model=tiny("gpt2", eos_token_id=9))
+    assert any(
+        "eos_token_id is 9, the model's 2" in message for message in warnings_of_transformers()
+    )
 
 
 def test_batches_without_annotations(tmp_path):

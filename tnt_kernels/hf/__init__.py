@@ -10,9 +10,11 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from tnt_kernels.hf.collator import TNTDataCollator
+from tnt_kernels.hf.config import TNTConfig
 from tnt_kernels.hf.loss_func import compute_loss_func
+from tnt_kernels.hf.precompute import precompute_reference
 from tnt_kernels.hf.refine import generate_completions, refine
-from tnt_kernels.hf.trainer import TNTConfig, TNTTrainer, precompute_reference
+from tnt_kernels.hf.trainer import TNTTrainer
 
 __all__ = [
     "TNTConfig",

@@ -12,7 +12,8 @@ from torch import nn
 
 from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.collator import TNTDataCollator
-from tnt_kernels.hf.trainer import TNTConfig, TNTTrainer
+from tnt_kernels.hf.config import TNTConfig
+from tnt_kernels.hf.trainer import TNTTrainer
 
 Example = dict[str, Any]
 

@@ -1,15 +1,14 @@
-"""``TNTTrainer``: a ``transformers.Trainer`` whose loss is TNT's, and its arguments."""
+"""``TNTTrainer``: a ``transformers.Trainer`` whose loss is TNT's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from tnt_kernels.functional import RowStats, tnt_loss
 from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf import rows as row_sums
 from tnt_kernels.hf.collator import COLUMNS, TNTDataCollator
+from tnt_kernels.hf.config import TNTConfig, check_arguments
 from tnt_kernels.hf.head import (
     HeadMath,
     head_input,
@@ -31,66 +31,6 @@ from tnt_kernels.objectives import resolve_method
 
 logger = logging.get_logger(__name__)
 Inputs = dict[str, Any]
-
-
-@dataclass
-class TNTConfig(TrainingArguments):
-    """``TrainingArguments`` and how the loss is made; the loss's arguments are explained in :func:`tnt.tnt_loss`.
-
-    NaN losses are logged as they are: ``logging_nan_inf_filter`` is False here.
-    """
-
-    method: str = field(
-        default="tnff",
-        metadata={
-            "help": "tnff, tnrr, tnrf, tnfr, tnfll, tnrll, nl+ll or ul+ll: negative side, positive side."
-        },
-    )
-    alpha: float = field(default=1.0, metadata={"help": "Factor on negative rows."})
-    eps: float = field(
-        default=1e-6,
-        metadata={"help": "Floor that a reverse KL's target leaves to removed tokens."},
-    )
-    smoothing: str = field(
-        default="negatives",
-        metadata={"help": "Where eps goes: negatives, or uniform as in the authors' code."},
-    )
-    nl_floor: float | None = field(
-        default=None, metadata={"help": "Negative likelihood stops below this log-probability."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Both logits are divided by it."})
-    fused_linear: bool = field(
-        default=True,
-        metadata={
-            "help": "Go from hidden states to the loss without logits, where a check at the start finds that the model "
-            "allows it."
-        },
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "No dropout in the model: the target is what it says without."},
-    )
-    precomputed_reference: bool = field(
-        default=False,
-        metadata={
-            "help": "The data hold the reference's hidden states (see precompute_reference)."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses in the logs."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        resolve_method(self.method)
-        if self.smoothing not in ("negatives", "uniform"):
-            raise ValueError(f"smoothing is {self.smoothing!r}, expected 'negatives' or 'uniform'")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, expected a number above 0")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: TNT's target is the reference"
-            )
 
 
 class TNTTrainer(Trainer):
@@ -133,7 +73,7 @@ class TNTTrainer(Trainer):
         **keywords: Any,
     ) -> None:
         args = TNTConfig(output_dir="tmp_trainer") if args is None else args
-        _check_arguments(args, model, ref_model, keywords)
+        check_arguments(args, model, ref_model, keywords)
         self.ref_model: nn.Module | None = None
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
         self._probed = False
@@ -178,6 +118,7 @@ class TNTTrainer(Trainer):
             self._ref_config = getattr(original, "config", None)
             return value
         if ref_model is not None:
+            self._compare_special_tokens(ref_model)
             self.ref_model = originals.frozen(ref_model)
         elif not originals.is_peft(self.model):
             folder = getattr(self.model, "name_or_path", None)
@@ -195,6 +136,16 @@ class TNTTrainer(Trainer):
             elif getattr(self.ref_model, "hf_device_map", None) is None:
                 self.ref_model.to(self.args.device)
         return value
+
+    def _compare_special_tokens(self, ref_model: Any) -> None:
+        own, other = self.model.config, getattr(ref_model, "config", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = [getattr(x, name, None) for x in (own, other)]
+            if None not in ids and ids[0] != ids[1]:
+                logger.warning(
+                    f"ref_model: its {name} is {ids[1]}, the model's {ids[0]}: right if both have the same "
+                    "tokens, wrong if their tokenizers differ"
+                )
 
     def _check_strategy(self) -> None:
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -526,73 +477,6 @@ class TNTTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self._fingerprint is not None:
             originals.write_fingerprint(output_dir or self.args.output_dir, self._fingerprint)
-
-
-def precompute_reference(
-    model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
-    data_collator: TNTDataCollator,
-    batch_size: int = 8,
-) -> list[dict[str, Any]]:
-    """The examples with the model's last hidden states, for ``TNTConfig(precomputed_reference=True)``.
-
-    Args:
-        model: the original; its head must be a plain linear layer.
-        examples: what ``data_collator`` takes.
-        data_collator: makes the batches; the one to train with.
-        batch_size: examples in a batch.
-
-    Returns:
-        A copy of every example with ``ref_hidden_states``, (T, H) on the CPU: of the decoder's tokens, in the dtype of
-        the model.
-    """
-    head = plain_head(model)
-    if head is None:
-        raise ValueError(
-            f"model: {type(model).__name__} has no plain linear head, expected one (get_output_embeddings)"
-        )
-    device = next(model.parameters()).device
-    done: list[dict[str, Any]] = []
-    with originals.as_reference(model):
-        for begin in range(0, len(examples), batch_size):
-            part = [dict(example) for example in examples[begin : begin + batch_size]]
-            batch = data_collator(part)
-            lengths = data_collator.lengths(part)
-            inputs = {
-                name: x.to(device)
-                for name, x in batch.items()
-                if name not in ("labels", "weights", "negative_ids")
-            }
-            with head_input(head) as kept:
-                model(**inputs, use_cache=False)
-            for example, hidden, length in zip(part, kept[0], lengths, strict=True):
-                done.append({**example, "ref_hidden_states": hidden[:length].cpu()})
-    return done
-
-
-def _check_arguments(args: Any, model: Any, ref_model: Any, keywords: dict[str, Any]) -> None:
-    if not isinstance(args, TNTConfig):
-        raise TypeError(f"args: {type(args).__name__}, expected a TNTConfig")
-    if keywords.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func: given, expected none: the loss is TNT's")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"args: {args.n_gpu} GPUs in one process (DataParallel), expected one process for each: start with "
-            "torchrun or accelerate launch"
-        )
-    if ref_model is not None and ref_model is model:
-        raise ValueError(
-            "ref_model: is model itself, which training changes; expected another one, or None for a frozen copy"
-        )
-    flags = [
-        bool(getattr(getattr(x, "config", None), "is_encoder_decoder", False))
-        for x in (model, ref_model)
-        if x is not None
-    ]
-    if len({*flags}) > 1:
-        raise ValueError(
-            "ref_model: one of model and ref_model is an encoder-decoder, expected both or none"
-        )
 
 
 def _vocabulary(model: Any) -> int | None:
