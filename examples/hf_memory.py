@@ -68,13 +68,15 @@ class Step:
 
 
 def peak(step: Step) -> int:
-    """Bytes that a step needs beyond models and gradients: resident memory, read every 2 ms. Linux."""
+    """Bytes that a process's first step needs beyond the two models: resident memory, read every 2 ms. Linux.
+
+    The first, as later ones find memory that the allocator has kept.
+    """
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
-    step()  # the gradients are there from now on
     most = before = resident()
     done = threading.Event()
 
