@@ -2,8 +2,8 @@
 
 ``python -m tnt_kernels demo`` trains a small GPT on the documentation that comes with Python, lists
 words that it must no longer use, and updates it in four ways on its own samples. What to copy into
-your own project is :class:`Blocklist` (which tokens are unwanted at each prefix) and
-:func:`finetune` (the training loop). Nothing is downloaded.
+your own project is :func:`finetune`, the training loop, with ``tnt.negative_ids_from_phrases``, which
+says what tokens are unwanted at each prefix. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import copy
 import random
 import re
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,6 @@ try:
     from tokenizers import ByteLevelBPETokenizer
     from tqdm import tqdm, trange
     from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.utils import logging as transformers_logging
 except ModuleNotFoundError as error:
     message = f"the demo needs {error.name}: pip install 'tnt_kernels[demo]'"
@@ -135,74 +133,13 @@ def sample(model: GPT2LMHeadModel, prompts: Tensor, length: int, *, greedy: bool
     return torch.cat(parts)
 
 
-# --- What is unwanted -----------------------------------------------------------------------------
-
-
-class Blocklist:
-    """Which tokens would complete an unwanted word, at every prefix, however it is split.
-
-    Works on the bytes of the text, not on tokens: in lower case, and with all but ASCII letters,
-    digits and "_" taken for word boundaries. Which tokens are unwanted next depends on the text so
-    far through its state alone, the longest end of it with which an unwanted word begins. Two
-    tables of states × tokens say where a token leads and whether it completes a word on the way.
-
-    Args:
-        words: what no word of a text may begin with; phrases too.
-        tokens: the bytes of each token of the vocabulary.
-    """
-
-    def __init__(self, words: Iterable[str], tokens: Sequence[bytes]) -> None:
-        def normalise(text: bytes) -> str:
-            return re.sub("[^a-z0-9_]", " ", text.decode("latin-1").lower())
-
-        patterns = tuple(normalise(b" " + word.encode()) for word in words)
-        prefixes = sorted({pattern[:n] for pattern in patterns for n in range(len(pattern) + 1)})
-        index = {prefix: i for i, prefix in enumerate(prefixes)}
-        texts = [normalise(token) for token in tokens]
-
-        def read(state: str, text: str) -> tuple[int, bool]:
-            completed = False
-            for character in text:
-                state += character
-                while state not in index:
-                    state = state[1:]
-                completed |= state.endswith(patterns)
-            return index[state], completed
-
-        table = torch.tensor([[read(state, text) for text in texts] for state in prefixes])
-        self.start = index[" "]  # the beginning of a text is a word boundary
-        self.next_state, self.completes = table[..., 0], table[..., 1].bool()
-        ids = torch.where(self.completes, torch.arange(len(tokens)), -1)
-        widest = int(self.completes.sum(1).max())
-        self.negative_ids = ids.sort(dim=1, descending=True).values[:, :widest]  # padded with -1
-
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """For token ids (B, T): the state after each token, and which tokens complete a word."""
-        states, completed = torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
-        state = torch.full_like(ids[:, 0], self.start)
-        for t, token in enumerate(ids.T):
-            completed[:, t] = self.completes[state, token]
-            states[:, t] = state = self.next_state[state, token]
-        return states, completed
-
-    def unwanted(self, ids: Tensor, start: int) -> Tensor:
-        """Which of the texts (B, T) complete an unwanted word at position ``start`` or later."""
-        return self.read(ids)[1][:, start:].any(dim=1)
-
-
-def token_bytes(tokenizer: ByteLevelBPETokenizer) -> list[bytes]:
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    tokens = (tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size()))
-    return [bytes(byte_of[character] for character in token) for token in tokens]
-
-
 # --- The update -----------------------------------------------------------------------------------
 
 
 def finetune(
     original: GPT2LMHeadModel,
     samples: Tensor,
-    blocklist: Blocklist,
+    blocklist: tnt.NegativePhrases,
     method: Method,
     scale: Scale,
 ) -> GPT2LMHeadModel:
@@ -246,7 +183,7 @@ def finetune(
 
 @torch.no_grad()
 def divergence(
-    model: GPT2LMHeadModel, original: GPT2LMHeadModel, texts: Tensor, blocklist: Blocklist
+    model: GPT2LMHeadModel, original: GPT2LMHeadModel, texts: Tensor, blocklist: tnt.NegativePhrases
 ) -> tuple[float, float]:
     """The mean KL(q*‖p) at the prefixes of ``texts``, (B, T) token ids, as its two parts in nats.
 
@@ -270,7 +207,7 @@ def evaluate(
     model: GPT2LMHeadModel,
     original: GPT2LMHeadModel,
     held_out: Tensor,
-    blocklist: Blocklist,
+    blocklist: tnt.NegativePhrases,
     scale: Scale,
     seed: int,
 ) -> tuple[dict[str, float], Tensor]:
@@ -282,8 +219,8 @@ def evaluate(
     texts = held_out.unfold(0, scale.length, scale.length)
     left, collateral = divergence(model, original, texts, blocklist)
     figures = {
-        "sampled": blocklist.unwanted(sampled, scale.prompt).float().mean().item(),
-        "greedy": blocklist.unwanted(greedy, scale.prompt).float().mean().item(),
+        "sampled": blocklist.completed(sampled, scale.prompt).float().mean().item(),
+        "greedy": blocklist.completed(greedy, scale.prompt).float().mean().item(),
         "kl": left + collateral,
         "left": left,
         "collateral": collateral,
@@ -335,13 +272,15 @@ def main(argv: list[str] | None = None) -> int:
     original = train_original(train_ids, scale)
 
     print(f"unwanted: words that begin with {', '.join(UNWANTED)}")
-    blocklist = Blocklist(UNWANTED, token_bytes(tokenizer))
+    blocklist = tnt.negative_ids_from_phrases(
+        tokenizer, UNWANTED, ignore_case=True, word_start=True
+    )
     starts = torch.randint(len(train_ids) - scale.prompt, (scale.train_samples,))
     prompts = train_ids[starts[:, None] + torch.arange(scale.prompt)]
     samples = sample(original, prompts, scale.length, greedy=False)
 
     first, first_greedy = evaluate(original, original, held_out_ids, blocklist, scale, args.seed)
-    clean = ~blocklist.unwanted(first_greedy, scale.prompt)
+    clean = ~blocklist.completed(first_greedy, scale.prompt)
     figures, greedy = {"original": first}, {"original": first_greedy}
     for method in METHODS:
         torch.manual_seed(args.seed)  # the same batches for every method

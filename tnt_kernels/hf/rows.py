@@ -1,0 +1,108 @@
+"""The rows of a batch: labels, weights and negative ids in line with the logits, and what is logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnt_kernels.functional import RowStats
+from tnt_kernels.objectives import Objective, RowLoss
+
+IGNORED = -100
+_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
+
+
+class Rows(NamedTuple):
+    labels: Tensor  # (B, T) int64
+    weights: Tensor | None  # (B, T) real
+    negative_ids: Tensor | None  # (B, T, K) or (K,) int64
+
+    def active(self) -> Tensor:
+        """(B, T) bool: the rows that count."""
+        active = self.labels != IGNORED
+        return active if self.weights is None else active & (self.weights != 0)
+
+    def negative(self) -> Tensor:
+        """(B, T) bool: the active rows with something to remove."""
+        negative = torch.zeros_like(self.labels, dtype=torch.bool)
+        if self.weights is not None:
+            negative |= self.weights < 0
+        if self.negative_ids is not None and self.negative_ids.size(-1):
+            negative |= (self.negative_ids >= 0).any(dim=-1)
+        return negative & self.active()
+
+
+def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
+    """Removes labels, weights and negative ids from ``batch``; for a causal model, shifts them by one position.
+
+    Row t of a causal model's logits predicts token t + 1, and nothing follows the last position. The decoder of an
+    encoder-decoder model reads inputs that are shifted already.
+    """
+    if batch.get("labels") is None:
+        raise ValueError(
+            f"batch: no labels among its columns ({', '.join(batch)}), expected labels and weights or negative_ids"
+        )
+    labels, weights, negative_ids = (
+        batch.pop(name, None) for name in ("labels", "weights", "negative_ids")
+    )
+    if weights is None and negative_ids is None:
+        raise ValueError(
+            f"batch: neither weights nor negative_ids among its columns ({', '.join(('labels', *batch))}): nothing "
+            "says what is unwanted"
+        )
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(
+            f"weights: shape {tuple(weights.shape)}, expected {tuple(labels.shape)}, that of labels"
+        )
+    if causal:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        weights = None if weights is None else F.pad(weights[:, 1:], (0, 1))
+        if negative_ids is not None and negative_ids.dim() > 1:
+            negative_ids = F.pad(negative_ids[:, 1:], (0, 0, 0, 1), value=-1)
+    return Rows(labels, weights, negative_ids)
+
+
+# --- What is logged -------------------------------------------------------------------------------
+
+
+def sums(rows: Rows, stats: RowStats, objective: Objective, alpha: float) -> Tensor:
+    """(B, 6) float32, for each text: rows, negative rows, and the sums that ``averages`` divides by these."""
+    active, negative = rows.active(), rows.negative()
+    weights = torch.ones_like(stats.loss) if rows.weights is None else rows.weights.to(stats.loss)
+    on_negatives = torch.full_like(weights, alpha)
+    if objective.negative_loss in _BY_WEIGHT:
+        on_negatives = torch.where(weights < 0, -alpha * weights, on_negatives)
+    factor = torch.where(negative, on_negatives, weights)
+
+    def total(values: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0).sum(dim=1)
+
+    return torch.stack(
+        [
+            active.sum(dim=1),
+            negative.sum(dim=1),
+            total(factor * stats.loss, active),
+            total(stats.negative_mass, negative),
+            total(stats.ref_negative_mass, negative),
+            total(stats.kl, active & ~negative),
+        ],
+        dim=1,
+    ).float()
+
+
+def averages(sums: Tensor, objective: Objective) -> dict[str, float]:
+    """Of summed ``sums`` (6,): what is logged. Waits for the device once."""
+    rows, negatives, loss, mass, ref_mass, kl = sums.tolist()
+    found = {"rows_loss": loss / rows if rows else 0.0}
+    found["negative_share"] = negatives / rows if rows else 0.0
+    if negatives:
+        found["negative_mass"] = mass / negatives
+        if objective.negative_loss.reads_reference:
+            found["ref_negative_mass"] = ref_mass / negatives
+    if rows > negatives and objective.positive_loss.reads_reference:
+        found["positive_kl"] = kl / (rows - negatives)
+    return found

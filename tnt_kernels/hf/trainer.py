@@ -1,0 +1,489 @@
+"""``TNTTrainer``: a ``transformers.Trainer`` whose loss is TNT's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
+
+from tnt_kernels.functional import RowStats, tnt_loss
+from tnt_kernels.hf import reference as originals
+from tnt_kernels.hf import rows as row_sums
+from tnt_kernels.hf.collator import COLUMNS, TNTDataCollator
+from tnt_kernels.hf.config import TNTConfig, check_arguments
+from tnt_kernels.hf.head import (
+    HeadMath,
+    head_input,
+    head_parameters,
+    logits_of,
+    plain_head,
+    probe,
+)
+from tnt_kernels.hf.rows import Rows, take_rows
+from tnt_kernels.linear import linear_tnt_loss
+from tnt_kernels.objectives import resolve_method
+
+logger = logging.get_logger(__name__)
+Inputs = dict[str, Any]
+
+
+class TNTTrainer(Trainer):
+    """Trains a causal or encoder-decoder model towards the minimal targeted update of its original.
+
+    The original, the *reference*, is ``ref_model`` if given; of a PEFT model, the same weights without adapters; with
+    ``precomputed_reference``, hidden states that the data hold; else a frozen copy made when the trainer is. Methods
+    whose losses are no KL have none.
+
+    The loss is a mean over rows with a label and a weight other than 0, over all micro-batches of a step (and all
+    devices, with ``average_tokens_across_devices``). Logged beside it: ``negative_mass`` and ``ref_negative_mass``,
+    what model and reference give to unwanted tokens where there are some; ``positive_kl``, the divergence from the
+    reference elsewhere; ``negative_share`` of the rows.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class: as of ``Trainer``. The collator is a
+            :class:`TNTDataCollator` if not given. A collator of your own yields ``labels`` and ``weights`` or
+            ``negative_ids``, in line with the tokens (they are shifted here for causal models), and for
+            encoder-decoder models ``decoder_input_ids``.
+        ref_model: the original model.
+        keywords: the others of ``Trainer``.
+
+    Raises:
+        TypeError, ValueError: arguments that are wrong, or that do not go together.
+    """
+
+    args: TNTConfig
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TNTConfig | None = None,
+        data_collator: Callable[[list[Any]], Inputs] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        ref_model: nn.Module | None = None,
+        **keywords: Any,
+    ) -> None:
+        args = TNTConfig(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args, model, ref_model, keywords)
+        self.ref_model: nn.Module | None = None
+        self._head_math: tuple[HeadMath, HeadMath | None] | None = None
+        self._probed = False
+        self._train_sums: Tensor | None = None
+        self._eval_sums: Tensor | None = None
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords
+        )
+        self.loss_is_scaled_for_ga = True  # by the count of rows
+        self._objective = resolve_method(args.method)
+        self._causal = not getattr(self.model.config, "is_encoder_decoder", False)
+        if data_collator is None:
+            self.data_collator = TNTDataCollator(processing_class, self.model)
+        if args.disable_dropout:
+            originals.disable_dropout(self.model)
+        self._check_strategy()
+        self._fingerprint = self._take_reference(ref_model)
+        self._vocab_size = self._shared_vocabulary()
+        if (
+            isinstance(self.data_collator, TNTDataCollator)
+            and self.data_collator.vocab_size is None
+        ):
+            self.data_collator.vocab_size = self._vocab_size
+
+    # --- The reference ----------------------------------------------------------------------------
+
+    def _take_reference(self, ref_model: nn.Module | None) -> str | None:
+        """Sets ``ref_model`` and, for precomputed hidden states, ``_ref_head``. Returns the fingerprint."""
+        self._ref_head: nn.Linear | None = None
+        if not self._objective.reads_reference:
+            return None
+        original = self.model if ref_model is None else ref_model
+        value = originals.fingerprint(original)
+        if self.args.precomputed_reference:
+            head = plain_head(original)
+            if head is None or not self.args.fused_linear:
+                raise ValueError(
+                    "precomputed_reference: hidden states of a model whose head is not a plain linear layer (or "
+                    "fused_linear=False), expected one, and fused_linear=True"
+                )
+            self._ref_head = cast(nn.Linear, originals.frozen_copy(head)).to(self.args.device)
+            self._ref_config = getattr(original, "config", None)
+            return value
+        if ref_model is not None:
+            self._compare_special_tokens(ref_model)
+            self.ref_model = originals.frozen(ref_model)
+        elif not originals.is_peft(self.model):
+            folder = getattr(self.model, "name_or_path", None)
+            if originals.read_fingerprint(folder) not in (None, value):
+                logger.warning(
+                    f"model: loaded from {folder}, where a trainer saved an updated model; the update now becomes its "
+                    "own reference. To go on with the original one, give it as ref_model."
+                )
+            self.ref_model = originals.frozen_copy(self.model)
+        if self.ref_model is not None:
+            if self.is_fsdp_enabled:
+                from accelerate.utils import fsdp2_prepare_model
+
+                self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
+            elif getattr(self.ref_model, "hf_device_map", None) is None:
+                self.ref_model.to(self.args.device)
+        return value
+
+    def _compare_special_tokens(self, ref_model: Any) -> None:
+        own, other = self.model.config, getattr(ref_model, "config", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = [getattr(x, name, None) for x in (own, other)]
+            if None not in ids and ids[0] != ids[1]:
+                logger.warning(
+                    f"ref_model: its {name} is {ids[1]}, the model's {ids[0]}: right if both have the same "
+                    "tokens, wrong if their tokenizers differ"
+                )
+
+    def _check_strategy(self) -> None:
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("fsdp_config: FSDP 1, expected fsdp_version 2")
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError(
+                "parallelism_config: sequences are split over devices, expected whole ones"
+            )
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError("deepspeed: ZeRO-3, expected a stage up to 2, or FSDP 2")
+
+    def _shared_vocabulary(self) -> int | None:
+        """The number of logits that model and reference have in common: padding of vocabularies may differ."""
+        sizes = [x for x in (_vocabulary(self.model), _vocabulary(self.ref_model)) if x is not None]
+        if not sizes:
+            return None
+        known = len(self.processing_class) if hasattr(self.processing_class, "get_vocab") else None
+        if known is not None and min(sizes) < known:
+            raise ValueError(
+                f"model and reference have vocabularies of {' and '.join(map(str, sizes))}, expected at least the "
+                f"{known} tokens of processing_class"
+            )
+        if known is None and len({*sizes}) > 1:
+            logger.warning(
+                f"model and reference have vocabularies of {' and '.join(map(str, sizes))}: right if one is padded, "
+                "wrong if their tokenizers differ"
+            )
+        return min(sizes)
+
+    # --- The loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        rows = take_rows(inputs, self._causal)
+        ref_hidden = inputs.pop("ref_hidden_states", None)
+        if self._ref_head is not None and ref_hidden is None:
+            raise ValueError(
+                f"batch: no ref_hidden_states among its columns ({', '.join(inputs)}), expected them because of "
+                "precomputed_reference; precompute_reference makes them"
+            )
+        if not self._probed:
+            self._probe(model, inputs)
+        normalizer: Any = num_items_in_batch
+        if normalizer is not None and self.args.average_tokens_across_devices:
+            # DistributedDataParallel averages over what this adds up.
+            normalizer = normalizer / (self.accelerator.num_processes // self.get_tp_size())
+        keywords: dict[str, Any] = {
+            "method": self._objective, "alpha": self.args.alpha, "eps": self.args.eps,
+            "smoothing": self.args.smoothing, "nl_floor": self.args.nl_floor, "normalizer": normalizer,
+            "temperature": self.args.temperature, "negative_ids": rows.negative_ids, "return_stats": True,
+        }  # fmt: skip
+        if self._head_math is not None and not return_outputs:
+            loss, stats = self._fused_loss(model, inputs, rows, ref_hidden, keywords)
+            outputs = None
+        else:
+            loss, stats, outputs = self._loss_of_logits(
+                model, inputs, rows, keywords, return_outputs
+            )
+        with torch.no_grad():
+            found = row_sums.sums(rows, stats, self._objective, self.args.alpha)
+            self._add(found, torch.is_grad_enabled() or loss.requires_grad)
+        return (loss, outputs) if return_outputs else loss
+
+    def _fused_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        rows: Rows,
+        ref_hidden: Tensor | None,
+        keywords: dict[str, Any],
+    ) -> tuple[Tensor, RowStats]:
+        assert self._head_math is not None
+        math, ref_math = self._head_math
+        ref_weight = ref_bias = None
+        if self._ref_head is not None:
+            head = self._ref_head
+        elif self._objective.reads_reference:
+            module = self._reference_module(model)
+            head = cast(nn.Linear, plain_head(module))
+
+            def last_hidden(forward: Callable[..., Any]) -> Tensor:
+                with head_input(head) as kept:
+                    forward()
+                return kept[0]
+
+            with originals.as_reference(module):
+                ref_hidden = self._within_forward(module, inputs, last_hidden)
+        if self._objective.reads_reference:
+            assert ref_hidden is not None
+            assert ref_math is not None
+            if self._ref_head is not None:
+                ref_hidden = ref_hidden.to(head.weight.dtype)
+            weight, bias = head_parameters(head, ref_hidden)
+            ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
+            keywords |= {"ref_softcap": ref_math.softcap, "ref_logit_scale": ref_math.scale}
+        stats: list[RowStats] = []
+
+        def loss_of_hidden(forward: Callable[..., Any]) -> Tensor:
+            own = cast(nn.Linear, plain_head(self.accelerator.unwrap_model(model)))
+            with head_input(own) as kept:
+                forward()
+            weight, bias = head_parameters(own, kept[0])
+            loss, found = linear_tnt_loss(
+                kept[0], weight, ref_hidden, ref_weight, rows.labels, rows.weights, bias=bias,
+                ref_bias=ref_bias, softcap=math.softcap, logit_scale=math.scale,
+                vocab_size=self._vocab_size, **keywords,
+            )  # fmt: skip
+            stats.append(found)
+            return cast(Tensor, loss)
+
+        return self._within_forward(model, inputs, loss_of_hidden), stats[0]
+
+    def _loss_of_logits(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        rows: Rows,
+        keywords: dict[str, Any],
+        return_outputs: bool,
+    ) -> tuple[Tensor, RowStats, Any]:
+        vocab = slice(self._vocab_size)
+        ref_logits: Tensor | None = None
+        if self._objective.reads_reference:
+            if self._ref_head is not None:
+                raise ValueError(
+                    "precomputed_reference: logits are asked for, but there are hidden states alone; expected no "
+                    "compute_metrics and no predict, and a head that fused_linear can serve"
+                )
+            module = self._reference_module(model)
+            with originals.as_reference(module):
+                ref_logits = self._within_forward(
+                    module, inputs, lambda forward: logits_of(forward())[..., vocab]
+                )
+        kept: list[tuple[RowStats, Any]] = []
+
+        def loss_of_logits(forward: Callable[..., Any]) -> Tensor:
+            outputs = forward()
+            logits = logits_of(outputs)
+            logits = logits if logits.size(-1) == self._vocab_size else logits[..., vocab]
+            loss, stats = tnt_loss(
+                logits,
+                None if ref_logits is None else ref_logits.to(logits.dtype),
+                rows.labels,
+                rows.weights,
+                inplace=not return_outputs and logits.grad_fn is not None,
+                **keywords,
+            )
+            kept.append((stats, outputs if return_outputs else None))
+            return cast(Tensor, loss)
+
+        loss = self._within_forward(model, inputs, loss_of_logits)
+        return loss, *kept[0]
+
+    def _within_forward(
+        self, model: nn.Module, inputs: Inputs, function: Callable[[Callable[[], Any]], Tensor]
+    ) -> Tensor:
+        """``model(**inputs)``, with ``function(forward)`` in place of the inner model's forward.
+
+        What computes the loss has to run in there: DistributedDataParallel prepares its reduction for the parameters
+        that the outputs depend on, FSDP has them gathered in there only, and accelerate casts what comes out.
+        """
+        module = self.accelerator.unwrap_model(model)
+        before = module.__dict__.get("forward")
+        forward = getattr(module, "_original_forward", None) or module.forward
+
+        def restore() -> None:
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
+
+        def redirected(*arguments: Any, **keywords: Any) -> Tensor:
+            restore()
+            with self.accelerator.autocast():
+                return function(partial(forward, *arguments, **keywords))
+
+        module.__dict__["forward"] = redirected
+        try:
+            return cast(Tensor, model(**inputs))
+        finally:
+            restore()
+
+    def _reference_module(self, model: nn.Module) -> nn.Module:
+        return cast(
+            nn.Module,
+            self.accelerator.unwrap_model(model) if self.ref_model is None else self.ref_model,
+        )
+
+    def _probe(self, model: nn.Module, inputs: Inputs) -> None:
+        """Whether hidden states times head are this model's logits, on the first batch; and its reference's."""
+        self._probed = True
+        if not self.args.fused_linear:
+            return
+        if self.args.torch_compile:
+            logger.warning("fused_linear: not with torch_compile; the loss is computed from logits")
+            return
+        modules = [self.accelerator.unwrap_model(model)]
+        if self.ref_model is not None:
+            modules.append(self.ref_model)
+        found: list[HeadMath | None] = []
+        for module in modules:
+            head, config = plain_head(module), getattr(module, "config", None)
+            if head is None:
+                found.append(None)
+                continue
+            math: list[HeadMath | None] = []
+
+            def run(
+                forward: Callable[..., Any],
+                head: nn.Linear = head,
+                config: Any = config,
+                math: Any = math,
+            ) -> Tensor:
+                math.append(probe(forward, head, config))
+                return torch.zeros((), device=self.args.device)
+
+            with torch.no_grad():
+                self._within_forward(model if module is modules[0] else module, inputs, run)
+            found.append(math[0])
+        fits = torch.tensor([all(math is not None for math in found)], device=self.args.device)
+        if not bool(self.accelerator.gather(fits.long()).min()):
+            logger.warning(
+                f"fused_linear: the logits of {type(modules[0]).__name__} (or of its reference) are not those of a "
+                "plain linear head, so that the loss is computed from logits; fused_linear=False says so beforehand"
+            )
+            return
+        own, other = found[0], found[-1]
+        assert own is not None
+        self._head_math = own, other
+
+    # --- Counts, logs, evaluation -----------------------------------------------------------------
+
+    def _get_num_items_in_batch(
+        self, batch_samples: Sequence[Inputs], device: torch.device
+    ) -> Tensor | None:
+        """The rows of a step: those with a label and a weight other than 0."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        counts = [take_rows(dict(batch), self._causal).active().sum() for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = cast(Tensor, self.accelerator.gather(count)).sum()
+        return cast(Tensor, count / self.get_tp_size())
+
+    def _add(self, found: Tensor, training: bool) -> None:
+        if training:
+            found = found.sum(dim=0)
+            self._train_sums = found if self._train_sums is None else self._train_sums + found
+        else:
+            found = self.accelerator.gather_for_metrics(found).sum(
+                dim=0
+            )  # without repeated examples
+            self._eval_sums = found if self._eval_sums is None else self._eval_sums + found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._train_sums is not None:
+            found = row_sums.averages(self.accelerator.reduce(self._train_sums), self._objective)
+            found.pop("rows_loss")
+            logs.update(found)
+            self._train_sums = None
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        if not prediction_loss_only:
+            step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return cast(tuple[Tensor | None, Any, Any], step)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> EvalLoopOutput:
+        self._eval_sums = None
+        output = super().evaluation_loop(*arguments, **keywords)
+        if self._eval_sums is not None and output.metrics is not None:
+            prefix = keywords.get(
+                "metric_key_prefix", arguments[4] if len(arguments) > 4 else "eval"
+            )
+            found = row_sums.averages(self._eval_sums, self._objective)
+            output.metrics[f"{prefix}_loss"] = found.pop("rows_loss")  # over rows, not over batches
+            output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        self._eval_sums = None
+        return output
+
+    # --- Data, saving -----------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = list(
+                dict.fromkeys([*(self._signature_columns or ()), *COLUMNS])
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = cast(nn.Module, super().call_model_init(trial))
+        if self.args.disable_dropout:
+            originals.disable_dropout(model)
+        return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if isinstance(folder, str) and self._fingerprint is not None:
+            stored = originals.read_fingerprint(folder)
+            if stored is None:
+                logger.warning(
+                    f"{folder} says nothing of its reference, which is not checked therefore"
+                )
+            elif stored != self._fingerprint:
+                raise ValueError(
+                    f"resume_from_checkpoint: the run in {folder} had another reference than this trainer has; "
+                    "expected the same original: give it as ref_model, or as the model that the trainer starts from"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and self._fingerprint is not None:
+            originals.write_fingerprint(output_dir or self.args.output_dir, self._fingerprint)
+
+
+def _vocabulary(model: Any) -> int | None:
+    """The number of logits."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    size = getattr(head, "out_features", None)
+    if size is None and model is not None and hasattr(model, "config"):
+        size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    return size
