@@ -18,9 +18,9 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))  # last: the package under test is the installed one
 
 from benchmarks import linear  # noqa: E402
-from benchmarks.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
-from benchmarks.oracle import check_gradient, expected  # noqa: E402
-from benchmarks.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
+from tnt_kernels.bench.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
+from tnt_kernels.bench.oracle import check_gradient, expected  # noqa: E402
+from tnt_kernels.bench.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
 
 FLOAT32 = Size(12, 300, "float32")
 
@@ -104,10 +104,10 @@ def test_what_has_to_move() -> None:
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer takes memory of its own"
 )
 def test_memory_is_measured_as_the_process_has_it() -> None:
-    from benchmarks.memory import measure_in_process
+    from tnt_kernels.bench.memory import measure_in_process
 
     size = Size(64, 32000, "float32")
-    m = measure_in_process("fresh", size)
+    m = measure_in_process("fresh", size, threads=1)
     assert m["known_bytes_measured"] == pytest.approx(m["known_bytes"], abs=1 << 20)
     assert m["bytes_beyond_inputs"] == pytest.approx(size.bytes, abs=1 << 20)
 
