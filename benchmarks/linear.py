@@ -137,8 +137,9 @@ def make_step(contender: str, backend: str | None = None) -> Step:
     return _step({"unfused": _unfused, "naive": _naive}[contender])
 
 
-#: Of the norm: what float32 sums lose, and the rounding of logits, of their gradients and of the result to 16 bits.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+#: Of the norm. Logits that a matmul has rounded to bfloat16 are off by up to 0.03, which is a tenth of what the two
+#: models differ by; another loss is off by more than half.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 def check(gradients: tuple[Tensor, ...], p: LinearProblem, method: str = "tnff") -> float:

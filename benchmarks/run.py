@@ -121,7 +121,7 @@ def main() -> None:
     if out.resolve() == report.RESULTS.resolve():
         report.write(path)
     else:
-        report.write_plot(path)
+        report.write_plots(path)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def targets(results: dict[str, Any]) -> list[Target]:
             share = (3 * a + (1 - a)) / 3 * whole / float(sparse.ms_min.iloc[0])
         add(f"{SPARSE:.0%} of rows active, share of its own floor", share, 0.85, True)
 
-        mine = memory[(memory.vocab == vocab) & (memory.dtype == dtype)].set_index("contender")
+        mine = memory[(memory.rows == rows) & (memory.vocab == vocab) & (memory.dtype == dtype)]
+        mine = mine.set_index("contender")
         for contender, bound in (
             ("in place", MIB + 64 * rows),
             ("fresh", rows * vocab * _width(dtype) + MIB),

@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Loss and gradient of tnt_kernels {tnt_kernels.__version__} against plain PyTorch in float32 (naive) and "
         f"torch.compile of it; torch {torch.__version__}, {torch.get_num_threads()} threads.\n"
         "ms: the fastest call. of floor: what the bytes that must move would take, at the best copy or triad here,\n"
-        "over that. MiB: peak memory beyond the inputs. error: of the gradient against float64, of a row's largest entry."
+        "over that. MiB: peak memory beyond the inputs. error: the gradient's, against float64, of a row's largest."
     )
     results = measure_all(cases, a.device, a.seconds, 0.02 if a.tiny else SECONDS, print)
     for name in results["left_out"]:

@@ -66,7 +66,7 @@ def measure_step(
         **problem.size._asdict(),
     }
     try:
-        record |= _measure(step, problem, gb_per_s, seconds, share)
+        _measure(step, problem, gb_per_s, seconds, share, record)
     except Exception as error:  # whatever a peer may raise: out of memory, a compiler's, its own
         lines = str(error).strip().splitlines() or [""]
         record["failed"] = f"{type(error).__name__}: {lines[0][:200]}"
@@ -76,17 +76,21 @@ def measure_step(
 
 
 def _measure(
-    step: Step, problem: Problem, gb_per_s: float, seconds: float, share: float
-) -> dict[str, Any]:
+    step: Step,
+    problem: Problem,
+    gb_per_s: float,
+    seconds: float,
+    share: float,
+    record: dict[str, Any],
+) -> None:
     device = problem.logits.device
     call = partial(training_step if step.with_gradient else forward, step.loss, problem)
-    found: dict[str, Any] = {}
     problem.restore()
     if step.with_gradient:
         truth = step.truth or (lambda problem, rows: expected(problem, step.method, rows))
         error = gradient_error(call(), problem, truth)
         allowed = TOLERANCE[problem.logits.dtype] if step.tolerance is None else step.tolerance
-        found["gradient_error"] = error
+        record["gradient_error"] = error
         if not error <= allowed:
             raise ValueError(
                 f"wrong gradient, off by {error:.3g} of its largest entry, allowed {allowed:.3g}"
@@ -95,11 +99,10 @@ def _measure(
         call()
     problem.restore()
     if can_measure(device):
-        found["bytes_beyond_inputs"] = peak_beyond(call, device)
+        record["bytes_beyond_inputs"] = peak_beyond(call, device)
     timing = time_calls(call, device, setup=problem.restore, seconds=seconds)
     floor_ms = floor_bytes(problem.size, step.method, share, step.with_gradient) / gb_per_s / 1e6
-    return {
-        **found,
+    record |= {
         **timing._asdict(),
         "floor_ms": floor_ms,
         "fraction_of_floor": floor_ms / timing.ms_min,
