@@ -201,7 +201,7 @@ def results(report: Any) -> dict[str, Any]:
             "gradient_bytes": 1 << 20,
         }
         for n in (64, 128)
-    ]
+    ]  # fmt: skip
     huge = {**times, "benchmarks": allocating}
     return assemble(times, huge, memory, quick=False, linear_memory=linear_memory)
 
@@ -455,3 +455,29 @@ def test_the_naive_losses_lose_digits_near_the_reference() -> None:
         assert ours["loss_error"] < 1e-4 < naive["loss_error"]
         assert ours["gradient_error"] < naive["gradient_error"]
         assert found["naive", method, None]["loss_error"] < 1e-5
+
+
+# --- instruction counts --------------------------------------------------------------------------
+
+
+def test_the_kernels_take_no_more_instructions_than_committed() -> None:
+    from benchmarks import instructions
+
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("an instrumented build")
+    if reason := instructions.why_not():
+        pytest.skip(reason)
+    committed = json.loads(instructions.PATH.read_text())
+    if committed["compiler"] != instructions.compiler():
+        pytest.skip(f"counted for {committed['compiler']}, built with {instructions.compiler()}")
+    found = instructions.changes(instructions.count(), committed["per_pair"])
+    assert not found, "\n".join([*found, "python -m benchmarks.instructions --write accepts this"])
+
+
+def test_a_change_of_the_instruction_count_is_seen() -> None:
+    from benchmarks.instructions import changes
+
+    assert changes({"a": 10.2, "b": 9.8}, {"a": 10.0, "b": 10.0}) == []
+    assert changes({"a": 10.5}, {"a": 10.0}) == ["a: 10.5 instructions a pair, committed 10.0"]
+    assert changes({"a": 9.0}, {"a": 10.0}) != []
+    assert changes({}, {"a": 10.0}) == ["a: None instructions a pair, committed 10.0"]
