@@ -61,7 +61,7 @@ def _names() -> list[str]:
 
 
 def call_all() -> None:
-    """What is counted: under callgrind, in this order, each call of a kernel makes one dump."""
+    """What is counted: under callgrind, in this order, the calls of the kernels."""
     import tnt_kernels as tnt
     from tnt_kernels import _C
 
@@ -80,14 +80,17 @@ def call_all() -> None:
                 tnt.tnt_loss(logits, ref_logits, labels, weights, method=method, backend="cpu")
 
 
+def _part(path: Path) -> int:
+    return int(path.suffix[1:])
+
+
 def count() -> dict[str, float]:
     """Instructions per pair of logits, by case."""
     with tempfile.TemporaryDirectory() as folder:
         kernels = [f"tnt::{isa}::run_rows(tnt::RowParams const&)" for isa in INSTRUCTION_SETS]
         command = [
             "valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out",
-            *(f"--toggle-collect={k}" for k in kernels),
-            *(f"--dump-after={k}" for k in kernels),
+            *(f"--dump-{when}={k}" for when in ("before", "after") for k in kernels),
             sys.executable, "-m", "benchmarks.instructions", "--call",
         ]  # fmt: skip
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -95,15 +98,13 @@ def count() -> dict[str, float]:
             raise RuntimeError(
                 f"valgrind exited with {result.returncode}:\n{result.stderr[-2000:]}"
             )
-        dumps = sorted(Path(folder).glob("out.*"), key=lambda path: int(path.suffix[1:]))
-        totals = [
-            int(m[1])
-            for d in dumps
-            if (m := re.search(r"^(?:totals|summary): (\d+)", d.read_text(), re.M))
-        ]
+        texts = [p.read_text() for p in sorted(Path(folder).glob("out.*"), key=_part)]
+    # What ran since the dump before: the kernel.
+    kernel = [text for text in texts if "Trigger: --dump-after" in text]
+    totals = [int(match[1]) for t in kernel if (match := re.search(r"^totals: (\d+)", t, re.M))]
     names = _names()
-    if len(totals) < 2 * len(names):
-        raise RuntimeError(f"callgrind made {len(totals)} dumps, expected {2 * len(names)}")
+    if len(totals) != 2 * len(names) or not all(totals):
+        raise RuntimeError(f"callgrind counted {totals}, expected {2 * len(names)} counts")
     pairs = ROWS * VOCAB
     return {name: round(totals[2 * i + 1] / pairs, 3) for i, name in enumerate(names)}
 
