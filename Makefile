@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --quiet
 help:
 	@echo 'make test      install everything, run the tests'
 	@echo 'make demo      train a model towards its own minimal targeted update'
-	@echo 'make bench     measure speed and memory against what people use now'
+	@echo 'make bench     measure speed and memory against what people use now (8 minutes or so, on a quiet machine)'
 	@echo 'make lint      ruff, mypy, clang-format: check'
 	@echo 'make format    ruff, clang-format: write'
 	@echo 'make sanitize  the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer'

@@ -10,7 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import THREADS
-from benchmarks.problem import HALF, QUICK_HALF, QUICK_SIZES, SIZES, Problem, Size, make_problem
+from benchmarks.sizes import HALF, QUICK_HALF, QUICK_SIZES, QUICK_SWEEP, SIZES, SWEEP
+from tnt_kernels.bench.problem import Problem, Size, make_problem
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "problem" not in metafunc.fixturenames:
         return
     quick = metafunc.config.getoption("--quick")
-    sizes = (*QUICK_SIZES, QUICK_HALF) if quick else (*SIZES, HALF)
+    sizes = (*QUICK_SIZES, QUICK_HALF, *QUICK_SWEEP) if quick else (*SIZES, HALF, *SWEEP)
     marker = metafunc.definition.get_closest_marker("sizes")
     wanted: Callable[[Size], bool] = marker.args[0] if marker else lambda size: True
     # The scope makes pytest group the tests by size, so that each problem is made once.

@@ -1,4 +1,4 @@
-"""From ``results/cpu.json`` to the tables in the READMEs and the plot; nothing is measured here.
+"""From ``results/cpu.json`` and ``gpu.json`` to the tables in the READMEs and the plots; nothing is measured here.
 
 ``python -m benchmarks.report`` writes them, ``--check`` exits with 1 if they are not up to date.
 """
@@ -11,21 +11,34 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from benchmarks.peers import LINEAR_PEERS, PEERS
 from benchmarks.targets import MIB, targets
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 CONTENDERS = {
     "in place": "tnt_loss, in place",
     "fresh": "tnt_loss",
     "compiled": "torch.compile of the naive loss",
     "naive": "naive PyTorch",
 }
+LINEAR_CONTENDERS = {
+    "fused": "linear_tnt_loss",
+    "unfused": "logits, then tnt_loss in place",
+    "compiled": "torch.compile of logits and naive loss",
+    "naive": "logits, then naive PyTorch",
+    "floor": "the matmuls alone",
+}
+NOT_MEASURED = "not measured"
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines between which a generated block stands."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -62,9 +75,10 @@ def _whole(results: dict[str, Any]) -> pd.DataFrame:
 
 
 def main_table(results: dict[str, Any]) -> str:
-    """TNFF at every size: time, ratios, memory."""
+    """TNFF at every size with its most common number of rows: time, ratios, memory."""
     frame = _whole(results)
     frame = frame[(frame.method == "tnff") & frame.contender.isin(CONTENDERS)]
+    frame = frame[frame.rows == frame.rows.mode()[0]]
     rows: list[list[str]] = []
     for (vocab, dtype), group in frame.groupby(["vocab", "dtype"], sort=False):
         group = group.set_index("contender")
@@ -92,6 +106,198 @@ def main_table(results: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+def first_table(results: dict[str, Any]) -> str:
+    """What a reader sees first: TNFF at the largest size where all is compared."""
+    frame = _whole(results)
+    frame = frame[(frame.method == "tnff") & frame.contender.isin(CONTENDERS)]
+    both = frame[frame.dtype == "float32"]
+    vocab = both.vocab.max()
+    frame = frame[(frame.vocab == vocab) & (frame.rows == frame.rows.mode()[0])]
+    dtypes = [d for d in ("float32", "bfloat16") if d in set(frame.dtype)]
+    head = [f"{frame.rows.iloc[0]} tokens × {vocab} vocabulary, CPU"]
+    for dtype in dtypes:
+        head += [f"{dtype}, ms", "naive / this", "MiB beyond the inputs"]
+    rows = []
+    for contender, label in CONTENDERS.items():
+        cells = [label]
+        for dtype in dtypes:
+            found = frame[(frame.dtype == dtype) & (frame.contender == contender)]
+            c = found.iloc[0] if len(found) else None
+            cells += (
+                [NOT_MEASURED, "–", "–"]
+                if c is None
+                else [
+                    _number(c.ms_min),
+                    _number(c.times_naive, "×"),
+                    _mebibytes(c.bytes_beyond_inputs),
+                ]
+            )
+        rows.append(cells)
+    return _table(head, rows)
+
+
+def gpu_table(gpu: dict[str, Any] | None) -> str:
+    """The training step that counts on a GPU, of everybody; "not measured" where it was not."""
+    where = "8192 tokens × 128256 vocabulary, bfloat16, GPU"
+    head = [
+        where,
+        "ms",
+        "of the floor",
+        "this / fastest tnt_loss",
+        "MiB beyond the inputs",
+        "gradient error",
+    ]
+    names = [
+        "tnt_loss (cuda), in place",
+        "tnt_loss (triton), in place",
+        *list(CONTENDERS.values())[2:],
+    ]
+    names += [f"{p.name} ({p.work})" for p in PEERS]
+    if gpu is None:
+        return _table(head, [[name, *[NOT_MEASURED] * 5] for name in names])
+    rows: list[list[str]] = []
+    largest = max(
+        (c["rows"] * c["vocab"] for c in gpu["cases"] if c["dtype"] == "bfloat16"), default=0
+    )
+    cases = [
+        c for c in gpu["cases"]
+        if (c["active_share"] == 1 and c["negatives"] == "none" and "forward" not in c["contender"]
+        and c["dtype"] == "bfloat16" and (c["rows"], c["vocab"]) == (8192, 128256))
+        or (gpu["quick"] and c["rows"] * c["vocab"] == largest)
+    ]  # fmt: skip
+    for method in dict.fromkeys(c["method"] for c in cases):
+        here = [c for c in cases if c["method"] == method]
+        ours = [c["ms_min"] for c in here if c["backend"] and "ms_min" in c]
+        for c in here:
+            name = (
+                f"tnt_loss ({c['backend']}), {c['contender']}" if c["backend"] else c["contender"]
+            )
+            name = {"naive": "naive PyTorch", "compiled": CONTENDERS["compiled"]}.get(name, name)
+            name += "" if method == "tnff" or c["work"] else f", {method}"
+            name += f" ({c['work']})" if c["work"] else ""
+            if "failed" in c:
+                rows.append([name, c["failed"], *["–"] * 4])
+                continue
+            error = c.get("gradient_error")
+            rows.append(
+                [
+                    name,
+                    _number(c["ms_min"]),
+                    _number(c["fraction_of_floor"]),
+                    _number(c["ms_min"] / min(ours) if ours else None, "×"),
+                    _mebibytes(c.get("bytes_beyond_inputs")),
+                    "–" if error is None else f"{error:.0e}",
+                ]
+            )
+    rows += [[p["name"], p["missing"], *["–"] * 4] for p in gpu["peers"] if "missing" in p]
+    return _table(head, rows)
+
+
+def gpu_provenance(gpu: dict[str, Any] | None) -> str:
+    if gpu is None:
+        return "GPU: not measured yet; `python -m benchmarks.gpu_suite --out DIR` measures it."
+    versions = gpu["versions"]
+    left = f" Left out for want of time: {len(gpu['left_out'])} cases." if gpu["left_out"] else ""
+    return (
+        f"GPU: measured on {gpu['date'][:10]}, commit {str(gpu['commit'])[:10]}, with "
+        f"`python -m benchmarks.gpu_suite`: {gpu['machine']['device']}; torch {versions['torch']}, "
+        f"Triton {versions['triton']}, tnt_kernels {versions['tnt_kernels']}, Python {versions['python']}.{left}"
+    )
+
+
+def linear_table(results: dict[str, Any]) -> str:
+    """Time and memory of the fused linear loss, over sizes."""
+    cases = pd.DataFrame(results["linear"]["cases"])
+    memory = pd.DataFrame(results["linear"]["memory"])
+    cases = cases[cases.active_share == 1]
+    on = ["rows", "hidden", "vocab", "contender"]
+    frame = memory[[*on, "bytes_beyond_gradients"]].merge(
+        cases[[*on, "ms_min", "times_floor"]], on=on, how="outer"
+    )
+    rows = []
+    for (vocab, hidden, tokens), group in frame.groupby(["vocab", "hidden", "rows"]):
+        group = group.set_index("contender")
+        for contender, label in LINEAR_CONTENDERS.items():
+            if contender in group.index:
+                c = group.loc[contender]
+                rows.append(
+                    [
+                        f"{tokens} × {hidden} × {vocab}: {label}",
+                        _number(c.ms_min),
+                        _number(c.times_floor, "×"),
+                        _mebibytes(c.bytes_beyond_gradients),
+                    ]
+                )
+    head = [
+        "tokens × H × V, float32, CPU: loss and gradients",
+        "ms",
+        "the matmuls",
+        "MiB beyond inputs and gradients",
+    ]
+    return _table(head, rows)
+
+
+def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
+    head = [
+        "8192 × 4096 × 128256, bfloat16, GPU",
+        "ms",
+        "the matmuls",
+        "MiB beyond inputs and gradients",
+    ]
+    names = [LINEAR_CONTENDERS[c] for c in ("fused", "compiled", "naive", "floor")]
+    names += [f"{p.name} ({p.work})" for p in LINEAR_PEERS]
+    if gpu is None or not gpu["linear"]:
+        return _table(head, [[name, *[NOT_MEASURED] * 3] for name in names])
+    here = [
+        c for c in gpu["linear"] if c["active_share"] == 1 and (c["rows"] == 8192 or gpu["quick"])
+    ]
+    floor = next((c["ms_min"] for c in here if c["contender"] == "floor" and "ms_min" in c), None)
+    rows = []
+    for c in here:
+        name = LINEAR_CONTENDERS.get(c["contender"], c["contender"])
+        name += f" ({c['backend']})" if c["backend"] else f" ({c['work']})" if c["work"] else ""
+        if "failed" in c:
+            rows.append([name, c["failed"], "–", "–"])
+        else:
+            times = c["ms_min"] / floor if floor else None
+            rows.append(
+                [
+                    name,
+                    _number(c["ms_min"]),
+                    _number(times, "×"),
+                    _mebibytes(c.get("bytes_beyond_gradients")),
+                ]
+            )
+    return _table(head, rows)
+
+
+def accuracy_tables(records: Sequence[dict[str, Any]]) -> str:
+    """Relative errors of loss and gradient against float64."""
+    if not records:
+        return f"Accuracy: {NOT_MEASURED}."
+    frame = pd.DataFrame(records)
+    frame["distance"] = frame.distance.fillna(-1.0)
+    distances = list(dict.fromkeys(frame.distance))
+    names = {
+        "fresh": "tnt_loss",
+        "naive": "naive, float32",
+        "naive, narrow": "naive in the logits' dtype",
+    }
+    tables = []
+    for column, title in (("loss_error", "loss"), ("gradient_error", "gradient")):
+        head = [f"relative error of the {title}"]
+        head += ["random logits" if d < 0 else f"p = q + {d:.0e}" for d in distances]
+        rows = []
+        for (dtype, method, contender), group in frame.groupby(
+            ["dtype", "method", "contender"], sort=False
+        ):
+            values = group.set_index("distance")[column]
+            cells = [f"{values[d]:.0e}" if d in values.index else "–" for d in distances]
+            rows.append([f"{dtype}, {method}: {names.get(contender, contender)}", *cells])
+        tables.append(_table(head, rows))
+    return "\n\n".join(tables)
+
+
 def case_table(results: dict[str, Any]) -> str:
     """Every step that was measured."""
     head = [
@@ -109,7 +315,7 @@ def case_table(results: dict[str, Any]) -> str:
         also += "" if c.active_share == 1 else f", {c.active_share:.0%} of rows active"
         rows.append(
             [
-                f"V = {c.vocab}, {c.dtype}, {c.method}: {c.contender}{also}",
+                f"{c.rows} × {c.vocab}, {c.dtype}, {c.method}: {c.contender}{also}",
                 _number(c.ms_min),
                 _number(c.ms_median),
                 _number(c.fraction_of_floor),
@@ -225,12 +431,39 @@ def facts(results: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in [*lines, call_line(results)])
 
 
-def blocks(results: dict[str, Any]) -> dict[Path, str]:
-    """What stands between the markers, for each file of the repository that has them."""
+def _gpu(path: Path) -> dict[str, Any] | None:
+    """``gpu.json`` beside ``cpu.json``, where there is one."""
+    gpu = path.with_name("gpu.json")
+    return load(gpu) if gpu.exists() else None
+
+
+def blocks(path: Path) -> dict[Path, dict[str, str]]:
+    """What stands between the markers, for each file of the repository that has them, by the markers' name."""
+    results, gpu = load(path), _gpu(path)
     quick = ["**A quick run: these figures mean nothing.**"] if results["quick"] else []
-    short = [*quick, main_table(results), facts(results), provenance(results)]
+    linear = [linear_table(results)] if "linear" in results else []
+    linear.append(linear_gpu_table(gpu))
+    names = _plots(path)
+    short = [
+        *quick,
+        first_table(results),
+        "![time over the vocabulary, share of the floor, memory over tokens](benchmarks/results/cpu.svg)",
+        *(["![the same on a GPU](benchmarks/results/gpu.svg)"] if "gpu.svg" in names else []),
+        gpu_table(gpu),
+        f"{provenance(results)} `make bench` repeats it. {gpu_provenance(gpu)}",
+    ]
     full = [
-        *short,
+        *quick,
+        main_table(results),
+        facts(results),
+        provenance(results),
+        "### On a GPU",
+        gpu_table(gpu),
+        gpu_provenance(gpu),
+        "### The fused linear loss",
+        *linear,
+        "### Accuracy",
+        accuracy_tables(results.get("accuracy", ())),
         "### Targets",
         target_table(results),
         "### Every step",
@@ -240,109 +473,198 @@ def blocks(results: dict[str, Any]) -> dict[Path, str]:
         "With `THP_MEM_ALLOC_ENABLE=1`, PyTorch asks for huge pages:",
         huge_page_table(results),
     ]
+    plot = "![time and memory over the tokens of a batch](benchmarks/results/linear.svg)"
     return {
-        ROOT / "README.md": "\n\n".join(short),
-        ROOT / "benchmarks" / "README.md": "\n\n".join(full),
+        ROOT / "README.md": {
+            "benchmark": "\n\n".join(short),
+            "benchmark-linear": "\n\n".join([*linear, plot]),
+        },
+        ROOT / "benchmarks" / "README.md": {"benchmark": "\n\n".join(full)},
     }
 
 
-def with_block(text: str, block: str, name: str) -> str:
-    """``text`` with ``block`` between the markers.
+def with_block(text: str, name: str, block: str, file: str) -> str:
+    """``text`` with ``block`` between the markers of this name.
 
     Raises:
         SystemExit: the markers are not there, once each and in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in after or END in after:
+    begin, end = markers(name)
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or begin in after or end in after:
         sys.exit(
-            f"{name}: expected the lines {BEGIN} and {END} once each; the tables go between them"
+            f"{file}: expected the lines {begin} and {end} once each; the tables go between them"
         )
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
-# --- the plot ------------------------------------------------------------------------------------
+# --- the plots -----------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """Lines, one a contender, over the first of the columns."""
+
+    frame: pd.DataFrame
+    x: str
+    y: str
+    title: str
+    labels: dict[str, str]
+
+
+_COLOURS = {
+    "in place": "#1b7837", "fresh": "#7fbf7b", "fused": "#1b7837", "unfused": "#7fbf7b",
+    "compiled": "#b0b0b0", "naive": "#606060", "floor": "#2166ac",
+}  # fmt: skip
+
+
+def _step_panels(frame: pd.DataFrame) -> list[Panel]:
+    """Time and share of the floor over the vocabulary, memory over the tokens: TNFF on bfloat16 logits."""
+    frame = frame[
+        (frame.active_share == 1) & (frame.negatives == "none") & (frame.method == "tnff")
+    ]
+    dtype = "bfloat16" if (frame.dtype == "bfloat16").any() else frame.dtype.iloc[0]
+    frame = frame[(frame.dtype == dtype) & frame.contender.isin([*_COLOURS])]
+    frame = frame.assign(mib=(frame.bytes_beyond_inputs / MIB).clip(lower=0.01))
+    tokens = frame.rows.mode()[0]
+    over_v = frame[frame.rows == tokens].sort_values("vocab")
+    vocab = frame.groupby("vocab").rows.nunique().idxmax()
+    over_n = frame[(frame.vocab == vocab) & frame.bytes_beyond_inputs.notna()].sort_values("rows")
+    return [
+        Panel(
+            over_v,
+            "vocab",
+            "ms_min",
+            f"ms over the vocabulary, {tokens} tokens, {dtype}",
+            CONTENDERS,
+        ),
+        Panel(over_v, "vocab", "fraction_of_floor", "the same as a share of the floor", CONTENDERS),
+        Panel(over_n, "rows", "mib", f"MiB beyond the inputs over tokens, V = {vocab}", CONTENDERS),
+    ]
+
+
+def _linear_panels(cases: pd.DataFrame, memory: pd.DataFrame) -> list[Panel]:
+    """Over the tokens, at the head that has been measured with most numbers of them."""
+    cases = cases[cases.active_share == 1]
+    vocab = cases.groupby("vocab").rows.nunique().idxmax()
+    hidden = cases[cases.vocab == vocab].hidden.iloc[0]
+    cases = cases[cases.vocab == vocab].sort_values("rows")
+    memory = memory.assign(mib=memory.bytes_beyond_gradients / MIB)
+    memory = memory[memory.vocab == vocab].sort_values("rows")
+    return [
+        Panel(
+            cases, "rows", "ms_min", f"ms over tokens, H = {hidden}, V = {vocab}", LINEAR_CONTENDERS
+        ),
+        Panel(
+            memory, "rows", "mib", "MiB beyond inputs and gradients over tokens", LINEAR_CONTENDERS
+        ),
+    ]
+
+
+def _plots(path: Path) -> dict[str, tuple[Path, list[Panel]]]:
+    """File name to the results that it shows and its panels."""
+    results, gpu = load(path), _gpu(path)
+    found = {"cpu.svg": (path, _step_panels(pd.DataFrame(results["cases"])))}
+    if "linear" in results:
+        linear = results["linear"]
+        panels = _linear_panels(pd.DataFrame(linear["cases"]), pd.DataFrame(linear["memory"]))
+        found["linear.svg"] = (path, panels)
+    if gpu is not None:
+        ran = pd.DataFrame([c for c in gpu["cases"] if "ms_min" in c])
+        first = next((c["backend"] for c in gpu["cases"] if c["backend"]), None)
+        ran = ran[ran.backend.isna() | (ran.backend == first)]  # one line a contender
+        panels = _step_panels(ran)
+        linear_ran = pd.DataFrame([c for c in gpu["linear"] if "ms_min" in c])
+        if len(linear_ran):
+            linear_ran = linear_ran[linear_ran.backend.isna() | (linear_ran.backend == first)]
+            panels += _linear_panels(linear_ran, linear_ran)
+        found["gpu.svg"] = (path.with_name("gpu.json"), panels)
+    return found
 
 
 def _digest(path: Path) -> str:
     return f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-def write_plot(path: Path) -> None:
-    """``path``'s figures as bars, with the digest of the file that they come from in the SVG."""
+def write_plots(path: Path) -> None:
+    """Every plot, with the digest of the file that it comes from in the SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    results = load(path)
-    frame = _whole(results)
-    frame = frame[(frame.method == "tnff") & (frame.dtype != "float16")]
-    names = list(CONTENDERS)
-    frame = frame.assign(
-        size=[f"V = {v}\n{d}" for v, d in zip(frame.vocab, frame.dtype, strict=True)],
-        floors=1 / frame.fraction_of_floor,
-        mib=frame.bytes_beyond_inputs / MIB,
-    )
-    sizes = list(dict.fromkeys(frame["size"]))
-    panels = {
-        "floors": "time, in units of the floor (2 reads and 1 write at full bandwidth)",
-        "mib": "peak memory beyond the inputs, MiB",
-    }
     style = {"svg.hashsalt": "tnt_kernels", "svg.fonttype": "none", "font.size": 9}
-    colours = dict(zip(names, ("#1b7837", "#7fbf7b", "#b0b0b0", "#606060"), strict=True))
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-        for axis, (column, title) in zip(axes, panels.items(), strict=True):
-            values = frame.pivot(index="size", columns="contender", values=column)
-            values = values.reindex(index=sizes, columns=names)
-            values.plot.barh(ax=axis, width=0.8, legend=False, color=colours)
-            for bars in axis.containers:
-                labels = [_number(bar.get_width()) for bar in bars]
-                axis.bar_label(bars, labels=labels, padding=3, fontsize=8)
-            axis.set(title=title, ylabel="")
-            axis.title.set_fontsize(9)
-            axis.margins(x=0.12)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].invert_yaxis()
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles,
-            [CONTENDERS[n] for n in labels],
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-        )
-        metadata = {"Date": None, "Description": _digest(path)}
-        figure.savefig(path.with_suffix(".svg"), metadata=metadata)
-        plt.close(figure)
+    for name, (source, panels) in _plots(path).items():
+        with plt.rc_context(style):
+            figure, axes = plt.subplots(
+                1,
+                len(panels),
+                figsize=(4.2 * len(panels), 3.8),
+                layout="constrained",
+                squeeze=False,
+            )
+            for axis, panel in zip(axes[0], panels, strict=True):
+                for contender, label in panel.labels.items():
+                    line = panel.frame[panel.frame.contender == contender]
+                    if len(line):
+                        axis.plot(
+                            line[panel.x], line[panel.y], marker="o", markersize=4, label=label,
+                            color=_COLOURS[contender],
+                        )  # fmt: skip
+                axis.set(xscale="log", yscale="log")
+                axis.set_title(panel.title, fontsize=9)
+                ticks = sorted(set(panel.frame[panel.x]))
+                axis.set_xticks(
+                    ticks, [f"{t:g}" if t < 10_000 else f"{t / 1000:.0f}k" for t in ticks]
+                )
+                axis.minorticks_off()
+                axis.spines[["top", "right"]].set_visible(False)
+                axis.grid(alpha=0.3)
+            labels: dict[str, Any] = {}
+            for axis in axes[0]:
+                for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                    labels.setdefault(label, handle)
+            figure.legend(
+                list(labels.values()),
+                list(labels),
+                loc="outside lower center",
+                ncols=3,
+                frameon=False,
+            )
+            metadata = {"Date": None, "Description": _digest(source)}
+            figure.savefig(path.with_name(name), metadata=metadata)
+            plt.close(figure)
 
 
 # --- writing and checking ------------------------------------------------------------------------
 
 
 def write(path: Path) -> None:
-    """The plot and the READMEs' blocks."""
-    write_plot(path)
-    for file, block in blocks(load(path)).items():
+    """The plots and the READMEs' blocks."""
+    write_plots(path)
+    for file, named in blocks(path).items():
         if not file.exists():
             sys.exit(f"{file}: missing; the benchmark tables go there")
-        file.write_text(with_block(file.read_text(), block, file.name))
+        text = file.read_text()
+        for name, block in named.items():
+            text = with_block(text, name, block, file.name)
+        file.write_text(text)
 
 
 def stale(path: Path) -> list[str]:
-    """What does not show the figures in ``path``."""
+    """What does not show the figures in ``path`` and in ``gpu.json`` beside it."""
     if not path.exists():
         return [f"{path} is missing: run python -m benchmarks.run"]
-    results = load(path)
-    found = ["cpu.json is from a quick run"] if results["quick"] else []
-    plot = path.with_suffix(".svg")
-    if not plot.exists() or _digest(path) not in plot.read_text():
-        found.append(f"{plot} is not of {path.name}")
-    for file, block in blocks(results).items():
+    found = ["cpu.json is from a quick run"] if load(path)["quick"] else []
+    for name, (source, _) in _plots(path).items():
+        plot = path.with_name(name)
+        if not plot.exists() or _digest(source) not in plot.read_text():
+            found.append(f"{plot} is not of {source.name}")
+    for file, named in blocks(path).items():
         text = file.read_text() if file.exists() else ""
-        if f"{BEGIN}\n{block}\n{END}" not in text:
-            found.append(f"{file} does not show {path.name}")
+        for name, block in named.items():
+            if f"{markers(name)[0]}\n{block}\n{markers(name)[1]}" not in text:
+                found.append(f"{file} does not show the results under {markers(name)[0]}")
     return found
 
 
@@ -356,7 +678,7 @@ def main() -> None:
     if not a.check:
         return write(path)
     if problems := stale(path):
-        sys.exit("\n".join([*problems, "`python -m benchmarks.report` renders cpu.json again"]))
+        sys.exit("\n".join([*problems, "`python -m benchmarks.report` renders the results again"]))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ def assemble(
     memory: list[dict[str, Any]],
     quick: bool,
     linear_memory: list[dict[str, Any]] | None = None,
+    accuracy: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The contents of ``cpu.json``.
 
@@ -162,6 +163,7 @@ def assemble(
         huge: the same of the measurements with huge pages.
         memory: what the memory processes printed.
         quick: whether the sizes were those of ``--quick``.
+        accuracy: what ``benchmarks.accuracy`` measured.
         linear_memory: what the memory processes of ``benchmarks.linear`` printed, if the report has its measurements.
     """
     t, m = timings(report), pd.DataFrame(memory)
@@ -175,6 +177,7 @@ def assemble(
         "overhead_us": {k: round(v, 3) for k, v in overhead(t).items()},
         "cases": _records(cases(t, m)),
         "memory": _records(m),
+        "accuracy": _records(pd.DataFrame(accuracy or [])),
         **({} if linear_memory is None else {"linear": linear(t, pd.DataFrame(linear_memory))}),
     }
 

@@ -11,16 +11,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import linear, report
-from benchmarks.memory import measure_in_process
-from benchmarks.problem import QUICK_SIZES, SIZES
+from benchmarks import THREADS, accuracy, linear, report
 from benchmarks.results import assemble
+from benchmarks.sizes import QUICK_SIZES, QUICK_SWEEP, ROWS, SIZES, SWEEP
+from tnt_kernels.bench.memory import measure_in_process
 
 TESTS = "benchmarks/test_cpu.py"
 LINEAR_TESTS = "benchmarks/test_linear.py"
@@ -64,19 +65,31 @@ def measure_huge_pages(quick: bool) -> dict[str, Any]:
 
 
 def measure_memory(quick: bool) -> list[dict[str, Any]]:
+    """Two processes at a time: a peak is a process's own."""
     sizes = QUICK_SIZES if quick else SIZES
+    swept = QUICK_SWEEP if quick else SWEEP
     jobs = [(contender, size) for size in sizes for contender in MEMORY_CONTENDERS]
-    return [measure_in_process(*job) for job in tqdm(jobs, desc="memory", unit="case")]
+    # Over the tokens; compiled code is compiled for one shape, which takes the most time here.
+    jobs += [
+        (contender, size)
+        for size in swept
+        if size.rows in (*ROWS, 8)
+        for contender in MEMORY_CONTENDERS
+    ]
+    return _in_pairs("memory", jobs, lambda job: measure_in_process(*job, THREADS))
 
 
 def measure_linear_memory(quick: bool) -> list[dict[str, Any]]:
-    size = linear.QUICK_SIZE if quick else linear.SIZE
-    rows = linear.QUICK_MEMORY_ROWS if quick else linear.MEMORY_ROWS
-    jobs = [
-        (contender, size._replace(rows=n)) for n in rows for contender in linear.MEMORY_CONTENDERS
-    ]
-    bar = tqdm(jobs, desc="memory, linear", unit="case")
-    return [linear.measure_memory_in_process(*job) for job in bar]
+    sizes = (linear.QUICK_SIZE, *linear.QUICK_SWEEP) if quick else (linear.SIZE, *linear.SWEEP)
+    jobs = [(contender, size) for size in sizes for contender in linear.MEMORY_CONTENDERS]
+    return _in_pairs("memory, linear", jobs, lambda job: linear.measure_memory_in_process(*job))
+
+
+def _in_pairs(
+    what: str, jobs: list[Any], call: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(tqdm(pool.map(call, jobs), desc=what, unit="case", total=len(jobs)))
 
 
 def main() -> None:
@@ -98,6 +111,7 @@ def main() -> None:
         measure_memory(a.quick),
         a.quick,
         measure_linear_memory(a.quick),
+        accuracy.measure(accuracy.QUICK_SIZE if a.quick else accuracy.SIZE),
     )
     out.mkdir(parents=True, exist_ok=True)
     path = out / "cpu.json"
@@ -107,7 +121,7 @@ def main() -> None:
     if out.resolve() == report.RESULTS.resolve():
         report.write(path)
     else:
-        report.write_plot(path)
+        report.write_plots(path)
 
 
 if __name__ == "__main__":

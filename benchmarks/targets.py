@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.problem import SPARSE
+from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
 
 MIB = 1 << 20
 
@@ -29,9 +29,10 @@ def targets(results: dict[str, Any]) -> list[Target]:
     frame = pd.DataFrame(results["cases"])
     memory = pd.DataFrame(results["memory"])
     sizes = frame[["rows", "vocab", "dtype"]].drop_duplicates()
+    swept = set(map(tuple, (*SWEEP, *QUICK_SWEEP)))
     found: list[Target] = []
     for rows, vocab, dtype in sizes.itertuples(index=False):
-        if dtype == "float16":
+        if dtype == "float16" or (rows, vocab, dtype) in swept:
             continue
         here = frame[(frame.rows == rows) & (frame.vocab == vocab) & (frame.dtype == dtype)]
         where = f"V = {vocab}, {dtype}"
@@ -67,7 +68,8 @@ def targets(results: dict[str, Any]) -> list[Target]:
             share = (3 * a + (1 - a)) / 3 * whole / float(sparse.ms_min.iloc[0])
         add(f"{SPARSE:.0%} of rows active, share of its own floor", share, 0.85, True)
 
-        mine = memory[(memory.vocab == vocab) & (memory.dtype == dtype)].set_index("contender")
+        mine = memory[(memory.rows == rows) & (memory.vocab == vocab) & (memory.dtype == dtype)]
+        mine = mine.set_index("contender")
         for contender, bound in (
             ("in place", MIB + 64 * rows),
             ("fresh", rows * vocab * _width(dtype) + MIB),

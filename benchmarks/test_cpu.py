@@ -17,27 +17,27 @@ import torch
 from torch import Tensor
 
 from benchmarks import THREADS
-from benchmarks.contenders import (
-    CONTENDERS,
+from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
+from tnt_kernels.bench.contenders import (
     forward,
     make_loss,
     model_output,
     training_step,
 )
-from benchmarks.oracle import check_gradient
-from benchmarks.problem import SPARSE, Negatives, Problem, Size, floor_bytes
+from tnt_kernels.bench.oracle import check_gradient
+from tnt_kernels.bench.problem import Negatives, Problem, Size, floor_bytes
 
 Measure = Callable[..., None]
 
 
 def rounds(contender: str, size: Size) -> int:
     """As many as a run of a few minutes allows: some of these take seconds each."""
-    small = size.vocab < 100_000
+    small = size.rows * size.vocab < 50_000_000
     if "naive" in contender:
         return 5 if small else 3
     if contender == "compiled":
         return 7 if small else 4
-    return 30 if small else 15
+    return 30 if small else 12
 
 
 def minor_faults(call: Callable[[], object]) -> int:
@@ -58,6 +58,8 @@ def measure_step(
     problem.restore()
     if with_gradient:
         check_gradient(call(), problem, method)
+    else:
+        call()
     problem.restore()
     faults = minor_faults(call)  # after a first call, so that these are every call's
     share = problem.active_share
@@ -80,13 +82,17 @@ def is_half(size: Size) -> bool:
     return size.dtype == "float16"
 
 
-def is_not_half(size: Size) -> bool:
-    return not is_half(size)
+def is_swept(size: Size) -> bool:
+    return size in (*SWEEP, *QUICK_SWEEP)
+
+
+def is_main(size: Size) -> bool:
+    return not (is_half(size) or is_swept(size))
 
 
 def is_first(size: Size) -> bool:
     """The size at which the other methods are compared, for want of time."""
-    return size.dtype == "float32" and size.vocab < 100_000
+    return is_main(size) and size.dtype == "float32" and size.vocab < 100_000
 
 
 # --- what the machine can do ---------------------------------------------------------------------
@@ -114,7 +120,7 @@ def test_bandwidth(measure: Measure, problem: Problem, writer: str, target: str)
         measure(
             numpy_add if writer == "numpy" else lambda: torch.add(a, b, out=out),
             setup=problem.restore,
-            rounds=30,
+            rounds=10 if is_swept(problem.size) else 30,
             kind="bandwidth",
             contender=f"{writer}, {target}",
             floor_bytes=3 * problem.size.bytes,
@@ -122,6 +128,7 @@ def test_bandwidth(measure: Measure, problem: Problem, writer: str, target: str)
         )
 
 
+@pytest.mark.sizes.with_args(lambda size: not is_swept(size))
 @pytest.mark.parametrize("memory", ["resident", "new"])
 def test_first_touch(measure: Measure, problem: Problem, memory: str) -> None:
     """Writing a gradient's worth of zeros: the difference is what the pages of a new one cost."""
@@ -146,13 +153,15 @@ def test_first_touch(measure: Measure, problem: Problem, memory: str) -> None:
 # --- training steps ------------------------------------------------------------------------------
 
 
-@pytest.mark.sizes.with_args(is_not_half)
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.sizes.with_args(is_main)
+@pytest.mark.parametrize(
+    "contender", ["in place", "fresh", "forward", "naive", "naive forward", "compiled"]
+)
 def test_tnff(measure: Measure, problem: Problem, contender: str) -> None:
     measure_step(measure, problem, contender, "tnff")
 
 
-@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.sizes.with_args(is_main)
 @pytest.mark.parametrize("contender", ["in place", "fresh"])
 @pytest.mark.parametrize("method", ["tnrf", "ul+ll"])
 def test_other_methods(measure: Measure, problem: Problem, method: str, contender: str) -> None:
@@ -174,13 +183,20 @@ def test_float16(measure: Measure, problem: Problem, contender: str) -> None:
     measure_step(measure, problem, contender, "tnff")
 
 
-@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.sizes.with_args(is_swept)
+@pytest.mark.parametrize("contender", ["in place", "fresh", "naive", "compiled"])
+def test_sweep(measure: Measure, problem: Problem, contender: str) -> None:
+    """Over the vocabulary and over the rows."""
+    measure_step(measure, problem, contender, "tnff")
+
+
+@pytest.mark.sizes.with_args(is_main)
 def test_sparse(measure: Measure, problem: Problem) -> None:
     """One row in ten is active: the others cost their zeros."""
     measure_step(measure, problem.with_active_share(SPARSE), "in place", "tnff")
 
 
-@pytest.mark.sizes.with_args(is_not_half)
+@pytest.mark.sizes.with_args(is_main)
 @pytest.mark.parametrize("negatives", ["64 a row", "4000 shared"])
 def test_negatives(measure: Measure, problem: Problem, negatives: Negatives) -> None:
     measure_step(measure, problem.with_negatives(negatives), "in place", "tnff", negatives)

@@ -9,8 +9,11 @@ import pytest
 from benchmarks.linear import (
     CONTENDERS,
     QUICK_SIZE,
+    QUICK_SWEEP,
     SIZE,
     SPARSE,
+    SWEEP,
+    SWEEP_CONTENDERS,
     LinearProblem,
     check,
     make_problem,
@@ -33,7 +36,7 @@ def measure_step(measure: Measure, p: LinearProblem, contender: str, share: floa
     del gradients
     measure(
         lambda: step(p),
-        rounds=5,
+        rounds=5 if len(p.labels) < 10_000 else 3,
         kind="linear",
         contender=contender,
         active_share=share,
@@ -53,3 +56,15 @@ def test_linear(measure: Measure, linear_problem: LinearProblem, contender: str)
 def test_linear_sparse(measure: Measure, linear_problem: LinearProblem, contender: str) -> None:
     """One row in four is active."""
     measure_step(measure, linear_problem.with_active_share(SPARSE), contender, SPARSE)
+
+
+@pytest.mark.parametrize("contender", SWEEP_CONTENDERS)
+@pytest.mark.parametrize("index", range(len(SWEEP)))
+def test_linear_sweep(
+    request: pytest.FixtureRequest, measure: Measure, index: int, contender: str
+) -> None:
+    """Over the tokens of a batch, at a smaller head."""
+    sizes = QUICK_SWEEP if request.config.getoption("--quick") else SWEEP
+    if index >= len(sizes):
+        pytest.skip("a quick run")
+    measure_step(measure, make_problem(sizes[index]), contender, 1.0)

@@ -18,9 +18,9 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))  # last: the package under test is the installed one
 
 from benchmarks import linear  # noqa: E402
-from benchmarks.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
-from benchmarks.oracle import check_gradient, expected  # noqa: E402
-from benchmarks.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
+from tnt_kernels.bench.contenders import NAIVE, forward, make_loss, training_step  # noqa: E402
+from tnt_kernels.bench.oracle import check_gradient, expected  # noqa: E402
+from tnt_kernels.bench.problem import Problem, Size, floor_bytes, make_problem  # noqa: E402
 
 FLOAT32 = Size(12, 300, "float32")
 
@@ -104,10 +104,10 @@ def test_what_has_to_move() -> None:
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer takes memory of its own"
 )
 def test_memory_is_measured_as_the_process_has_it() -> None:
-    from benchmarks.memory import measure_in_process
+    from tnt_kernels.bench.memory import measure_in_process
 
     size = Size(64, 32000, "float32")
-    m = measure_in_process("fresh", size)
+    m = measure_in_process("fresh", size, threads=1)
     assert m["known_bytes_measured"] == pytest.approx(m["known_bytes"], abs=1 << 20)
     assert m["bytes_beyond_inputs"] == pytest.approx(size.bytes, abs=1 << 20)
 
@@ -185,7 +185,25 @@ def results(report: Any) -> dict[str, Any]:
         }
         for name, size in (("in place", 1000), ("fresh", third), ("naive", 7 * third))
     ]
-    return assemble(times, {**times, "benchmarks": allocating}, memory, quick=False)
+    linear_size = {"hidden": 8, "vocab": 1000, "dtype": "float32", "active_share": 1.0}
+    benchmarks += [
+        measurement(1e-3 * n, kind="linear", contender=c, **{**linear_size, "rows": n})
+        for n in (64, 128)
+        for c in ("floor", "fused")
+    ]
+    linear_memory = [
+        {
+            "contender": "fused",
+            "rows": n,
+            "hidden": 8,
+            "vocab": 1000,
+            "bytes_beyond_inputs": 9 << 20,
+            "gradient_bytes": 1 << 20,
+        }
+        for n in (64, 128)
+    ]  # fmt: skip
+    huge = {**times, "benchmarks": allocating}
+    return assemble(times, huge, memory, quick=False, linear_memory=linear_memory)
 
 
 def test_ratios(results: dict[str, Any]) -> None:
@@ -231,27 +249,44 @@ def published(
     path = tmp_path / "benchmarks" / "results" / "cpu.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(results))
-    for file in report.blocks(results):
-        file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for file, named in report.blocks(path).items():
+        begin, end = report.markers("benchmark")
+        text = f"before\n{begin}\nold\n{end}\nafter\n"
+        for name in named:
+            if name != "benchmark":
+                text += "{}\nold\n{}\n".format(*report.markers(name))
+        file.write_text(text)
     report.write(path)
     return path
 
 
 def test_report_shows_the_results(published: Path, report: Any) -> None:
     assert report.stale(published) == []
+    begin, end = report.markers("benchmark")
     text = (published.parents[2] / "README.md").read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n|")
-    assert text.endswith(f"{report.END}\nafter\n")
-    assert "| V = 1000, float32: tnt_loss, in place | 4 | 0.75 | 30× | 10× | 0.00 |" in text
-    plot = published.with_suffix(".svg")
-    assert plot.stat().st_size < 100_000
-    before = plot.read_bytes()
-    report.write(published)
-    assert plot.read_bytes() == before  # no date, no random ids: a diff means new figures
+    assert text.startswith(f"before\n{begin}\n")
+    assert f"{end}\nafter\n" in text
+    assert "| tnt_loss, in place | 4 | 30× | 0.00 |" in text
+    assert "(benchmarks/results/cpu.svg)" in text
+    assert "| tnt_loss (cuda), in place | not measured |" in text
+    full = (published.parents[1] / "README.md").read_text()
+    assert "| V = 1000, float32: tnt_loss, in place | 4 | 0.75 | 30× | 10× | 0.00 |" in full
+    for name in ("cpu.svg", "linear.svg"):
+        plot = published.with_name(name)
+        assert plot.stat().st_size < 150_000
+        before = plot.read_bytes()
+        report.write(published)
+        assert plot.read_bytes() == before  # no date, no random ids: a diff means new figures
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "benchmarks/README.md", "benchmarks/results/cpu.svg"]
+    "file",
+    [
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/results/cpu.svg",
+        "benchmarks/results/linear.svg",
+    ],
 )
 def test_report_sees_what_is_stale(published: Path, report: Any, file: str) -> None:
     path = published.parents[2] / file
@@ -260,12 +295,51 @@ def test_report_sees_what_is_stale(published: Path, report: Any, file: str) -> N
     assert str(path) in problem
 
 
+def test_report_shows_a_gpu_s_results(published: Path, report: Any) -> None:
+    case = {
+        "contender": "in place", "backend": "cuda", "method": "tnff", "work": "", "negatives": "none",
+        "active_share": 1.0, "rows": 8192, "vocab": 128256, "dtype": "bfloat16", "ms_min": 2.0,
+        "ms_median": 2.1, "fraction_of_floor": 0.9, "bytes_beyond_inputs": 1 << 20,
+        "gradient_error": 1e-3,
+    }  # fmt: skip
+    naive = {
+        **case,
+        "contender": "naive",
+        "backend": None,
+        "ms_min": 50.0,
+        "fraction_of_floor": 0.04,
+    }
+    peer = {
+        **naive,
+        "contender": "Liger KLDiv",
+        "work": "plain KL",
+        "failed": "OutOfMemoryError: no",
+    }
+    for key in ("ms_min", "fraction_of_floor", "bytes_beyond_inputs", "gradient_error"):
+        del peer[key]
+    gpu = {
+        "quick": False, "date": "2026-01-02T00:00:00", "commit": "0123456789", "cases": [case, naive, peer],
+        "linear": [], "peers": [{"name": "quack cross_entropy", "missing": "not installed"}],
+        "left_out": [], "bandwidth": [], "machine": {"device": "A GPU"},
+        "versions": {"torch": "2", "triton": "3", "tnt_kernels": "0", "python": "3"},
+    }  # fmt: skip
+    published.with_name("gpu.json").write_text(json.dumps(gpu))
+    assert len(report.stale(published)) == 3  # both READMEs, and the plot that is not there
+    report.write(published)
+    assert report.stale(published) == []
+    text = (published.parents[2] / "README.md").read_text()
+    assert "| tnt_loss (cuda), in place | 2 | 0.9 | 1× | 1 | 1e-03 |" in text
+    assert "| naive PyTorch | 50 | 0.04 | 25× | 1 | 1e-03 |" in text
+    assert "| Liger KLDiv (plain KL) | OutOfMemoryError: no |" in text
+    assert "| quack cross_entropy | not installed |" in text
+
+
 def test_report_sees_new_results(published: Path, report: Any) -> None:
     changed = copy.deepcopy(json.loads(published.read_text()))
     for case in changed["cases"]:
         case["ms_min"] = 9
     published.write_text(json.dumps(changed))
-    assert len(report.stale(published)) == 3
+    assert len(report.stale(published)) == 4
     changed["quick"] = True
     published.write_text(json.dumps(changed))
     assert "cpu.json is from a quick run" in report.stale(published)
@@ -276,4 +350,134 @@ def test_report_needs_its_markers(report: Any, text: str) -> None:
     with pytest.raises(
         SystemExit, match=r"README\.md: expected the lines <!-- benchmark:begin -->"
     ):
-        report.with_block(text.format(report.BEGIN, report.END), "block", "README.md")
+        report.with_block(
+            text.format(*report.markers("benchmark")), "benchmark", "block", "README.md"
+        )
+
+
+# --- the GPU suite, without a GPU ----------------------------------------------------------------
+
+
+def test_gpu_suite_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas", reason="needs the extra bench")
+    from benchmarks import gpu_suite, peers
+
+    monkeypatch.setattr(
+        gpu_suite,
+        "library_step",
+        lambda c, m, b=None: step_("naive" if c == "compiled" else c, m, b),
+    )
+    from tnt_kernels.bench.steps import library_step as step_
+
+    make = linear.make_step
+    monkeypatch.setattr(
+        linear, "make_step", lambda c, b=None: make("naive" if c == "compiled" else c, b)
+    )
+    out, wheels = tmp_path / "out", tmp_path / "wheels"
+    arguments = ["--out", str(out), "--device", "cpu", "--tiny", "--wheels", str(wheels)]
+    gpu_suite.main(arguments)
+    results = json.loads((out / "gpu.json").read_text())
+    assert {p.name for p in out.iterdir()} == {"gpu.json", "gpu.log"}
+    # Bandwidth comes first; every contender is right and timed, or says why it is not.
+    assert {b["variant"] for b in results["bandwidth"]} == {
+        "copy",
+        "triad over an input",
+        "triad elsewhere",
+    }
+    failed = [r for r in (*results["cases"], *results["linear"]) if "failed" in r]
+    assert failed == []
+    names = {r["contender"] for r in results["cases"]}
+    assert names == {
+        "in place",
+        "fresh",
+        "forward",
+        "naive",
+        "naive forward",
+        "naive, narrow",
+        "torch cross_entropy",
+    }
+    assert {r["vocab"] for r in results["cases"]} >= {v // 20 for v in gpu_suite.VOCABULARIES}
+    assert {r["active_share"] for r in results["cases"]} == {0.125, 0.5, 1.0}
+    assert {r["contender"] for r in results["linear"]} >= {"floor", "fused", "unfused", "naive"}
+    assert {p["name"] for p in results["peers"]} == {
+        p.name for p in (*peers.PEERS, *peers.LINEAR_PEERS)
+    }
+    assert all("missing" in p or p["package"] == "torch" for p in results["peers"])
+    assert results["left_out"] == []
+    assert results["accuracy"]
+    # Without time, everything is left out, and listed.
+    gpu_suite.main([*arguments, "--budget", "0"])
+    results = json.loads((out / "gpu.json").read_text())
+    assert results["cases"] == []
+    cases = (*gpu_suite.CASES, *gpu_suite.SWEEPS, *gpu_suite.LATE)
+    assert len(results["left_out"]) == len(cases) + 4 + len(gpu_suite.LINEAR_ROWS)
+
+
+def test_gpu_suite_reports_what_fails_and_what_is_wrong() -> None:
+    from tnt_kernels.bench.steps import Step, measure_step
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    problem = small_problem()
+    record = measure_step(Step("peer", "tnff", broken), problem, 1.0, 0.01)
+    assert record["failed"] == "OutOfMemoryError: CUDA out of memory"
+    other = Step("peer", "tnff", make_loss("fresh", "tnrf"))
+    record = measure_step(other, problem, 1.0, 0.01)
+    assert "wrong gradient" in record["failed"]
+    assert "ms_min" not in record
+    assert record["gradient_error"] > 1e-4
+
+
+def test_jsd_truth_is_the_divergence() -> None:
+    from benchmarks.peers import jsd_truth
+
+    problem = small_problem()
+    rows = torch.arange(12)
+    loss, gradients = jsd_truth(problem, rows)
+    p, q = (x.double().softmax(-1) for x in (problem.original, problem.ref_logits))
+    m = (p + q) / 2
+    direct = ((p * (p / m).log() + q * (q / m).log()).sum(-1) / 2) / 12
+    torch.testing.assert_close(loss, direct)
+    assert float(gradients.sum(-1).abs().max()) < 1e-15
+
+
+def test_the_naive_losses_lose_digits_near_the_reference() -> None:
+    """What the accuracy table is there to show: the library keeps them."""
+    from benchmarks import accuracy
+
+    found = {
+        (r["contender"], r["method"], r["distance"]): r
+        for r in accuracy.measure(accuracy.Size(4, 2000, "float32"), dtypes=("float32",))
+    }
+    for method in ("tnff", "tnrr"):
+        ours, naive = (found[c, method, 1e-4] for c in ("fresh", "naive"))
+        assert ours["loss_error"] < 1e-4 < naive["loss_error"]
+        assert ours["gradient_error"] < naive["gradient_error"]
+        assert found["naive", method, None]["loss_error"] < 1e-5
+
+
+# --- instruction counts --------------------------------------------------------------------------
+
+
+def test_the_kernels_take_no_more_instructions_than_committed() -> None:
+    from benchmarks import instructions
+
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("an instrumented build")
+    if reason := instructions.why_not():
+        pytest.skip(reason)
+    committed = json.loads(instructions.PATH.read_text())
+    if committed["compiler"] != instructions.compiler():
+        pytest.skip(f"counted for {committed['compiler']}, built with {instructions.compiler()}")
+    found = instructions.changes(instructions.count(), committed["per_pair"])
+    assert not found, "\n".join([*found, "python -m benchmarks.instructions --write accepts this"])
+
+
+def test_a_change_of_the_instruction_count_is_seen() -> None:
+    from benchmarks.instructions import changes
+
+    assert changes({"a": 10.2, "b": 9.8}, {"a": 10.0, "b": 10.0}) == []
+    assert changes({"a": 10.5}, {"a": 10.0}) == ["a: 10.5 instructions a pair, committed 10.0"]
+    assert changes({"a": 9.0}, {"a": 10.0}) != []
+    assert changes({}, {"a": 10.0}) == ["a: None instructions a pair, committed 10.0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import ModuleType
@@ -65,3 +66,41 @@ def test_runs_as_a_module():
     command = [sys.executable, "-m", "tnt_kernels", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["tnt_kernels", tnt_kernels.__version__]
+
+
+def test_bench_measures_and_says_what_it_means(tmp_path, capsys, monkeypatch):
+    from tnt_kernels.bench import cli as bench
+
+    monkeypatch.setattr(bench, "TINY_CASES", ((bench.Size(8, 300, "float32"), ("ul+ll",)),) * 2)
+    steps = bench.steps
+    monkeypatch.setattr(
+        bench, "steps", lambda problem, method, first: steps(problem, method, False)
+    )
+    out = tmp_path / "bench.json"
+    assert cli.main(["bench", "--tiny", "--device", "cpu", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "tnt_loss, in place" in text
+    results = json.loads(out.read_text())
+    assert {r["contender"] for r in results["cases"]} == {"in place", "fresh", "naive"}
+    assert all(r["gradient_error"] < 1e-4 and r["ms_min"] > 0 for r in results["cases"])
+    # Nothing is begun when the time is over, and that is said.
+    assert cli.main(["bench", "--tiny", "--device", "cpu", "--seconds", "-1"]) == 0
+    assert capsys.readouterr().out.count("left out, the time is over: 8x300-float32") == 2
+
+
+def test_bench_verdicts():
+    from tnt_kernels.bench.cli import verdict
+
+    ours = {"backend": "cpu", "contender": "fresh", "ms_min": 2.0, "bytes_beyond_inputs": 5}
+    naive = {"backend": None, "contender": "naive", "ms_min": 8.0, "bytes_beyond_inputs": 9}
+    assert verdict(ours, [naive]) == "4.0x as fast as naive, less memory"
+    assert verdict({**ours, "ms_min": 16.0}, [naive]) == "SLOWER than naive: 0.50x, less memory"
+    assert verdict({**ours, "bytes_beyond_inputs": 10}, [naive]).endswith("MORE memory")
+    assert (
+        verdict({**ours, "failed": "ValueError: wrong gradient"}, [naive])
+        == "ValueError: wrong gradient"
+    )
+    assert (
+        verdict(ours, [{"backend": None, "contender": "compiled", "failed": "x"}])
+        == "nothing to compare with"
+    )

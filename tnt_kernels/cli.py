@@ -1,4 +1,4 @@
-"""The command line: ``tnt-kernels info | demo``, also as ``python -m tnt_kernels``."""
+"""The command line: ``tnt-kernels info | demo | bench``, also as ``python -m tnt_kernels``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tnt_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, what runs here, and why the rest does not")
-    # The demo's own parser answers its --help.
+    # These two have parsers of their own, which answer --help.
     commands.add_parser(
         "demo", add_help=False, help="train a model towards its own minimal targeted update"
+    )
+    commands.add_parser(
+        "bench", add_help=False, help="speed and memory against plain PyTorch, in two minutes"
     )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         return _demo(rest)
+    if arguments.command == "bench":
+        return int(import_module("tnt_kernels.bench.cli").main(rest))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for key, value in info():

@@ -1,4 +1,4 @@
-"""What is measured: the cases, as data, and their inputs."""
+"""The inputs of what is measured."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ class Size(NamedTuple):
         return f"{self.rows}x{self.vocab}-{self.dtype}"
 
 
-SIZES = tuple(Size(512, v, d) for v in (32000, 128256) for d in ("float32", "bfloat16"))
-HALF = Size(512, 32000, "float16")
-#: For --quick and the tests: every line runs, and the figures mean nothing.
-QUICK_SIZES = (Size(16, 5000, "float32"), Size(16, 5000, "bfloat16"))
-QUICK_HALF = Size(16, 5000, "float16")
-
-SPARSE = 0.1  # active share where "one row in ten" is measured
-
-
 @dataclass(frozen=True)
 class Problem:
     """The inputs of one training step. N rows, V vocabulary."""
@@ -55,18 +46,22 @@ class Problem:
         """The first rows of a random order keep their weight, the others get 0."""
         order = torch.randperm(self.size.rows, generator=_generator())
         weights = self.weights.clone()
-        weights[order[round(share * self.size.rows) :]] = 0
+        weights[order[round(share * self.size.rows) :].to(weights.device)] = 0
         return replace(self, weights=weights)
+
+    def all_positive(self) -> Problem:
+        """No token to remove: what losses without a masked target can compute too."""
+        return replace(self, weights=torch.ones_like(self.weights), negative_ids=None)
 
     def with_negatives(self, negatives: Negatives) -> Problem:
         rows, vocab, _ = self.size
         if negatives == "none":
             return replace(self, negative_ids=None)
         if negatives == "64 a row":
-            shape: tuple[int, ...] = (rows, 64)
-            return replace(self, negative_ids=torch.randint(vocab, shape, generator=_generator()))
-        ids = torch.randperm(vocab, generator=_generator())[:4000]  # a blocklist: no duplicates
-        return replace(self, negative_ids=ids)
+            ids = torch.randint(vocab, (rows, 64), generator=_generator())
+        else:
+            ids = torch.randperm(vocab, generator=_generator())[:4000]  # a blocklist: no duplicates
+        return replace(self, negative_ids=ids.to(self.labels.device))
 
     @property
     def active_share(self) -> float:
@@ -77,21 +72,24 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
-def make_problem(size: Size) -> Problem:
+def make_problem(size: Size, device: torch.device | str = "cpu", distance: float = 0.3) -> Problem:
     """A policy that has left its reference a little, and one row in four to push down.
 
-    The logits' spread is that of a language model: most tokens have hardly any probability.
+    The logits' spread is that of a language model: most tokens have hardly any probability. ``distance`` is the
+    standard deviation of what the policy's logits differ by, before both are rounded to the dtype.
     """
     rows, vocab, name = size
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, name)
-    reference = torch.randn(rows, vocab, generator=generator).mul_(3)
+    reference = torch.randn(rows, vocab, generator=generator, device=device).mul_(3)
     ref_logits = reference.to(dtype)
-    policy = torch.randn(rows, vocab, generator=generator).mul_(0.3).add_(reference)
+    policy = torch.randn(rows, vocab, generator=generator, device=device).mul_(distance)
+    policy.add_(reference)
     del reference
     original = policy.to(dtype)
-    labels = torch.randint(vocab, (rows,), generator=generator)
-    weights = torch.where(torch.rand(rows, generator=generator) < 0.25, -1.0, 1.0)
+    del policy
+    labels = torch.randint(vocab, (rows,), generator=generator, device=device)
+    weights = torch.where(torch.rand(rows, generator=generator, device=device) < 0.25, -1.0, 1.0)
     return Problem(size, original, original.clone(), ref_logits, labels, weights)
 
 

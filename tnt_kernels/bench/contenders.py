@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tnt_kernels as tnt
-from benchmarks.problem import Problem
+from tnt_kernels.bench.problem import Problem
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # --- what people write ---------------------------------------------------------------------------
-# log_softmax in float32, the target masked and renormalised, the gradient by autograd. Both losses
-# of a mixed batch are computed on all rows and selected by a mask, as training code commonly does.
+# log_softmax in float32 (or, ``in_float32=False``, in the logits' dtype), the target masked and
+# renormalised, the gradient by autograd. Both losses of a mixed batch are computed on all rows and
+# selected by a mask, as training code commonly does.
 
 
 def _removed(
@@ -33,30 +34,46 @@ def _removed(
     return removed, weights < 0 if ids is None else torch.ones_like(weights, dtype=torch.bool)
 
 
+def _log_softmax(logits: Tensor, in_float32: bool) -> Tensor:
+    return F.log_softmax(logits.float() if in_float32 else logits, dim=-1)
+
+
 def _mean(loss: Tensor, negative: Tensor, weights: Tensor) -> Tensor:
     factor = torch.where(weights == 0, 0.0, torch.where(negative, 1.0, weights))
     return (loss * factor).sum() / (weights != 0).sum()
 
 
 def naive_tnff(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: Tensor | None = None
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ids: Tensor | None = None,
+    *,
+    in_float32: bool = True,
 ) -> Tensor:
     """KL(q* || p) with q* the reference's distribution without the removed tokens."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_p = _log_softmax(logits, in_float32)
     removed, negative = _removed(logits, labels, weights, ids)
-    target = F.log_softmax(ref_logits.float(), dim=-1).exp().masked_fill(removed, 0.0)
+    target = _log_softmax(ref_logits, in_float32).exp().masked_fill(removed, 0.0)
     target = target / target.sum(-1, keepdim=True)
     loss = F.kl_div(log_p, target, reduction="none").sum(-1)
     return _mean(loss, negative, weights)
 
 
 def naive_tnrf(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: Tensor | None = None
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ids: Tensor | None = None,
+    *,
+    in_float32: bool = True,
 ) -> Tensor:
     """KL(p || q~) on rows with removed tokens, which keep a floor of 1e-6, and KL(q || p) on the others."""
     eps = 1e-6
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    log_q = F.log_softmax(ref_logits.float(), dim=-1)
+    log_p = _log_softmax(logits, in_float32)
+    log_q = _log_softmax(ref_logits, in_float32)
     removed, negative = _removed(logits, labels, weights, ids)
     target = log_q.exp().masked_fill(removed, 0.0)
     target = target / target.sum(-1, keepdim=True)
@@ -66,19 +83,49 @@ def naive_tnrf(
     return _mean(torch.where(negative, reverse, forward), negative, weights)
 
 
+def naive_tnrr(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ids: Tensor | None = None,
+    *,
+    in_float32: bool = True,
+) -> Tensor:
+    """KL(p || q~) on all rows; removed tokens keep a floor of 1e-6."""
+    eps = 1e-6
+    log_p = _log_softmax(logits, in_float32)
+    removed, negative = _removed(logits, labels, weights, ids)
+    target = _log_softmax(ref_logits, in_float32).exp().masked_fill(removed, 0.0)
+    target = target / target.sum(-1, keepdim=True)
+    smoothed = (target + eps * removed) / (1 + eps * removed.sum(-1, keepdim=True))
+    return _mean((log_p.exp() * (log_p - smoothed.log())).sum(-1), negative, weights)
+
+
 def naive_ul_ll(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, weights: Tensor, ids: Tensor | None = None
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ids: Tensor | None = None,
+    *,
+    in_float32: bool = True,
 ) -> Tensor:
     """-log(1 - p_y) on rows with a negative weight, -log p_y on the others."""
     if ids is not None:
         raise ValueError("the naive UL takes the label alone")
-    log_p = F.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+    log_p = _log_softmax(logits, in_float32).gather(-1, labels[:, None]).squeeze(-1)
     negative = weights < 0
     loss = torch.where(negative, -torch.log1p(-log_p.exp()), -log_p)
     return _mean(loss, negative, weights)
 
 
-NAIVE: dict[str, Loss] = {"tnff": naive_tnff, "tnrf": naive_tnrf, "ul+ll": naive_ul_ll}
+NAIVE: dict[str, Callable[..., Tensor]] = {
+    "tnff": naive_tnff,
+    "tnrr": naive_tnrr,
+    "tnrf": naive_tnrf,
+    "ul+ll": naive_ul_ll,
+}
 
 
 # --- the library, and all of them by name --------------------------------------------------------
@@ -93,21 +140,32 @@ def _ours(
     *,
     method: str,
     inplace: bool,
+    backend: str | None,
 ) -> Tensor:
     return tnt.tnt_loss(
-        logits, ref_logits, labels, weights, method=method, negative_ids=ids, inplace=inplace
+        logits,
+        ref_logits,
+        labels,
+        weights,
+        method=method,
+        negative_ids=ids,
+        inplace=inplace,
+        backend=backend,
     )
 
 
-#: "forward" and "naive forward" are called without a gradient.
-CONTENDERS = ("in place", "fresh", "forward", "naive", "naive forward", "compiled")
+#: "forward" and "naive forward" are called without a gradient; "naive, narrow" computes in the logits' dtype.
+CONTENDERS = ("in place", "fresh", "forward", "naive", "naive forward", "naive, narrow", "compiled")
 
 
-def make_loss(contender: str, method: str) -> Loss:
+def make_loss(contender: str, method: str, backend: str | None = None) -> Loss:
+    """The contender's loss; ``backend`` is the library's, None the one that it selects."""
     if contender in ("in place", "fresh", "forward"):
-        return partial(_ours, method=method, inplace=contender == "in place")
+        return partial(_ours, method=method, inplace=contender == "in place", backend=backend)
     if contender == "compiled":
         return torch.compile(NAIVE[method], fullgraph=True, dynamic=False)
+    if contender == "naive, narrow":
+        return partial(NAIVE[method], in_float32=False)
     return NAIVE[method]
 
 
@@ -125,7 +183,8 @@ class _Model(torch.autograd.Function):
 
 def model_output(logits: Tensor) -> Tensor:
     """``logits``, the same memory, as an output that asks for its gradient."""
-    output: Tensor = _Model.apply(torch.empty(0, requires_grad=True), logits)  # type: ignore[no-untyped-call]
+    parameter = torch.empty(0, device=logits.device, requires_grad=True)
+    output: Tensor = _Model.apply(parameter, logits)  # type: ignore[no-untyped-call]
     return output
 
 
