@@ -27,6 +27,7 @@ help:
 TESTED := $(VENV)/with-test,hf,demo,bench
 test: $(TESTED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_triton.py
 
 demo: $(VENV)/with-demo
 	$(BIN)/python -m tnt_kernels demo $(ARGS)

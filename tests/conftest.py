@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import BACKENDS, MISSING
+from oracle import BACKENDS, INTERPRETED, MISSING
 
 
 def pytest_configure() -> None:
@@ -20,6 +20,20 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def cpu() -> str:
     """The compiled kernels, for what the other backend does not promise."""
+    if INTERPRETED:
+        pytest.skip("this process runs the Triton kernels")
     if "cpu" in MISSING:
         pytest.skip(MISSING["cpu"])
     return "cpu"
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a row at a small V, and a ragged one: simulated instructions take microseconds each."""
+    from tnt_kernels.backends import tuning
+
+    monkeypatch.setattr(
+        tuning,
+        "row_config",
+        lambda vocab, *_: tuning.RowConfig(128 if vocab < 2000 else 1024, 4, 1),
+    )

@@ -24,7 +24,9 @@ Accuracy next to p = q, which a tolerance on p and q says little about, has test
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -38,12 +40,14 @@ from tnt_kernels.objectives import resolve_method
 from tnt_kernels.reference import RowTerms, row_gradients, row_terms
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-DTYPES = (F32, BF16, F16, F64)
 POSITIVE = ("forward_kl", "reverse_kl", "log_likelihood", "none")
 NEGATIVE = ("forward_kl", "reverse_kl", "unlikelihood", "negative_likelihood", "none")
 #: Together they hold every loss of both sides.
 OBJECTIVES = tuple(map(tnt.Objective, (*POSITIVE, "none"), NEGATIVE))
-BACKENDS = ("cpu", "torch")
+#: In a process of their own (TRITON_INTERPRET=1) the same tests run the Triton kernels, simulated on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+BACKENDS = ("triton",) if INTERPRETED else ("cpu", "torch")
+DTYPES = (F32, BF16, F16) if INTERPRETED else (F32, BF16, F16, F64)
 MISSING = {name: reason for name, reason in backends.availability().items() if reason}
 INF, NAN = math.inf, math.nan
 
@@ -221,10 +225,25 @@ def run(
 
 
 def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of ``dtype`` at x, subnormals included."""
+    """Half a unit in the last place of ``dtype`` at x, subnormals included (all of it where bf16 is truncated)."""
     info = torch.finfo(dtype)
+    if INTERPRETED and dtype == BF16:
+        return 2 * torch.ldexp(
+            torch.full_like(x, info.eps / 4), torch.frexp(x.abs().clamp(info.tiny, info.max))[1]
+        )
     _, exponent = torch.frexp(x.abs().clamp(info.tiny, info.max))
     return torch.ldexp(torch.full_like(x, info.eps / 4), exponent)
+
+
+def identical(a: Any, b: Any) -> bool:
+    """To the last bit, NaN included."""
+    if isinstance(a, Tensor):
+        return (
+            a.dtype == b.dtype
+            and torch.equal(a.isnan(), b.isnan())
+            and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+        )
+    return a is b is None or all(itertools.starmap(identical, zip(a, b, strict=True)))
 
 
 def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> None:
@@ -313,7 +332,7 @@ def assert_agrees(
 
 
 def instruction_sets() -> list[str]:
-    if "cpu" in MISSING:
+    if "cpu" in MISSING or INTERPRETED:
         return []
     from tnt_kernels import _C
 
@@ -347,4 +366,4 @@ def implementations() -> Iterator[tuple[str, str]]:
     for name in instruction_sets():
         with instruction_set(name):
             yield "cpu", f"cpu/{name}"
-    yield "torch", "torch"
+    yield BACKENDS[-1], BACKENDS[-1]

@@ -22,6 +22,7 @@ from oracle import (
     Result,
     Truth,
     assert_agrees,
+    identical,
     implementations,
     instruction_set,
     instruction_sets,
@@ -64,17 +65,6 @@ def check(batch: Batch, expected: Truth | None = None, *, label: str = "", **key
                 upstream=per_row,
                 label=f"{name} {reduction} {label} {batch.options.get('method', '')}",
             )
-
-
-def identical(a: Any, b: Any) -> bool:
-    """To the last bit, NaN included."""
-    if isinstance(a, Tensor):
-        return (
-            a.dtype == b.dtype
-            and torch.equal(a.isnan(), b.isnan())
-            and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
-        )
-    return a is b is None or all(itertools.starmap(identical, zip(a, b, strict=True)))
 
 
 # --- objectives, dtypes, vocabularies ---------------------------------------------------------------

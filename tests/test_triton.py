@@ -1,0 +1,378 @@
+"""The Triton kernels against the oracle.
+
+On a GPU they run as they are; with TRITON_INTERPRET=1 they are simulated on the CPU, on small shapes and with small
+tiles, so that a row has several and a ragged one. That takes a process of its own (``make test`` has one).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    BF16,
+    F16,
+    F32,
+    INF,
+    INTERPRETED,
+    NAN,
+    OBJECTIVES,
+    Batch,
+    Result,
+    assert_agrees,
+    identical,
+    mixed_batch,
+    run,
+    truth,
+)  # fmt: skip
+from torch import Tensor
+
+import tnt_kernels as tnt
+from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends.call import (
+    ROW_PARTS,
+    ROW_STATISTICS,
+    RowCall,
+    Scalars,
+    gradient_needs_totals,
+)
+from tnt_kernels.objectives import METHODS, resolve_method
+
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a GPU, or TRITON_INTERPRET=1 in a process of its own",
+    ),
+    pytest.mark.filterwarnings(
+        "ignore::RuntimeWarning"
+    ),  # numpy's, of the interpreter: infinities are meant
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+VOCAB = 200 if INTERPRETED else 32003
+SHAPES = (1, 2, 17, 128, VOCAB)
+
+
+def on_device(batch: Batch) -> Batch:
+    def move(x: Any) -> Any:
+        return x.to(DEVICE) if isinstance(x, Tensor) else x
+
+    return Batch(
+        move(batch.logits), move(batch.ref_logits), move(batch.labels), move(batch.weights),
+        {name: move(value) for name, value in batch.options.items()},
+    )  # fmt: skip
+
+
+def check(batch: Batch, label: str = "", **keywords: Any) -> Any:
+    batch = on_device(batch)
+    result = run(batch, "triton", **keywords)
+    judged = {k: v for k, v in keywords.items() if k in ("reduction", "normalizer", "upstream")}
+    assert_agrees(result, truth(batch), batch, label=label, **judged)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: "-".join(o))
+def test_losses_gradients_and_statistics(
+    objective: tnt.Objective, smoothing: str, dtype: torch.dtype
+) -> None:
+    batch = mixed_batch(VOCAB, dtype).with_options(method=objective, smoothing=smoothing)
+    check(batch, "mean", return_stats=True)
+    check(batch, "none", reduction="none")
+
+
+@pytest.mark.parametrize("vocab", SHAPES)
+def test_sizes(vocab: int) -> None:
+    for method in ("tnrf", "ul+ll"):
+        check(mixed_batch(vocab, ids=2).with_options(method=method, temperature=1.7), str(vocab))
+
+
+def test_forward_alone() -> None:
+    """One read of the logits; the same loss to rounding."""
+    for objective, smoothing in (
+        *itertools.product(OBJECTIVES[:4], ["negatives"]),
+        (OBJECTIVES[1], "uniform"),
+    ):
+        batch = on_device(mixed_batch(VOCAB).with_options(method=objective, smoothing=smoothing))
+        expected, arguments = (
+            truth(batch),
+            (batch.logits, batch.ref_logits, batch.labels, batch.weights),
+        )
+        loss, stats = tnt.tnt_loss(
+            *arguments, **batch.options, reduction="none", return_stats=True, backend="triton"
+        )
+        scaled = run(batch, "triton", reduction="none")
+        torch.testing.assert_close(loss, scaled.loss, rtol=1e-5, atol=1e-7, equal_nan=True)
+        for name in tnt.RowStats._fields:
+            got, want = getattr(stats, name).double(), getattr(expected.terms, name)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def test_negative_ids() -> None:
+    mixed = mixed_batch(VOCAB, ids=0)
+    rows = len(mixed.labels)
+    many = torch.stack([torch.randperm(VOCAB)[:70] for _ in range(rows)])
+    many[::3, 20:] = -1
+    many[1::2, 5] = mixed.labels[1::2].clamp_min(0)
+    for name, ids in {
+        "none": torch.empty(rows, 0, dtype=torch.int64),
+        "padding": torch.full((rows, 3), -1),
+        "shared": torch.tensor([17, -1, 199, 17, 0, 63, 64, -1]),
+        "shared, with labels": mixed.labels[[1, 3, 5]],
+        "shared, most": torch.randperm(VOCAB)[: VOCAB - 20],
+        "70 a row": many,
+        "int32": many.int(),
+    }.items():
+        check(mixed.with_options(negative_ids=ids, method="tnrf"), name)
+        check(mixed.with_options(negative_ids=ids, method="nl+ll"), name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings(method: str) -> None:
+    batch = mixed_batch(VOCAB).with_options(method=method)
+    check(
+        batch.with_options(alpha=torch.linspace(-1, 2, 12), nl_floor=-6.0, eps=1e-3),
+        normalizer=0.37,
+    )
+    check(batch.with_options(eps=0.0, alpha=0.5), reduction="sum")
+    check(batch, reduction="none", upstream=torch.linspace(-1, 1, 12, device=DEVICE))
+
+
+def rows_of(z: Tensor, r: Tensor, method: str, **options: Any) -> Batch:
+    """Every pair of rows as a positive row, a removed label, and one that is pushed down in part."""
+    n = len(z)
+    weights = torch.tensor([1.0, -1.0, -0.4]).repeat_interleave(n)
+    labels = torch.zeros(3 * n, dtype=torch.int64)
+    return Batch(z.repeat(3, 1), r.repeat(3, 1), labels, weights, {"method": method, **options})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hard_rows(method: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(8, VOCAB, generator=generator)
+    r = z + 0.1 * torch.randn(8, VOCAB, generator=generator)
+    z[0, 0], r[0, 0] = 90.0, 90.0  # p(S), q(S) -> 1
+    z[1, 0], r[1, 0] = -90.0, -90.0
+    z[2] *= 1e4
+    r[2] *= 1e4
+    z[3, 1:150] = -INF  # the first tiles hold nothing
+    r[3, 1:150] = -INF
+    z[4, -1], r[4, -1] = 300.0, 299.0  # far above the first tile
+    r[5, 3] = -INF
+    z[6, 3] = -INF
+    z[7] += 50.0
+    check(rows_of(z, r, method), return_stats=True)
+    check(rows_of(z, r, method, temperature=0.3), reduction="none")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_broken_rows_are_nan_and_others_are_not(method: str) -> None:
+    z = torch.randn(6, VOCAB)
+    r = torch.randn(6, VOCAB)
+    z[0, 5], r[1, 5], z[2, 5], r[3, 5], z[4] = NAN, NAN, INF, INF, -INF
+    batch = rows_of(z, r, method)
+    check(batch, reduction="none")
+    check(batch.with_options(negative_ids=torch.tensor([5])), reduction="none")
+
+
+def test_labels_and_ids_out_of_range_are_nan() -> None:
+    z = torch.randn(5, VOCAB, device=DEVICE, requires_grad=True)
+    labels = torch.tensor([3, VOCAB, -1, 2**40, 4], device=DEVICE)
+    ids = torch.tensor([[1], [1], [1], [1], [VOCAB]], device=DEVICE)
+    loss = tnt.tnt_loss(
+        z,
+        z.detach() + 1,
+        labels,
+        method="tnff",
+        negative_ids=ids,
+        reduction="none",
+        backend="triton",
+    )
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, True, True, True]
+    assert z.grad.isnan().all(-1).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_nothing_to_do_at_p_equal_q(dtype: torch.dtype) -> None:
+    z = (5 * torch.randn(4, VOCAB, device=DEVICE)).to(dtype)
+    for method in ("tnff", "tnrr"):
+        for reduction in ("mean", "none"):
+            batch = Batch(z, z.clone(), torch.arange(4, device=DEVICE), None, {"method": method})
+            result = run(batch, "triton", reduction=reduction)
+            assert (result.loss == 0).all()
+            assert (result.gradient == 0).all()
+
+
+def test_next_to_p_equal_q() -> None:
+    """The relative error of loss and gradient does not grow with the distance's inverse."""
+    r = 3 * torch.randn(4, VOCAB, dtype=torch.float64)
+    for size in (1e-1, 1e-2, 1e-3, 1e-4):
+        z = (r + size * torch.randn(r.shape, dtype=torch.float64)).float()
+        for method in ("tnff", "tnrr"):
+            batch = on_device(Batch(z, r.float(), torch.arange(4), None, {"method": method}))
+            expected = truth(batch)
+            losses = [
+                run(batch, "triton", reduction="none").loss,
+                run(batch, "triton", reduction="sum").loss,
+            ]
+            torch.testing.assert_close(
+                losses[0].double(), expected.terms.loss, rtol=2e-5 + 3e-8 / size, atol=0
+            )
+            torch.testing.assert_close(
+                losses[1].double(), expected.terms.loss.sum(), rtol=2e-5 + 3e-8 / size, atol=0
+            )
+
+
+def test_ignored_rows_are_not_read_and_no_rows() -> None:
+    z = torch.full((3, VOCAB), NAN, device=DEVICE, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        loss = tnt.tnt_loss(
+            z, z.detach(), torch.tensor([-100, 1, 2], device=DEVICE), torch.zeros(3, device=DEVICE), method="tnrf",
+            reduction=reduction, backend="triton",
+        )  # fmt: skip
+        assert (loss == 0).all()
+        loss.sum().backward()
+        assert (z.grad == 0).all()
+        nothing = tnt.tnt_loss(
+            z[:0], z[:0].detach(), torch.empty(0, dtype=torch.int64, device=DEVICE), reduction=reduction,
+            backend="triton",
+        )  # fmt: skip
+        assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
+    """The same bits, wherever rows lie and whatever else is asked for; runs repeat to the last bit."""
+    batch = on_device(mixed_batch(VOCAB, dtype).with_options(method="tnrf"))
+    want = run(batch, "triton")
+    assert identical(run(batch, "triton"), want)
+    assert identical(run(batch, "triton", inplace=True), want)
+    wide = torch.full((len(batch.labels), VOCAB + 9), NAN, dtype=dtype, device=DEVICE)
+    wide[:, 1 : VOCAB + 1] = batch.logits
+    moved = Batch(
+        wide[:, 1 : VOCAB + 1], batch.ref_logits, batch.labels, batch.weights, batch.options
+    )
+    assert identical(run(moved, "triton"), want)
+    scaled = run(batch, "triton", upstream=torch.tensor(2.0, device=DEVICE), inplace=True)
+    if dtype != F16:  # whose subnormals round
+        assert torch.equal(scaled.gradient, 2 * want.gradient) or dtype == BF16
+        torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
+
+
+# --- a sharded vocabulary: the three launches in one process ------------------------------------------------------
+
+
+def sharded(batch: Batch, cuts: list[int], reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and statistics of logits cut at these columns."""
+    options = dict(batch.options)
+    objective = resolve_method(options.pop("method"))
+    scalars = Scalars(
+        objective.positive_loss, objective.negative_loss, options.get("alpha", 1.0), options.get("eps", 1e-6),
+        options.get("smoothing", "negatives") == "uniform", options.get("nl_floor"), options.get("temperature", 1.0),
+        -100, reduction, None, "triton",
+    )  # fmt: skip
+    vocab, rows = batch.logits.size(-1), len(batch.labels)
+    edges = list(itertools.pairwise([0, *cuts, vocab]))
+    launch = BACKENDS["triton"].launch
+    make = {"dtype": F32, "device": DEVICE}
+
+    def call(begin: int, end: int, **outputs: Tensor | None) -> RowCall:
+        fields: dict[str, Any] = dict.fromkeys(RowCall._fields)
+        fields.update(
+            logits=batch.logits[:, begin:end], ref_logits=batch.ref_logits[:, begin:end], labels=batch.labels,
+            weights=batch.weights, negative_ids=options.get("negative_ids"), scalars=scalars, vocab_offset=begin,
+            vocab_size=vocab, **outputs,
+        )  # fmt: skip
+        return RowCall(**fields)
+
+    stats = torch.empty(5, rows, **make)
+    gathered = torch.empty(len(edges), rows, ROW_STATISTICS, **make)
+    for shard, (begin, end) in enumerate(edges):
+        launch(call(begin, end, statistics=gathered[shard], stats=stats))
+    parts = torch.empty(len(edges), rows, ROW_PARTS, **make)
+    gradient = torch.empty_like(batch.logits)
+    waits = gradient_needs_totals(scalars)
+    for shard, (begin, end) in enumerate(edges):
+        mine = None if waits else gradient[:, begin:end]
+        launch(call(begin, end, gathered=gathered, parts=parts[shard], gradient=mine))
+    totals = parts.sum(0)
+    loss = torch.empty(rows if reduction == "none" else (), **make)
+    for begin, end in edges:
+        mine = gradient[:, begin:end] if waits else None
+        launch(
+            call(
+                begin, end, gathered=gathered, totals=totals, gradient=mine, loss=loss, stats=stats
+            )
+        )
+    return loss, gradient, stats
+
+
+@pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: "-".join(o))
+def test_sharded_vocabulary(objective: tnt.Objective, smoothing: str) -> None:
+    batch = on_device(mixed_batch(VOCAB).with_options(method=objective, smoothing=smoothing))
+    if objective.negative == "negative_likelihood":
+        batch = batch.with_options(nl_floor=-7.0)
+    for cuts in ([70], [3, 120, 121]):
+        loss, gradient, stats = sharded(batch, cuts, "mean")
+        result = Result(loss, gradient, tnt.RowStats(*stats.unbind()))
+        assert_agrees(result, truth(batch), batch, label=str(cuts))
+
+
+# --- what only a GPU can show -------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("vocab", [32003, 128256, 262144])
+def test_large_vocabularies(vocab: int, dtype: torch.dtype) -> None:
+    for method in ("tnff", "tnrr", "tnrf", "ul+ll"):
+        check(mixed_batch(vocab, dtype).with_options(method=method), return_stats=True)
+
+
+@gpu
+@pytest.mark.gpu
+def test_no_synchronisation_and_cuda_graphs() -> None:
+    batch = on_device(mixed_batch(32000, BF16).with_options(method="tnrf"))
+    want = run(batch, "triton")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert identical(run(batch, "triton")[:2], want[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(batch, "triton")
+    graph.replay()
+    assert identical(captured[:2], want[:2])
+
+
+@gpu
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    rows, vocab = 2**31 // 128256 + 2, 128256
+    z = (
+        torch.randn(1, vocab, device=DEVICE, dtype=BF16)
+        .expand(rows, -1)
+        .contiguous()
+        .requires_grad_()
+    )
+    r = torch.randn(1, vocab, device=DEVICE, dtype=BF16).expand(rows, -1)
+    loss = tnt.tnt_loss(
+        z * 1,
+        r,
+        torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        reduction="sum",
+        backend="triton",
+        inplace=True,
+    )
+    loss.backward()
+    assert torch.equal(z.grad[0], z.grad[-1])
+    assert math.isfinite(loss.item())

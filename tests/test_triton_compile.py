@@ -1,0 +1,171 @@
+"""The Triton kernels, compiled ahead of time for GPUs that need not be here: no spill and no stack in any variant.
+
+``python tests/test_triton_compile.py`` prints registers and shared memory of each.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from oracle import INTERPRETED
+
+from tnt_kernels.backends import triton as backend
+from tnt_kernels.backends import tuning
+from tnt_kernels.objectives import METHODS
+
+triton = pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
+
+FUSED, BACKWARD, STATISTICS, PARTS, FINISH = range(5)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Variant(NamedTuple):
+    method: str = "tnff"
+    dtype: str = "bf16"
+    call: int = FUSED
+    ids: int = 0
+    uniform: bool = False
+    stats: bool = False
+    gradient: bool = True
+    aligned: bool = True
+    vocab: int = 128256
+
+    def __str__(self) -> str:
+        changed = (f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults[k])
+        return " ".join(changed) or "default"
+
+
+#: Everything that takes registers, on the architecture of the figures; the rest on all of them.
+VARIANTS = (
+    *(Variant(method=method, ids=1) for method in METHODS),
+    Variant(method="tnrf", ids=2, stats=True),
+    Variant(method="tnrf", gradient=False, stats=True, ids=1),
+    Variant(method="tnrr", uniform=True),
+    Variant(method="tnrll", uniform=True, stats=True, ids=1, gradient=False),
+    Variant(method="tnrf", dtype="fp32", ids=1),
+    Variant(method="tnrf", dtype="fp16", gradient=False),
+    Variant(method="tnrf", aligned=False, ids=1),
+    *(Variant(method="tnrf", call=BACKWARD, dtype=dtype, ids=1) for dtype in ("fp16", "fp32")),
+    Variant(method="tnrf", call=STATISTICS, ids=1, gradient=False, stats=True),
+    Variant(method="tnrf", call=PARTS, ids=1),
+    Variant(method="tnff", call=PARTS),
+    Variant(method="tnrr", call=FINISH, uniform=True, stats=True),
+    *(Variant(method="tnrf", vocab=vocab, ids=1) for vocab in (100, 4000, 16000)),
+)
+EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", dtype="fp32"))
+CASES = [(a, v) for a in ARCHITECTURES for v in (VARIANTS if a == "sm_90" else EVERYWHERE)]
+
+
+def compiled(architecture: str, variant: Variant) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tnt_kernels.backends.triton_kernels import row_kernel
+
+    objective, call, logits = METHODS[variant.method], variant.call, f"*{variant.dtype}"
+    itemsize = 4 if variant.dtype == "fp32" else 2
+    config = tuning.row_config(variant.vocab, itemsize, objective.reads_reference, architecture)
+    sharded = call in (PARTS, FINISH)
+    constants: dict[str, Any] = {
+        "POSITIVE": int(objective.positive_loss),
+        "NEGATIVE": int(objective.negative_loss),
+        "UNIFORM": variant.uniform,
+        "IDS": variant.ids,
+        "CALL": call,
+        "GRADIENT": variant.gradient,
+        "BLOCK": config.block,
+        "STAGES": config.stages,
+        "SHARDS": 8 if sharded else 1,
+    }
+    present = {
+        "ref_logits": objective.reads_reference,
+        "alpha": False,
+        "ids": variant.ids > 0,
+        "id_map": variant.ids == 2,
+        "losses": call in (FUSED, FINISH),
+        "stats": variant.stats,
+        "saved": call == BACKWARD or (call == FUSED and not variant.gradient),
+        "gradient": variant.gradient,
+        "upstream": call == BACKWARD,
+        "statistics": call == STATISTICS,
+        "gathered": sharded,
+        "parts": call == PARTS,
+        "totals": call == FINISH,
+    }
+    types = {
+        **dict.fromkeys(("logits", "ref_logits", "gradient"), logits),
+        **dict.fromkeys(("labels",), "*i64"),
+        **dict.fromkeys(("ids",), "*i32"),
+        **dict.fromkeys(("id_map",), "*i8"),
+        **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
+        **dict.fromkeys(
+            (
+                "weights", "alpha", "factors", "losses", "stats", "saved", "upstream", "statistics", "gathered", "parts",
+                "totals",
+            ),
+            "*fp32",
+        ),
+    }  # fmt: skip
+    divisible = (
+        {"logits_stride", "ref_stride", "gradient_stride", "vocab"} if variant.aligned else set()
+    )
+    signature, attributes = {}, {}
+    for i, name in enumerate(row_kernel.arg_names):
+        if not present.get(name, True):
+            constants[name] = None
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if signature[name].startswith("*") or name in divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    amd = architecture.startswith("gfx")
+    target = (
+        GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    )
+    source = ASTSource(row_kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=backend.options(config, amd))
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Of the compiler's own report."""
+    if "amdgcn" in kernel.asm:
+        names = {
+            "vgpr_count": "registers",
+            "private_segment_fixed_size": "stack",
+            "vgpr_spill_count": "spills",
+        }
+        names["group_segment_fixed_size"] = "shared"
+        found = re.findall(rf"\.({'|'.join(names)}):\s*(\d+)", kernel.asm["amdgcn"])
+        return {names[name]: int(value) for name, value in found}
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    names = {"REG": "registers", "STACK": "stack", "LOCAL": "spills", "SHARED": "shared"}
+    return {
+        names[name]: int(value)
+        for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)
+    }
+
+
+@pytest.mark.parametrize(("architecture", "variant"), CASES, ids=str)
+def test_no_spills(architecture: str, variant: Variant) -> None:
+    used = resources(compiled(architecture, variant))
+    assert used["stack"] == 0
+    assert used["spills"] == 0
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        print(*case, resources(compiled(*case)))
