@@ -7,10 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from tnt_kernels.backends import cpu, eager
+from tnt_kernels.backends import cpu, cuda, eager
 
 #: By name, fastest first. Importing one queries no device and loads no compiler.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": eager}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "torch": eager}
 
 
 def availability() -> dict[str, str]:
