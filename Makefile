@@ -36,7 +36,7 @@ bench: $(VENV)/with-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 PYTHON_SOURCES := .
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 lint: $(VENV)/with-dev
 	$(BIN)/ruff check $(PYTHON_SOURCES)

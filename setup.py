@@ -1,12 +1,17 @@
 """Builds ``tnt_kernels._C``. Everything that is static stands in pyproject.toml.
 
 ``csrc/row_cpu.cpp`` is compiled once per instruction set, ``csrc/bind.cpp`` once, and the lot is
-linked against nothing but the C++ and OpenMP runtimes: one build serves every torch. Environment:
+linked against nothing but the C++ and OpenMP runtimes: one build serves every torch. Where there is
+an nvcc, ``csrc/row_cuda.cu`` joins, with the CUDA runtime linked statically. Environment:
 
     MAX_JOBS                      compilers at a time; default: one per CPU
     CXX, CXXFLAGS                 the compiler, and flags that go before ours
     TNT_KERNELS_SANITIZE          "address,undefined": an instrumented build, see `make sanitize`
     TNT_KERNELS_SKIP_CPU_BUILD=1  install the Python part alone
+    TNT_KERNELS_SKIP_CUDA_BUILD=1   no CUDA kernels, whatever is there
+    TNT_KERNELS_FORCE_CUDA_BUILD=1  a missing nvcc is an error
+    CUDA_HOME                     where CUDA is; default: where nvcc on PATH is, /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST          as for torch's extensions: "8.0;9.0;10.0+PTX" (the default)
 
 Without a C++ compiler, too, the Python part is installed alone, and ``tnt-kernels info`` says so.
 A compiler that is there and fails is an error.
@@ -15,6 +20,7 @@ A compiler that is there and fails is an error.
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +46,58 @@ INSTRUCTION_SETS = {
 }
 
 
+# -fmad=false: as -ffp-contract=off. The host compiler gets the flags that it knows.
+NVCC_FLAGS = """-std=c++17 -O3 -fmad=false -Xptxas -v
+    -Xcompiler -fPIC,-fvisibility=hidden,-fno-fast-math,-ffp-contract=off,-g0""".split()
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
 class Job(NamedTuple):
     source: str
     name: str  # of the object file: a source may be compiled more than once
     defines: list[tuple[str, str]]
     flags: list[str]
+
+
+def is_set(variable):
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def cuda_home():
+    """The folder of a CUDA installation with an nvcc and the static runtime, or None."""
+    found = shutil.which("nvcc")
+    named = os.environ.get("CUDA_HOME")
+    candidates = (
+        [named] if named else [found and Path(found).resolve().parents[1], "/usr/local/cuda"]
+    )
+    for home in candidates:
+        if home and Path(home, "bin", "nvcc").exists() and cuda_libraries(Path(home)):
+            return Path(home)
+    return None
+
+
+def cuda_libraries(home):
+    for folder in (home / "lib64", home / "lib"):
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    return None
+
+
+def gencode_flags(architectures):
+    """``-gencode`` for a list as in TORCH_CUDA_ARCH_LIST: "8.0 9.0a;10.0+PTX"."""
+    flags = []
+    for name in architectures.replace(";", " ").split():
+        number = name.removesuffix("+PTX")
+        digits = number.rstrip("af").replace(".", "")
+        if not digits.isdigit() or "." not in number:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: {name!r}, expected one like 9.0 or 9.0+PTX")
+        if int(digits) < 80:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: {name!r}, the kernels need 8.0 or later")
+        number = number.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 class BuildNative(build_ext):
@@ -53,7 +106,7 @@ class BuildNative(build_ext):
         self.missing, self.built = "", {}  # why there is no _C, or facts of it: _build_info.json
 
     def run(self):
-        if os.environ.get("TNT_KERNELS_SKIP_CPU_BUILD", "0") not in ("", "0"):
+        if is_set("TNT_KERNELS_SKIP_CPU_BUILD"):
             self.leave_out("TNT_KERNELS_SKIP_CPU_BUILD was set at installation")
         super().run()
         in_place = self.get_finalized_command("build_py").get_package_dir("tnt_kernels")
@@ -98,25 +151,75 @@ class BuildNative(build_ext):
         # The linker keeps the first copy of an inline function that several objects hold. Those
         # with instructions that a machine may lack come last, or all the others might run theirs.
         have = [(f"TNT_HAVE_{name.upper()}", "1") for name in isas]
+        home, cuda_missing = self.find_cuda()
+        if home:
+            have.append(("TNT_HAVE_CUDA", "1"))
         version = ("TNT_VERSION", f'"{self.distribution.get_version()}"')
         jobs = [Job("csrc/bind.cpp", "bind", [version, *have], flags)]
         for name, isa_flags in isas.items():
             jobs.append(Job("csrc/row_cpu.cpp", name, [("TNT_ISA", name)], [*flags, *isa_flags]))
 
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        gencode = gencode_flags(architectures) if home else []
         workers = int(os.environ.get("MAX_JOBS") or self.parallel or os.cpu_count() or 1)
         print(f"tnt_kernels: compiling {', '.join(job.name for job in jobs)}", file=sys.stderr)
         try:
             with ThreadPoolExecutor(workers) as pool:
                 objects = list(pool.map(self.compile, jobs))
+            if home:  # last, as it takes minutes
+                objects.append(self.compile_cuda(home, gencode, workers))
             # Where torch has its libgomp under another name (wheels before 2.8), -fopenmp maps a
             # second one, but the symbols are still looked up, and found, in torch's first.
-            self.link(objects, self.get_ext_fullpath(ext.name), [*openmp, *instrument])
+            flags = [*openmp, *instrument]
+            if home:
+                # by name and not by path, behind the objects that need it
+                flags += [
+                    f"-L{cuda_libraries(home)}",
+                    "-lcudart_static",
+                    "-lrt",
+                    "-lpthread",
+                    "-ldl",
+                ]
+                flags += ["-s"]
+            self.link(objects, self.get_ext_fullpath(ext.name), flags)
         except (CompileError, LinkError) as error:
             raise type(error)(
                 f"{error}\n\ntnt_kernels: there is a C++ compiler, but it failed: see above. "
                 "TNT_KERNELS_SKIP_CPU_BUILD=1 installs without native kernels."
             ) from error
-        self.built = {"instruction_sets": [*isas], "openmp": bool(openmp), "sanitize": sanitize}
+        self.built = {
+            "instruction_sets": [*isas],
+            "openmp": bool(openmp),
+            "sanitize": sanitize,
+            "cuda_missing": cuda_missing,
+            "cuda_architectures": architectures.replace(";", " ").split() if home else [],
+        }
+
+    def find_cuda(self):
+        """Where CUDA is, and why it is left out otherwise."""
+        if is_set("TNT_KERNELS_SKIP_CUDA_BUILD"):
+            return None, "TNT_KERNELS_SKIP_CUDA_BUILD was set at installation"
+        home = cuda_home()
+        if home:
+            return home, ""
+        missing = "no nvcc at installation (CUDA_HOME, PATH, /usr/local/cuda)"
+        if is_set("TNT_KERNELS_FORCE_CUDA_BUILD"):
+            raise CompileError(f"TNT_KERNELS_FORCE_CUDA_BUILD is set, but there is {missing}")
+        return None, missing
+
+    def compile_cuda(self, home, gencode, workers):
+        target = Path(self.build_temp, "cuda", "row_cuda.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [f"{home}/bin/nvcc", *NVCC_FLAGS, *gencode, f"--threads={workers}", "-Icsrc"]
+        command += ["-c", "csrc/row_cuda.cu", "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        (target.parent / "ptxas.log").write_text(result.stderr)
+        if result.returncode:
+            raise CompileError(
+                f"{' '.join(command)}\n{result.stdout}{result.stderr}\n"
+                "TNT_KERNELS_SKIP_CUDA_BUILD=1 builds the CPU kernels alone."
+            )
+        return str(target)
 
     def compile(self, job):
         import pybind11  # here, because an installation of the Python part alone can do without

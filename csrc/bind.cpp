@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "params.h"
+#ifdef TNT_HAVE_CUDA
+#include "bind_cuda.h"
+#endif
 
 #ifndef TNT_VERSION
 #define TNT_VERSION "unknown"
@@ -167,6 +170,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("selected_instruction_set", [] { return std::string(selected.name); });
   m.def("select_instruction_set", &tnt::select_instruction_set);
+#ifdef TNT_HAVE_CUDA
+  tnt::bind_cuda(m);
+#endif
 #ifdef _OPENMP
   m.def("openmp", [] { return true; });
 #else

@@ -11,6 +11,8 @@ class BuildInfo(NamedTuple):
     native_missing: str = ""  #: why there is no ``_C``; empty when it was built
     instruction_sets: tuple[str, ...] = ()  #: of the CPU kernels, best last
     openmp: bool = False
+    cuda_missing: str = ""  #: why ``_C`` has no CUDA kernels; empty when it has
+    cuda_architectures: tuple[str, ...] = ()  #: that they were compiled for
     sanitize: str = ""  #: the sanitizers that ``_C`` was built with
 
 
@@ -21,5 +23,6 @@ def load(path: Path | None = None) -> BuildInfo:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
         return BuildInfo("tnt_kernels was not installed: run `pip install .` or `pip install -e .`")
-    fields["instruction_sets"] = tuple(fields.get("instruction_sets", ()))
+    for name in ("instruction_sets", "cuda_architectures"):
+        fields[name] = tuple(fields.get(name, ()))
     return BuildInfo(**fields)

@@ -7,10 +7,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from tnt_kernels.backends import cpu, eager, triton
+from tnt_kernels.backends import cpu, cuda, eager, triton
 
-#: By name, fastest first. Importing one queries no device and loads no compiler.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": eager}
+#: By name, the first that serves the tensors is taken. Importing one queries no device and loads no compiler. The CUDA
+#: kernels stand behind Triton's until both have been timed on a GPU.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
 
 
 def availability() -> dict[str, str]:

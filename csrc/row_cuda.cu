@@ -1,0 +1,245 @@
+// The CUDA kernels' launcher: which path and how many blocks a row gets, and the small kernels before and after.
+#define TNT_ISA cuda_math
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "row_cuda.h"
+#include "row_kernel.cuh"
+#include "row_launch.cuh"
+
+namespace tnt {
+inline namespace TNT_ISA {
+namespace {
+
+template <class Logit, bool ON_CHIP>
+__global__ void __launch_bounds__(ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS, ON_CHIP ? 2 : 1)
+    row_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  RowBlock<Logit, ON_CHIP>(p, launch).run();
+#else
+  if constexpr (!ON_CHIP) RowBlock<Logit, ON_CHIP>(p, launch).run();
+#endif
+}
+
+constexpr int SUM_THREADS = device::STREAM_THREADS;
+
+// Over a block, the same bits every time; on thread 0.
+TNT_DEVICE double sum_of_block(double x) {
+  double* const warps = reinterpret_cast<double*>(device::shared_memory());
+  const int thread = device::thread_index(), warp = thread / device::WARP, lane = thread % device::WARP;
+  x = sum_of_warp(x);
+  if (lane == 0) warps[warp] = x;
+  device::sync_block();
+  return sum_of_warp(lane < SUM_THREADS / device::WARP ? warps[lane] : 0.0);
+}
+
+// 1 / normaliser: nobody waits for the device to learn how many rows are active.
+__global__ void __launch_bounds__(SUM_THREADS)
+    normalizer_kernel(const __grid_constant__ RowParams p, const float* normalizer, double* inverse) {
+  double active = 0;
+  if (!normalizer && !p.has_normalizer)
+    for (int64_t i = device::thread_index(); i < p.rows; i += SUM_THREADS)
+      active += (!p.weights || static_cast<const float*>(p.weights)[i] != 0.0f) && p.labels[i] != p.ignore_index;
+  active = sum_of_block(active);
+  if (device::thread_index() != 0) return;
+  const double value = normalizer ? double(*normalizer) : p.has_normalizer ? p.normalizer : active;
+  *inverse = value == 0 ? 0 : 1 / value;
+}
+
+__global__ void __launch_bounds__(SUM_THREADS)
+    loss_kernel(const double* losses, int64_t rows, const double* inverse, float* loss) {
+  double total = 0;
+  for (int64_t i = device::thread_index(); i < rows; i += SUM_THREADS) total += losses[i];
+  total = sum_of_block(total);
+  if (device::thread_index() == 0) *loss = float(inverse ? (*inverse == 0 ? 0 : total * *inverse) : total);
+}
+
+template <class Logit>
+__global__ void __launch_bounds__(SUM_THREADS)
+    scale_kernel(Logit* x, int64_t rows, int64_t columns, int64_t stride, const float* factor) {
+  const float by = *factor;
+  if (by == 1.0f) return;
+  constexpr int GROUP = Stored<Logit>::GROUP;
+  const int64_t groups = (columns + GROUP - 1) / GROUP, all = rows * groups;
+  const int64_t step = device::grid_size() * SUM_THREADS;
+  for (int64_t i = device::block_index() * SUM_THREADS + device::thread_index(); i < all; i += step) {
+    Logit* const at = x + i / groups * stride + i % groups * GROUP;
+    const int64_t left = columns - i % groups * GROUP;
+    float values[GROUP];
+    if (left >= GROUP && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+      Stored<Logit>::unpack(device::load_vector(at), values);
+#pragma unroll
+      for (int k = 0; k < GROUP; ++k) values[k] *= by;
+      device::store_vector(at, Stored<Logit>::pack(values));
+      continue;
+    }
+    for (int k = 0; k < GROUP && k < left; ++k) {
+      values[0] = Stored<Logit>::load(at + k) * by;
+      const Vector packed = Stored<Logit>::pack({values[0]});
+      memcpy(at + k, packed.words, sizeof(Logit));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- which path, how
+
+constexpr int SUM_BYTES = SUM_THREADS / device::WARP * sizeof(double);
+
+struct Plan {
+  bool on_chip;
+  int cluster;
+  RowLaunch launch;
+  int shared_bytes;
+};
+
+int64_t slice_of(int64_t vocab, int blocks) { return ((vocab + blocks - 1) / blocks + 31) / 32 * 32; }
+
+Plan plan_of(bool on_chip, int cluster, int64_t vocab, int element_bytes) {
+  Plan plan{on_chip, cluster, {}, 0};
+  plan.launch.slice = slice_of(vocab, cluster);
+  plan.launch.mask_bytes = int((plan.launch.slice / 8 + 15) / 16 * 16);
+  // Up to 15 bytes of misalignment before the slice; a group is read as two vectors, the second behind it.
+  plan.launch.row_bytes = on_chip ? int((plan.launch.slice * element_bytes + 32 + 127) / 128 * 128) : 0;
+  plan.shared_bytes = SHARED_HEADER + plan.launch.mask_bytes + 2 * plan.launch.row_bytes;
+  return plan;
+}
+
+template <class Logit>
+Plan choose(int64_t vocab, int device) {
+  const device::Properties properties = device::properties(device);
+  const auto fits = [&](const Plan& plan, int limit) {
+    return plan.shared_bytes <= limit &&
+           device::active_clusters(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, plan.cluster,
+                                   plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
+  };
+  if (properties.clusters) {
+    // Two blocks on a multiprocessor hide each other's loads, merges and coefficients (three would need 80 registers,
+    // and spill). 16 blocks are non-portable, and fewer, larger ones come before them.
+    const int two = properties.shared_per_multiprocessor / 2 - properties.shared_reserved;
+    const std::pair<int, int> order[] = {
+        {1, two}, {2, two}, {4, two}, {8, two}, {8, properties.shared_per_block}, {16, properties.shared_per_block}};
+    for (const auto& [cluster, limit] : order) {
+      if (cluster > properties.largest_cluster) continue;
+      const Plan plan = plan_of(true, cluster, vocab, sizeof(Logit));
+      if (fits(plan, limit)) return plan;
+    }
+  }
+  // The rows in flight should fit half of the L2 cache, or the second pass finds nothing there: with clusters, fewer
+  // rows are in flight. One block of STREAM_THREADS has a register budget that lets two share a multiprocessor.
+  int cluster = 1;
+  if (properties.clusters)
+    while (cluster < 8 && int64_t(properties.multiprocessors) / cluster * 2 * vocab * int64_t(sizeof(Logit)) * 2 >
+                              properties.l2_bytes / 2)
+      cluster *= 2;
+  for (; cluster <= 8; cluster *= 2) {
+    const Plan plan = plan_of(false, cluster, vocab, sizeof(Logit));
+    if (fits(plan, properties.shared_per_block)) return plan;
+    if (!properties.clusters) break;
+  }
+  throw std::runtime_error("logits: a vocabulary of " + std::to_string(vocab) + " is too large for this device");
+}
+
+std::map<std::tuple<int64_t, int, DType>, Plan> known_plans;
+std::mutex known_plans_mutex;
+
+template <class Logit>
+Plan plan_for(DType dtype, int64_t vocab, int device) {  // asking the runtime costs more than a launch
+  const std::lock_guard<std::mutex> lock(known_plans_mutex);
+  const auto key = std::make_tuple(vocab, device, dtype);
+  auto at = known_plans.find(key);
+  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit>(vocab, device)).first;
+  return at->second;
+}
+
+template <class Logit>
+void load_rows(int device) {
+  if (device::properties(device).clusters) device::load(row_kernel<Logit, true>);
+  device::load(row_kernel<Logit, false>);
+}
+
+template <class Logit>
+void run(const RowParams& p, const CudaCall& call) {
+  const bool mean = p.reduction == Reduction::MEAN && !p.upstream;
+  if (mean)
+    device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p,
+                   static_cast<const float*>(call.normalizer), call.workspace);
+  const double* const inverse = mean ? call.workspace : nullptr;
+  if (p.rows > 0) {
+    Plan plan = plan_for<Logit>(p.dtype, p.vocab, call.device);
+    plan.launch.inverse_normalizer = const_cast<double*>(inverse);
+    plan.launch.losses = call.workspace ? call.workspace + 1 : nullptr;
+    device::launch(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, p.rows * plan.cluster,
+                   plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes,
+                   call.stream, p, plan.launch);
+  }
+  if (p.loss && p.reduction != Reduction::NONE)
+    device::launch(loss_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream,
+                   static_cast<const double*>(call.workspace + 1), p.rows, inverse, static_cast<float*>(p.loss));
+}
+
+template <class Logit>
+void scale(void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor, int device, void* stream) {
+  const int64_t groups = rows * ((columns + Stored<Logit>::GROUP - 1) / Stored<Logit>::GROUP);
+  const int64_t blocks = std::min<int64_t>((groups + SUM_THREADS - 1) / SUM_THREADS,
+                                           int64_t(device::properties(device).multiprocessors) * 4);
+  if (blocks > 0)
+    device::launch(scale_kernel<Logit>, blocks, 1, SUM_THREADS, 0, stream, static_cast<Logit*>(x), rows, columns,
+                   stride, static_cast<const float*>(factor));
+}
+
+[[noreturn]] void unsupported() { throw std::runtime_error("logits: float64 is not served on CUDA"); }
+
+}  // namespace
+}  // namespace TNT_ISA
+
+void run_rows_cuda(const RowParams& p, const CudaCall& call) {
+  const device::Guard guard(call.device);
+  switch (p.dtype) {
+    case DType::FLOAT32: return run<float>(p, call);
+    case DType::BFLOAT16: return run<BFloat16>(p, call);
+    case DType::FLOAT16: return run<Float16>(p, call);
+    case DType::FLOAT64: unsupported();
+  }
+}
+
+void scale_rows_cuda(DType dtype, void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor,
+                     int device, void* stream) {
+  const device::Guard guard(device);
+  switch (dtype) {
+    case DType::FLOAT32: return scale<float>(x, rows, columns, stride, factor, device, stream);
+    case DType::BFLOAT16: return scale<BFloat16>(x, rows, columns, stride, factor, device, stream);
+    case DType::FLOAT16: return scale<Float16>(x, rows, columns, stride, factor, device, stream);
+    case DType::FLOAT64: unsupported();
+  }
+}
+
+std::string why_not_cuda(int device) {
+  try {
+    const device::Guard guard(device);
+    if (device::properties(device).capability < 80) return "it needs compute capability 8.0 or later";
+    load_rows<float>(device);
+    load_rows<BFloat16>(device);
+    load_rows<Float16>(device);
+    device::load(normalizer_kernel);
+    device::load(loss_kernel);
+    device::load(scale_kernel<float>);
+    device::load(scale_kernel<BFloat16>);
+    device::load(scale_kernel<Float16>);
+    return "";
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+}
+
+void forget_plans() {
+  const std::lock_guard<std::mutex> lock(known_plans_mutex);
+  known_plans.clear();
+}
+
+}  // namespace tnt

@@ -1,0 +1,744 @@
+// One row, by the blocks of a cluster, each with a slice of the columns. First pass: statistics, as the data arrives.
+// Merge: threads of a warp, warps of a block, blocks of the cluster, always in the same order. Second pass: what the
+// loss still lacks, and the gradient. ON_CHIP the slices of both rows lie in shared memory by then (sm_90 and later);
+// otherwise the second pass reads them again, backwards, as the L2 cache holds what came last.
+#pragma once
+
+#include "row_cuda.h"
+#include "row_cuda_math.cuh"
+
+namespace tnt {
+inline namespace TNT_ISA {
+
+constexpr int MAX_CLUSTER = 16, MAX_WARPS = device::STREAM_THREADS / device::WARP;
+constexpr int CHUNKS = 4;  // of the bulk copies: the statistics begin when the first quarter is there
+
+struct RowLaunch {
+  int64_t slice;               // columns of a block, a multiple of 32
+  int mask_bytes;              // of the slice's bits
+  int row_bytes;               // of one row's slice in shared memory (ON_CHIP), alignment included
+  double* inverse_normalizer;  // null: 1
+  double* losses;              // (N) weighted, or null
+};
+
+struct RowShared {
+  uint64_t arrivals[CHUNKS];
+  uint32_t flags;
+  int set_size;  // of this slice
+  RowCoefficients row;
+  Coefficients c;
+  float warps[MAX_WARPS][SUMS];
+  float peers[MAX_CLUSTER][SUMS + 1];  // and the slice's set size
+  float warp_parts[MAX_WARPS][2];
+  float peer_parts[MAX_CLUSTER][2];
+};
+constexpr int SHARED_HEADER = (sizeof(RowShared) + 127) / 128 * 128;
+
+enum RowFlags : uint32_t { HAS_IDS = 1, ID_OUTSIDE = 2, LABEL_AMONG_IDS = 4 };
+
+template <class Logit, bool ON_CHIP>
+class RowBlock {
+ public:
+  static constexpr int THREADS = ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS;
+  static constexpr int WARPS = THREADS / device::WARP;
+  static constexpr int GROUP = Stored<Logit>::GROUP;
+  static constexpr int AHEAD = ON_CHIP ? 1 : 2;  // groups loaded before the first is used
+
+  TNT_DEVICE RowBlock(const RowParams& params, const RowLaunch& launch)
+      : p_(params),
+        l_(launch),
+        s_(*reinterpret_cast<RowShared*>(device::shared_memory())),
+        mask_(reinterpret_cast<uint32_t*>(device::shared_memory() + SHARED_HEADER)),
+        thread_(device::thread_index()),
+        rank_(device::cluster_rank()),
+        blocks_(device::cluster_size()) {
+    index_ = device::block_index() / blocks_;
+    begin_ = rank_ * l_.slice < p_.vocab ? rank_ * l_.slice : p_.vocab;
+    end_ = begin_ + l_.slice < p_.vocab ? begin_ + l_.slice : p_.vocab;
+    z_ = static_cast<const Logit*>(p_.logits) + index_ * p_.logits_stride;
+    r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index_ * p_.ref_logits_stride : nullptr;
+    g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index_ * p_.grad_stride : nullptr;
+    t_ = {exponent_scale<float>(1 / p_.temperature), float(1 / p_.temperature)};
+  }
+
+  TNT_DEVICE void run() {
+    label_ = p_.labels[index_];
+    weight_ = p_.weights ? static_cast<const float*>(p_.weights)[index_] : 1.0f;
+    if (weight_ == 0.0f || label_ == p_.ignore_index) return inactive();
+    device::cluster_arrive();  // a block must have started before its shared memory is written to
+    if (ON_CHIP) begin_copies();
+    collect_set();
+    if (invalid_) {
+      if (ON_CHIP) await_copies(EVERYTHING);  // a block does not leave while copies are on their way to it
+      device::cluster_wait();
+      return lost();
+    }
+    if (ON_CHIP && pair_ && !r_copied_) copy_late_reference();
+    if (p_.upstream)
+      gradient_only();
+    else
+      forward();
+  }
+
+ private:
+  TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
+  TNT_DEVICE bool is_kl() const { return kind_ == FORWARD_KL || kind_ == REVERSE_KL; }
+  TNT_DEVICE bool uniform() const { return p_.uniform_smoothing && p_.eps > 0; }  // without eps the two are one
+
+  // ---- rows that are not computed
+
+  TNT_DEVICE void inactive() {
+    if (g_) fill(0.0f);
+    if (!leader()) return;
+    if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0.0f;
+    write_stats(0, NAN, NAN, NAN, NAN);
+    write_loss(0);
+  }
+
+  // A label or an id is out of range.
+  TNT_DEVICE void lost() {
+    if (g_) fill(gradient_factor() == 0 ? 0.0f : NAN);
+    if (!leader() || p_.upstream) return;
+    if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = row_weight_ == 0 ? 0.0f : NAN;
+    write_stats(NAN, NAN, NAN, NAN, NAN);
+    write_loss(row_weight_ == 0 ? 0.0 : double(NAN));
+  }
+
+  TNT_DEVICE void fill(float value) {
+    float x[GROUP];
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) x[i] = value;
+    const Vector all = Stored<Logit>::pack(x);
+    for (int64_t base = begin_; base < end_; base += THREADS * GROUP) store_group(base + thread_ * GROUP, all);
+  }
+
+  // ---- the row's set: bits of this block's columns
+
+  TNT_DEVICE void collect_set() {
+    pushed_ = weight_ < 0.0f;
+    invalid_ = label_ < 0 || label_ >= p_.vocab;
+    for (int64_t i = thread_; i < l_.mask_bytes / 4; i += THREADS) mask_[i] = 0;
+    if (thread_ == 0) {
+      s_.flags = 0;
+      s_.set_size = 0;
+    }
+    device::sync_block();
+    if (p_.negative_ids) {
+      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
+      uint32_t flags = 0;
+      for (int64_t k = thread_; k < p_.negative_ids_count; k += THREADS) {
+        const int64_t id = ids[k];
+        if (id == -1) continue;
+        flags |= HAS_IDS | (id < 0 || id >= p_.vocab ? ID_OUTSIDE : 0) | (id == label_ ? LABEL_AMONG_IDS : 0);
+        mark(id);
+      }
+      if (flags) device::atomic_or(&s_.flags, flags);
+      device::sync_block();
+    }
+    const uint32_t flags = s_.flags;
+    invalid_ |= (flags & ID_OUTSIDE) != 0;
+    const bool negative = pushed_ || (flags & HAS_IDS);
+    negative_ = negative;
+    kind_ = negative ? p_.negative_loss : p_.positive_loss;
+    pair_ = is_kl();
+    row_weight_ = weight_;
+    if (negative) {
+      row_weight_ = p_.alpha ? static_cast<const float*>(p_.alpha)[index_ * p_.alpha_stride] : float(p_.alpha_value);
+      if ((kind_ == UNLIKELIHOOD || kind_ == NEGATIVE_LIKELIHOOD) && pushed_) row_weight_ *= -weight_;
+    }
+    // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
+    partial_ = -1;
+    if (is_kl() && pushed_ && weight_ > -1.0f && !(flags & LABEL_AMONG_IDS)) {
+      partial_ = label_;
+      kappa_ = 1.0f + weight_;
+      log_kappa_ = log1pf(weight_);
+    }
+    set_ = negative || kind_ == LOG_LIKELIHOOD;
+    if ((pushed_ || kind_ == LOG_LIKELIHOOD) && thread_ == 0) mark(label_);
+    device::sync_block();
+  }
+
+  // Ids that another block holds, or that lie outside, are not marked.
+  TNT_DEVICE void mark(int64_t id) {
+    if (id < begin_ || id >= end_) return;
+    const uint32_t bit = 1u << ((id - begin_) & 31);
+    if (!(device::atomic_or(mask_ + (id - begin_) / 32, bit) & bit)) device::atomic_add(&s_.set_size, 1);
+  }
+
+  // ---- reading. Element v belongs to a thread by v alone, wherever the row begins in memory: equal rows give equal
+  // sums. A misaligned group is joined from the two aligned vectors that hold it.
+
+  TNT_DEVICE static int misalignment(const Logit* at) { return int(reinterpret_cast<uintptr_t>(at) & 15); }
+
+  TNT_DEVICE char* slot(bool reference) const {
+    return device::shared_memory() + SHARED_HEADER + l_.mask_bytes + (reference ? l_.row_bytes : 0);
+  }
+
+  TNT_DEVICE float element(const Logit* row, bool reference, int64_t v) const {
+    if (!ON_CHIP) return Stored<Logit>::load(row + v);
+    const char* at = slot(reference) + misalignment(row + begin_) + (v - begin_) * int(sizeof(Logit));
+    return Stored<Logit>::load(reinterpret_cast<const Logit*>(at));
+  }
+
+  TNT_DEVICE Vector load_group(const Logit* row, bool reference, int64_t v) const {
+    const int offset = misalignment(row + begin_);
+    if (ON_CHIP) {  // the slot has room for the vector that a last group reads too much
+      const char* at = slot(reference) + (v - begin_) * int(sizeof(Logit));
+      const Vector low = device::load_vector(at);
+      return offset == 0 ? low : join(low, device::load_vector(at + 16), offset);
+    }
+    if (v + GROUP <= p_.vocab) {
+      if (offset == 0) return device::load_vector(row + v);
+      const Logit* at = row + v - offset / int(sizeof(Logit));
+      if (at >= row && at + 2 * GROUP <= row + p_.vocab)
+        return join(device::load_vector(at), device::load_vector(at + GROUP), offset);
+    }
+    float x[GROUP];  // an edge of the row: nothing outside it is read
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) x[i] = v + i < p_.vocab ? Stored<Logit>::load(row + v + i) : 0.0f;
+    return Stored<Logit>::pack(x);
+  }
+
+  // body(v, z, r) for the groups of this thread. All threads of a warp make the same calls, for v >= end_ too.
+  template <bool BACKWARDS, class Body>
+  TNT_DEVICE void for_each_group(Body body) {
+    const int64_t stride = THREADS * GROUP, steps = (end_ - begin_ + stride - 1) / stride;
+    for (int64_t k = 0; k < steps; k += AHEAD) {
+      if (ON_CHIP && !BACKWARDS) await_copies((k + 1) * THREADS * 16 + 16);
+      Vector z[AHEAD] = {}, r[AHEAD] = {};
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const int64_t v = group_at(k + a, steps, BACKWARDS);
+        if (k + a >= steps || v >= end_) continue;
+        z[a] = load_group(z_, false, v);
+        if (pair_) r[a] = load_group(r_, true, v);
+      }
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+        if (k + a < steps) body(group_at(k + a, steps, BACKWARDS), z[a], r[a]);
+    }
+  }
+  TNT_DEVICE int64_t group_at(int64_t step, int64_t steps, bool backwards) const {
+    return begin_ + ((backwards ? steps - 1 - step : step) * THREADS + thread_) * GROUP;
+  }
+
+  // The bits of a group's entries that are in the set, or no entries at all.
+  TNT_DEVICE uint32_t set_bits(int64_t v) const {
+    if (!set_ || v >= end_) return 0;
+    const int64_t at = v - begin_;
+    return mask_[at / 32] >> (at & 31) & ((1u << GROUP) - 1);
+  }
+  TNT_DEVICE uint32_t outside_bits(int64_t v) const {
+    constexpr uint32_t all = (1u << GROUP) - 1;
+    const int64_t left = end_ - v;
+    return left >= GROUP ? 0 : left <= 0 ? all : all & ~((1u << left) - 1);
+  }
+
+  // ---- bulk copies: the aligned inside of a slice; its edges, less than 16 bytes each, go by hand
+
+  struct Inside {
+    const char *from, *to;  // aligned
+  };
+  TNT_DEVICE Inside inside(const Logit* row) const {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row + begin_), end = reinterpret_cast<uintptr_t>(row + end_);
+    const uintptr_t from = (begin + 15) / 16 * 16, to = end / 16 * 16;
+    return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(to < from ? from : to)};
+  }
+  TNT_DEVICE uint32_t chunk_bytes() const { return uint32_t(l_.row_bytes / CHUNKS + 15) / 16 * 16; }
+
+  // Where in the slot, and how much, chunk k of a row's inside is.
+  TNT_DEVICE uint32_t copy_chunk(const Logit* row, bool reference, int k, bool issue) {
+    const Inside in = inside(row);
+    const int64_t at = int64_t(k) * chunk_bytes(), left = in.to - in.from - at;
+    const uint32_t bytes = left <= 0 ? 0 : left < chunk_bytes() ? uint32_t(left) : chunk_bytes();
+    const int64_t head = in.from - (reinterpret_cast<const char*>(row + begin_) - misalignment(row + begin_));
+    if (issue && bytes) device::bulk_copy(slot(reference) + head + at, in.from + at, bytes, s_.arrivals + k);
+    return bytes;
+  }
+  TNT_DEVICE void copy_edges(const Logit* row, bool reference) {
+    const Inside in = inside(row);
+    Logit* to = reinterpret_cast<Logit*>(slot(reference) + misalignment(row + begin_));
+    for (int64_t i = thread_; begin_ + i < end_ && reinterpret_cast<const char*>(row + begin_ + i) < in.from;
+         i += THREADS)
+      to[i] = row[begin_ + i];
+    for (int64_t i = end_ - 1 - thread_; i >= begin_ && reinterpret_cast<const char*>(row + i) >= in.to &&
+                                         reinterpret_cast<const char*>(row + i) >= in.from;
+         i -= THREADS)
+      to[i - begin_] = row[i];
+  }
+
+  // The reference is on its way at once if both kinds of rows read it; otherwise when it is known that this row does.
+  TNT_DEVICE void begin_copies() {
+    const bool positive = p_.positive_loss == FORWARD_KL || p_.positive_loss == REVERSE_KL;
+    const bool negative = p_.negative_loss == FORWARD_KL || p_.negative_loss == REVERSE_KL;
+    r_copied_ = positive && negative;
+    if (thread_ == 0) {
+      for (int k = 0; k < CHUNKS; ++k) device::arrival_init(s_.arrivals + k, r_copied_ ? 1 : 2);
+      device::arrival_fence();
+      for (int k = 0; k < CHUNKS; ++k) {
+        uint32_t bytes = copy_chunk(z_, false, k, false);
+        if (r_copied_) bytes += copy_chunk(r_, true, k, false);
+        device::arrival_expect(s_.arrivals + k, bytes);
+        copy_chunk(z_, false, k, true);
+        if (r_copied_) copy_chunk(r_, true, k, true);
+      }
+    }
+    copy_edges(z_, false);
+    if (r_copied_) copy_edges(r_, true);
+  }
+  TNT_DEVICE void copy_late_reference() {
+    copy_edges(r_, true);
+    if (thread_ == 0) {
+      for (int k = 0; k < CHUNKS; ++k) {
+        device::arrival_expect(s_.arrivals + k, copy_chunk(r_, true, k, false));
+        copy_chunk(r_, true, k, true);
+      }
+    }
+    r_copied_ = true;
+    device::sync_block();
+  }
+  // Until the first `bytes` of both slots are there.
+  static constexpr int64_t EVERYTHING = int64_t(1) << 40;
+  TNT_DEVICE void await_copies(int64_t bytes) {
+    if (!r_copied_ && ready_ == 0 && thread_ == 0)  // the reference stays away
+      for (int k = 0; k < CHUNKS; ++k) device::arrival_expect(s_.arrivals + k, 0);
+    for (; ready_ < CHUNKS && int64_t(ready_) * chunk_bytes() < bytes; ++ready_)
+      device::arrival_wait(s_.arrivals + ready_);
+  }
+
+  // ---- writing. Neighbouring lanes hold neighbouring groups: where groups straddle the aligned vectors, a lane gets
+  // the beginning of its vector from the lane below.
+
+  TNT_DEVICE void store_group(int64_t v, const Vector& x) {
+    const int offset = misalignment(g_ + begin_);
+    if (offset == 0) {
+      if (v + GROUP <= end_) return device::store_vector(g_ + v, x);
+      return store_entries(v, x, 0, GROUP);
+    }
+    Vector below;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) below.words[i] = device::shuffle_up(x.words[i]);
+    const int lane = thread_ % device::WARP, first = GROUP - offset / int(sizeof(Logit));
+    const bool whole = lane > 0 && v + first <= end_, next_whole = lane < device::WARP - 1 && v + GROUP + first <= end_;
+    if (whole) device::store_vector(g_ + v + first - GROUP, join(below, x, 16 - offset));
+    if (!whole) store_entries(v, x, 0, first);
+    if (!next_whole) store_entries(v, x, first, GROUP);
+  }
+  TNT_DEVICE void store_entries(int64_t v, const Vector& x, int from, int to) {
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      if (i < from || i >= to || v + i >= end_) continue;
+      if constexpr (sizeof(Logit) == 4)
+        reinterpret_cast<uint32_t*>(g_)[v + i] = x.words[i];
+      else
+        reinterpret_cast<uint16_t*>(g_)[v + i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
+    }
+  }
+
+  // ---- first pass
+
+  TNT_DEVICE void statistics(Sums& sums) {
+    const bool moment = kind_ == REVERSE_KL && !uniform(), entropy = p_.row_stats != nullptr;
+    const bool total = kind_ == LOG_LIKELIHOOD && uniform();
+    for_each_group<false>([&](int64_t v, const Vector& zs, const Vector& rs) {
+      uint32_t bits = set_bits(v);
+      const uint32_t out = outside_bits(v), dead = bits | out;
+      float z[GROUP], r[GROUP];
+      Stored<Logit>::unpack(zs, z);
+      if (pair_) Stored<Logit>::unpack(rs, r);
+      if (dead) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) {
+          z[i] = dead >> i & 1 ? -INFINITY : z[i];
+          if (pair_) r[i] = dead >> i & 1 ? -INFINITY : r[i];
+        }
+      }
+      float z_top = z[0];
+#pragma unroll
+      for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]);
+      if (pair_) {
+        float r_top = r[0];
+#pragma unroll
+        for (int i = 1; i < GROUP; ++i) r_top = fmaxf(r_top, r[i]);
+        if (Sums::too_low(sums.r_max, r_top, t_)) sums.raise_r(r_top, t_);
+      }
+      if (Sums::too_low(sums.z_max, z_top, t_)) sums.raise_z(z_top, pair_ ? centre_of(z_top, sums.r_max) : 0.0f, t_);
+      float weight[GROUP];
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) {
+        weight[i] = exponential((z[i] - sums.z_max) * t_.exponent);
+        sums.z_sum += weight[i];
+      }
+      if (pair_) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) sums.r_sum += exponential((r[i] - sums.r_max) * t_.exponent);
+      }
+      if (moment) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+          sums.kl_moment += weight[i] == 0.0f ? 0.0f : weight[i] * ((z[i] - r[i] - sums.centre) * t_.inverse_t);
+      }
+      if (entropy) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+          sums.z_moment += weight[i] == 0.0f ? 0.0f : weight[i] * ((z[i] - sums.z_max) * t_.inverse_t);
+      }
+      sums.kept += float(GROUP - device::count_bits(dead));
+      if (total) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+          if (!(dead >> i & 1)) sums.total += (z[i] - sums.z_max) * t_.inverse_t;
+      }
+      for (; bits; bits &= bits - 1) {
+        const int64_t at = v + device::lowest_bit(bits);
+        const float z_at = element(z_, false, at), r_at = pair_ ? element(r_, true, at) : 0.0f;
+        if (at == partial_)
+          sums.add_partial(z_at, r_at, kappa_, log_kappa_, t_);
+        else
+          sums.add_set(z_at, r_at, pair_, t_);
+      }
+    });
+  }
+
+  // From the threads' sums to those of the row and its set size, on the first warp of every block.
+  TNT_DEVICE int merge(Sums& sums) {
+    const int warp = thread_ / device::WARP, lane = thread_ % device::WARP;
+    sums.merge_warp(pair_, set_, t_);
+    if (lane == 0) copy(sums, s_.warps[warp]);
+    device::sync_block();
+    int set_size = s_.set_size;
+    if (warp == 0) {
+      sums = Sums();
+      if (lane < WARPS) copy(s_.warps[lane], sums);
+      sums.merge_warp(pair_, set_, t_);
+    }
+    if (blocks_ == 1) {
+      device::cluster_wait();
+      return set_size;
+    }
+    device::cluster_wait();  // for what all blocks did at their start
+    if (warp == 0 && lane < blocks_) {
+      float values[SUMS];
+      copy(sums, values);
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) device::store_remote(s_.peers[rank_] + i, lane, values[i]);
+      device::store_remote(s_.peers[rank_] + SUMS, lane, float(set_size));
+    }
+    device::cluster_arrive();
+    device::cluster_wait();
+    if (warp == 0) {
+      sums = Sums();
+      if (lane < blocks_) copy(s_.peers[lane], sums);
+      sums.merge_warp(pair_, set_, t_);
+      set_size = int(sum_of_warp(lane < blocks_ ? s_.peers[lane][SUMS] : 0.0f));
+    }
+    return set_size;
+  }
+  template <class From, class To>
+  TNT_DEVICE static void copy(const From& from, To& to) {
+    static_assert(sizeof from >= sizeof(Sums) && sizeof to >= sizeof(Sums));
+    const float* values = reinterpret_cast<const float*>(&from);
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) reinterpret_cast<float*>(&to)[i] = values[i];
+  }
+
+  // Two numbers of every thread, summed over the row in a fixed order, on all threads of all blocks. Once a row.
+  struct Parts {
+    double loss, active;
+  };
+  TNT_DEVICE Parts sum_parts(float loss, float active) {
+    const int warp = thread_ / device::WARP, lane = thread_ % device::WARP;
+    loss = sum_of_warp(loss);
+    active = sum_of_warp(active);
+    if (lane == 0) {
+      s_.warp_parts[warp][0] = loss;
+      s_.warp_parts[warp][1] = active;
+    }
+    device::sync_block();
+    Parts parts{0, 0};
+    for (int w = 0; w < WARPS; ++w) {
+      parts.loss += double(s_.warp_parts[w][0]);
+      parts.active += double(s_.warp_parts[w][1]);
+    }
+    if (blocks_ == 1) return parts;
+    if (thread_ < blocks_) {
+      device::store_remote(s_.peer_parts[rank_], thread_, float(parts.loss));
+      device::store_remote(s_.peer_parts[rank_] + 1, thread_, float(parts.active));
+    }
+    device::cluster_arrive();
+    device::cluster_wait();
+    parts = {0, 0};
+    for (int b = 0; b < blocks_; ++b) {
+      parts.loss += double(s_.peer_parts[b][0]);
+      parts.active += double(s_.peer_parts[b][1]);
+    }
+    return parts;
+  }
+
+  // ---- second pass: what the loss still lacks (this thread's part), and the gradient if `write`
+
+  TNT_DEVICE float second_pass(bool write) {
+    if (!is_kl()) return second_pass<LOG_LIKELIHOOD, false>(write);
+    if (uniform())
+      return kind_ == FORWARD_KL ? second_pass<FORWARD_KL, true>(write) : second_pass<REVERSE_KL, true>(write);
+    return kind_ == FORWARD_KL ? second_pass<FORWARD_KL, false>(write) : second_pass<REVERSE_KL, false>(write);
+  }
+
+  // LOG_LIKELIHOOD stands for all losses that do not read the reference.
+  template <int LOSS, bool smooth>
+  TNT_DEVICE float second_pass(bool write) {
+    const Coefficients c = s_.c;
+    constexpr bool forward = LOSS == FORWARD_KL, kl = LOSS != LOG_LIKELIHOOD;
+    float loss = 0.0f;
+    for_each_group<true>([&](int64_t v, const Vector& zs, const Vector& rs) {
+      uint32_t bits = set_bits(v);
+      const uint32_t out = outside_bits(v), dead = bits | out;
+      float z[GROUP], r[GROUP], g[GROUP];
+      Stored<Logit>::unpack(zs, z);
+      if (kl) Stored<Logit>::unpack(rs, r);
+      if constexpr (!kl) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+          g[i] = fused_multiply_add(c.weight, exponential((z[i] - c.kept_max) * c.t.exponent), c.bias);
+      } else if constexpr (smooth) {
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) {
+          const bool partial = v + i == partial_, removed = (bits >> i & 1) && !partial;
+          const Element<float> e =
+              uniform_element(c, forward, z[i], removed ? -INFINITY : r[i], partial ? kappa_ : 1.0f);
+          if (!(out >> i & 1)) loss += e.loss;
+          g[i] = e.gradient * c.scale;
+        }
+      } else {
+        if (dead) {
+#pragma unroll
+          for (int i = 0; i < GROUP; ++i) {
+            z[i] = dead >> i & 1 ? VANISHING : z[i];
+            r[i] = dead >> i & 1 ? VANISHING : r[i];
+          }
+        }
+        loss += kl_group<forward>(c, z, r, g);
+      }
+      if constexpr (!smooth) {
+        for (; bits; bits &= bits - 1) {
+          const int i = device::lowest_bit(bits);
+          const float z_i = element(z_, false, v + i);
+          float g_i;
+          if (kl && v + i == partial_) {
+            const Element<float> e = kl_element(c, forward, z_i, element(r_, true, v + i), kappa_, log_kappa_);
+            loss += e.loss;
+            g_i = e.gradient * c.scale;
+          } else {
+            g_i = set_element(c, kind_, z_i, loss);
+          }
+#pragma unroll
+          for (int k = 0; k < GROUP; ++k) g[k] = k == i ? g_i : g[k];
+        }
+      }
+      if (write) store_group(v, Stored<Logit>::pack(g));
+    });
+    return loss;
+  }
+
+  // While |d| < BOUNDED on the whole group, e^d needs no second exponential of its own.
+  template <bool forward>
+  TNT_DEVICE static float kl_group(const Coefficients& c, const float (&z)[GROUP], const float (&r)[GROUP],
+                                   float (&g)[GROUP]) {
+    float loss = 0.0f, largest = 0.0f;
+    const float max = forward ? c.q_max : c.p_max, inverse = forward ? c.q_inverse : c.p_inverse;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      const float share = exponential(((forward ? r[i] : z[i]) - max) * c.t.exponent) * inverse;
+      const float x = (z[i] - r[i] - c.centre) * c.t.inverse_t, d = x + c.offset;
+      largest = fmaxf(largest, fabsf(d));
+      const Element<float> e = forward ? forward_kl_element(share, d) : reverse_kl_element(share, d, x - c.kl_centre);
+      loss += e.loss;
+      g[i] = e.gradient * c.scale;
+    }
+    if (largest < float(BOUNDED) && loss == loss) return loss;
+    loss = 0.0f;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      const Element<float> e = kl_element(c, forward, z[i], r[i], 1.0f, 0.0f);
+      loss += e.loss;
+      g[i] = e.gradient * c.scale;
+    }
+    return loss;
+  }
+
+  // Σ log p_s of NL and the number of tokens above the floor, this thread's part.
+  TNT_DEVICE void negative_likelihood(float& loss, float& active) {
+    const Coefficients& c = s_.c;
+    for (int64_t w = thread_; w < l_.mask_bytes / 4; w += THREADS) {
+      for (uint32_t bits = mask_[w]; bits; bits &= bits - 1) {
+        const float z = element(z_, false, begin_ + w * 32 + device::lowest_bit(bits));
+        const float log_weight = (z - c.p_max) * c.t.inverse_t;
+        const bool rests = log_weight < c.least;
+        loss += rests ? float(p_.nl_floor) : log_weight - c.p_log_sum;
+        active += rests ? 0.0f : 1.0f;
+      }
+    }
+  }
+
+  // ---- the calls
+
+  TNT_DEVICE double gradient_factor() const {
+    if (p_.upstream) {
+      const float upstream = static_cast<const float*>(p_.upstream)[index_ * p_.upstream_stride];
+      const float scale = coefficients()[ROW_COEFFICIENTS - 1];
+      return scale == 0.0f || upstream == 0.0f ? 0 : double(scale) * double(upstream);
+    }
+    if (row_weight_ == 0.0f || kind_ == NONE) return invalid_ ? double(row_weight_) : 0;
+    return double(row_weight_) * (l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature;
+  }
+
+  TNT_DEVICE RowScalars scalars(int set_size) const {
+    RowScalars row;
+    row.loss = kind_;
+    row.uniform = uniform();
+    row.eps = p_.eps;
+    row.nl_floor = p_.nl_floor;
+    row.inverse_temperature = 1 / p_.temperature;
+    row.vocab = p_.vocab;
+    row.set_size = set_size;
+    return row;
+  }
+
+  TNT_DEVICE void forward() {
+    double scale = gradient_factor();
+    const bool write = g_ != nullptr && scale != 0;
+    const bool compute = kind_ != NONE || p_.row_stats;
+    Sums sums;
+    int set_size = 0;
+    if (compute) {
+      statistics(sums);
+      set_size = merge(sums) - (partial_ >= 0 ? 1 : 0);
+    } else {
+      if (ON_CHIP) await_copies(EVERYTHING);
+      device::cluster_wait();
+    }
+    if (thread_ == 0) {
+      const RowScalars row = scalars(set_size);
+      s_.row = compute ? row_coefficients(row, sums.statistics()) : RowCoefficients();
+      s_.c.fill(s_.row, row, scale);
+    }
+    device::sync_block();
+    double known = s_.row.loss;
+    if (kind_ == NEGATIVE_LIKELIHOOD) {
+      float loss = 0.0f, active = 0.0f;
+      negative_likelihood(loss, active);
+      const Parts parts = sum_parts(loss, active);
+      known = parts.loss;
+      if (thread_ == 0) {
+        s_.row.weight *= parts.active;
+        s_.row.set_value = parts.active;
+        s_.c.fill(s_.row, scalars(set_size), scale);
+      }
+      device::sync_block();
+    }
+    if (is_kl()) {
+      const bool first = kind_ == REVERSE_KL && uniform();  // its gradient needs the KL
+      known += sum_parts(second_pass(write && !first), 0.0f).loss;
+      if (first) {
+        if (thread_ == 0) s_.c.loss = float(s_.row.loss = known);
+        device::sync_block();
+        if (write) second_pass(true);
+      }
+    } else if (write) {
+      second_pass(true);
+    }
+    // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN.
+    const bool lost = known != known || (known == INFINITY && (kind_ == REVERSE_KL || kind_ == UNLIKELIHOOD));
+    if (lost && scale != 0) {
+      scale = NAN;
+      device::sync_block();  // behind the row's own stores, which other threads of this block made
+    }
+    if (g_ && (scale == 0 || scale != scale)) fill(scale == 0 ? 0.0f : NAN);
+    if (!leader()) return;
+    if (p_.coefficients) {
+      const double* values = reinterpret_cast<const double*>(&s_.row);
+      for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) coefficients()[i] = float(values[i]);
+      coefficients()[ROW_COEFFICIENTS - 1] = float(scale);
+    }
+    if (p_.row_stats) diagnose(sums.statistics(), sums.label_z, sums.label_r, known);
+    write_loss(row_weight_ == 0.0f || kind_ == NONE ? 0 : double(row_weight_) * known);
+  }
+
+  TNT_DEVICE void gradient_only() {
+    const double scale = gradient_factor();
+    if (thread_ == 0) {
+      double* values = reinterpret_cast<double*>(&s_.row);
+      for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) values[i] = double(coefficients()[i]);
+      s_.c.fill(s_.row, scalars(0), scale);
+    }
+    if (ON_CHIP) await_copies(EVERYTHING);
+    device::sync_block();
+    device::cluster_wait();
+    if (scale == 0 || scale != scale)
+      fill(scale == 0 ? 0.0f : NAN);
+    else
+      second_pass(true);
+  }
+
+  // ---- results
+
+  TNT_DEVICE float* coefficients() const {
+    static_assert(sizeof(RowCoefficients) == (ROW_COEFFICIENTS - 1) * sizeof(double));
+    return static_cast<float*>(p_.coefficients) + index_ * ROW_COEFFICIENTS;
+  }
+
+  TNT_DEVICE void write_loss(double weighted) const {
+    if (!p_.loss) return;
+    if (p_.reduction == Reduction::NONE)
+      static_cast<float*>(p_.loss)[index_] = float(weighted);
+    else
+      l_.losses[index_] = weighted;
+  }
+
+  TNT_DEVICE void diagnose(const RowStatistics& s, float label_z, float label_r, double loss) const {
+    const double inverse_t = 1 / p_.temperature;
+    const ExpSum all = tnt::merge(s.policy, s.policy_set, inverse_t);
+    const double log_sum = ::log(all.sum), entropy = log_sum - all.moment / all.sum;
+    double mass = negative_     ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum
+                  : all.sum > 0 ? 0
+                                : NAN;
+    double ref_mass = is_kl() && all.sum > 0 && s.reference.sum > 0 ? 0 : NAN;
+    if (partial_ >= 0) mass += ::exp((double(label_z) - all.max) * inverse_t) / all.sum;
+    if (is_kl() && negative_) {  // p° itself: without κ on the partially pushed y
+      ExpSum set = s.reference_set, everything = tnt::merge(s.reference, s.reference_set, inverse_t);
+      if (partial_ >= 0 && label_r != -INFINITY) {
+        set = tnt::merge(set, {double(label_r), 1, 0}, inverse_t);
+        everything = tnt::merge(everything, {double(label_r), double(-weight_), 0}, inverse_t);
+      }
+      ref_mass = set.sum * ::exp((set.max - everything.max) * inverse_t) / everything.sum;
+    }
+    write_stats(loss, is_kl() ? loss : NAN, mass, ref_mass, entropy);
+  }
+
+  TNT_DEVICE void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
+    if (!p_.row_stats) return;
+    float* at = static_cast<float*>(p_.row_stats) + index_;
+    at[0] = float(loss);
+    at[p_.rows] = float(kl);
+    at[2 * p_.rows] = float(mass);
+    at[3 * p_.rows] = float(ref_mass);
+    at[4 * p_.rows] = float(entropy);
+  }
+
+  const RowParams& p_;
+  const RowLaunch& l_;
+  RowShared& s_;
+  uint32_t* const mask_;
+  const int thread_, rank_, blocks_;
+  int64_t index_, begin_, end_;
+  const Logit *z_, *r_;
+  Logit* g_;
+  Scales t_;
+  int64_t label_ = 0, partial_ = -1;
+  float weight_ = 1, row_weight_ = 1, kappa_ = 1, log_kappa_ = 0;
+  int kind_ = NONE, ready_ = 0;
+  bool pushed_ = false, negative_ = false, invalid_ = false, pair_ = false, set_ = false, r_copied_ = false;
+};
+
+}  // namespace TNT_ISA
+}  // namespace tnt

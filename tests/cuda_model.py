@@ -1,0 +1,81 @@
+"""The CUDA kernels on a host model of a GPU (tests/cuda_shim), behind ``backend="cuda"`` for CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tnt_kernels.backends import cuda
+
+ROOT = Path(__file__).parents[1]
+SHIM = ROOT / "tests" / "cuda_shim"
+FLAGS = """-std=c++17 -O1 -mfma -mf16c -ffp-contract=off -fno-math-errno -fPIC -shared -fvisibility=hidden
+    -DTNT_CUDA_SHIM -Icsrc -Itests/cuda_shim""".split()
+SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
+MUTATIONS = (
+    "dropped barrier",
+    "wrong shuffle",
+    "dropped cluster barrier",
+    "unawaited copy",
+    "early exit",
+)
+
+
+def build() -> ModuleType:
+    """Compiles the kernels as C++, once for the same sources, and imports them."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("the model of a GPU needs g++ on x86-64")
+    sources = sorted([*(ROOT / "csrc").iterdir(), *SHIM.iterdir()])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    name = "tnt_cuda_model"
+    cache = Path(tempfile.gettempdir()) / f"tnt-cuda-model-{digest}"
+    cache.mkdir(exist_ok=True)
+    library = cache / f"{name}.so"
+    with open(cache / f"{name}.lock", "w") as lock:  # one worker compiles, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            partial = library.with_suffix(".partial")
+            includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+            command = [compiler, *FLAGS, f"-DTNT_MODULE={name}"]
+            command += [f"-I{path}" for path in includes]
+            command += ["-x", "c++", "csrc/row_cuda.cu", "tests/cuda_shim/cuda_shim.cpp"]
+            result = subprocess.run(
+                [*command, "-o", str(partial)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == 0, result.stderr
+            partial.rename(library)
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def installed(module: ModuleType) -> Iterator[ModuleType]:
+    """``backend="cuda"`` runs on the model while this is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "native", module)
+        patch.setattr(cuda, "why_not", lambda logits: "")
+        patch.setattr(cuda, "_device", lambda x: 0)
+        patch.setattr(cuda, "_stream", lambda x: 0)
+        yield module

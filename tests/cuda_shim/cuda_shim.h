@@ -1,0 +1,188 @@
+// A host model of csrc/row_device.cuh and csrc/row_launch.cuh: the CUDA kernels compiled as C++ and run on a CPU, a
+// fiber for every thread. A cluster runs at a time. A fiber runs until it waits: for a barrier, a shuffle or a copy;
+// who runs next depends on the schedule. Shared memory starts as NaN and ends at a page that may not be touched, and is
+// taken away when its block has left. A bulk copy completes when nobody can go on without it, and until then its
+// destination holds NaN. If nobody can go on at all, or a barrier is met by threads of different minds, that is an
+// error.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace tnt {
+namespace device {
+
+constexpr int WARP = 32;
+constexpr int ROW_THREADS = 64;
+constexpr int STREAM_THREADS = 96;
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+namespace model {
+
+// What a fiber asks for when it gives up the processor; the scheduler in cuda_shim.cpp answers.
+enum class Barrier { WARP, BLOCK, CLUSTER };
+int thread();
+int64_t block();
+int64_t blocks();
+char* shared();
+int cluster();
+int rank();
+void meet(Barrier which, bool arrive, bool wait);
+uint32_t exchange(uint32_t x, int from_lane);
+void write_remote(float* to, int rank, float x);
+void barrier_init(uint64_t* at, int count);
+void barrier_expect(uint64_t* at, uint32_t bytes);
+void barrier_wait(uint64_t* at);
+void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
+void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes);
+
+// The device that the launcher sees.
+struct Machine {
+  bool clusters;
+  int largest_cluster, shared_per_block;
+};
+extern Machine machine;
+
+// What the tests break to see whether the model notices.
+enum class Mutation { NONE, DROPPED_BARRIER, WRONG_SHUFFLE, DROPPED_CLUSTER_BARRIER, UNAWAITED_COPY, EARLY_EXIT };
+extern Mutation mutation;
+
+}  // namespace model
+
+inline int thread_index() { return model::thread(); }
+inline int64_t block_index() { return model::block(); }
+inline int64_t grid_size() { return model::blocks(); }
+inline char* shared_memory() { return model::shared(); }
+
+inline void sync_block() {
+  if (model::mutation == model::Mutation::DROPPED_BARRIER) return;
+  model::meet(model::Barrier::BLOCK, true, true);
+}
+
+template <class T>
+T exchange(T x, int from_lane) {
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &x, sizeof x);
+  for (uint32_t& word : words) word = model::exchange(word, from_lane);
+  memcpy(&x, words, sizeof x);
+  return x;
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  if (model::mutation == model::Mutation::WRONG_SHUFFLE && mask == 4) mask = 2;
+  return exchange(x, thread_index() % WARP ^ mask);
+}
+inline uint32_t shuffle_up(uint32_t x) {
+  const int lane = thread_index() % WARP;
+  return exchange(x, lane > 0 ? lane - 1 : lane);
+}
+inline uint32_t atomic_or(uint32_t* at, uint32_t bits) {
+  const uint32_t before = *at;
+  *at |= bits;
+  return before;
+}
+inline void atomic_add(int* at, int x) { *at += x; }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline float half_to_float(uint32_t bits) {
+  const uint16_t half = static_cast<uint16_t>(bits);
+  _Float16 x;
+  memcpy(&x, &half, sizeof x);
+  return static_cast<float>(x);
+}
+inline uint32_t floats_to_halves(float low, float high) {
+  const _Float16 x[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+  uint32_t both;
+  memcpy(&both, x, sizeof both);
+  return both;
+}
+inline uint32_t float_to_bfloat(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t floats_to_bfloats(float low, float high) { return float_to_bfloat(low) | float_to_bfloat(high) << 16; }
+inline uint32_t funnel_right(uint32_t low, uint32_t high, int bits) {
+  return static_cast<uint32_t>((uint64_t(high) << 32 | low) >> bits);
+}
+
+inline void aligned(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) throw std::runtime_error("a vector at a misaligned address");
+}
+inline Vector load_vector(const void* from) {
+  aligned(from);
+  Vector x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+inline void store_vector(void* to, const Vector& x) {
+  aligned(to);
+  memcpy(to, &x, sizeof x);
+}
+
+inline int cluster_size() { return model::cluster(); }
+inline int cluster_rank() { return model::rank(); }
+inline void cluster_arrive() { model::meet(model::Barrier::CLUSTER, true, false); }
+inline void cluster_wait() {
+  if (model::mutation == model::Mutation::DROPPED_CLUSTER_BARRIER) return;
+  model::meet(model::Barrier::CLUSTER, false, true);
+}
+inline void store_remote(float* to, int rank, float x) { model::write_remote(to, rank, x); }
+
+inline void arrival_init(uint64_t* barrier, int arrivals) { model::barrier_init(barrier, arrivals); }
+inline void arrival_fence() {}
+inline void arrival_expect(uint64_t* barrier, uint32_t bytes) { model::barrier_expect(barrier, bytes); }
+inline void arrival_wait(uint64_t* barrier) {
+  if (model::mutation == model::Mutation::UNAWAITED_COPY) return;
+  model::barrier_wait(barrier);
+}
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  model::copy(to, from, bytes, barrier);
+}
+
+// ---- row_launch.cuh
+
+struct Guard {
+  explicit Guard(int) {}
+};
+struct Properties {
+  int capability, multiprocessors, shared_per_block, shared_per_multiprocessor, shared_reserved, largest_cluster;
+  int64_t l2_bytes;
+  bool clusters;
+};
+inline Properties properties(int) {
+  const model::Machine& m = model::machine;
+  return {m.clusters ? 90 : 80, 8,       m.shared_per_block, 2 * m.shared_per_block, 0,
+          m.largest_cluster,    1 << 16, m.clusters};
+}
+template <class... Parameters>
+void load(void (*)(Parameters...)) {}
+template <class... Parameters>
+int active_clusters(void (*)(Parameters...), int, int, int) {
+  return 1;
+}
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
+            Arguments... arguments) {
+  model::run([&] { kernel(static_cast<Parameters>(arguments)...); }, blocks, cluster, threads, shared_bytes);
+}
+
+}  // namespace device
+}  // namespace tnt

@@ -1,0 +1,89 @@
+"""The CUDA backend on a GPU; skipped without one. tests/test_cuda_model.py judges the same kernels on a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from oracle import BF16, F16, F32, OBJECTIVES, Batch, Result, assert_agrees, mixed_batch, run, truth
+from torch import Tensor
+
+import tnt_kernels as tnt
+from tnt_kernels.backends import cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(cuda.why_not(None)), reason=cuda.why_not(None) or "runs"),
+]
+
+
+def on_gpu(batch: Batch) -> Batch:
+    def move(x: object) -> object:
+        return x.cuda() if isinstance(x, Tensor) else x
+
+    options = {name: move(value) for name, value in batch.options.items()}
+    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
+    return Batch(*map(move, tensors), options)  # type: ignore[arg-type]
+
+
+def gpu_run(batch: Batch, **keywords: object) -> Result:
+    result = run(on_gpu(batch), "cuda", **keywords)  # type: ignore[arg-type]
+    return Result(result.loss.cpu(), result.gradient.cpu(), result.stats)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("vocab", [17, 32003, 128256, 262144])
+def test_agreement(vocab: int, dtype: torch.dtype) -> None:
+    for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES):
+        batch = mixed_batch(vocab, dtype).with_options(method=objective, smoothing=smoothing)
+        result = gpu_run(batch)
+        assert_agrees(result, truth(batch), batch, label=f"{objective} {smoothing}")
+        again = gpu_run(batch)
+        assert torch.equal(result.loss, again.loss)
+        assert torch.equal(result.gradient.nan_to_num(7.0), again.gradient.nan_to_num(7.0))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    rows, vocab = 17000, 128256
+    z = torch.randn(1, vocab, device="cuda", dtype=BF16).expand(rows, vocab).contiguous()
+    labels = torch.full((rows,), 5, device="cuda")
+    loss = tnt.tnt_loss(
+        z, z[:1].expand(rows, vocab), labels, -torch.ones(rows, device="cuda"), reduction="none",
+        backend="cuda",
+    )  # fmt: skip
+    assert torch.equal(loss, loss[:1].expand(rows))
+    assert loss[0] > 0
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_waits_for_the_device(no_sync: None) -> None:
+    logits = torch.randn(8, 1000, device="cuda", requires_grad=True)
+    labels = torch.arange(8, device="cuda")
+    tnt.tnt_loss(logits, logits.detach(), labels, backend="cuda").backward()
+
+
+def test_graph_capture_on_a_stream_of_its_own() -> None:
+    logits, reference = torch.randn(2, 8, 5000, device="cuda")
+    labels = torch.arange(8, device="cuda")
+    want = tnt.tnt_loss(logits, reference, labels, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = tnt.tnt_loss(logits, reference, labels, backend="cuda")
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+def test_every_device() -> None:
+    for index in range(torch.cuda.device_count()):
+        z, r = torch.randn(2, 4, 1000, device=f"cuda:{index}")
+        loss = tnt.tnt_loss(z, r, torch.zeros(4, dtype=torch.long, device=z.device), backend="cuda")
+        assert loss.device == z.device
+        assert loss.item() > 0

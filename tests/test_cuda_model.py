@@ -1,0 +1,209 @@
+"""The CUDA kernels on a model of a GPU: agreement with the oracle, and a model that notices what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cuda_model import MUTATIONS, SCHEDULES, build, installed
+from oracle import (
+    BF16,
+    F16,
+    F32,
+    INF,
+    NAN,
+    OBJECTIVES,
+    Batch,
+    assert_agrees,
+    mixed_batch,
+    run,
+    truth,
+)
+
+import tnt_kernels as tnt
+
+# Clusters or not, the largest, bytes of shared memory a block: which path V = 803 takes.
+MACHINES = {
+    "two passes": (False, 1, 1 << 16),
+    "one block": (True, 1, 1 << 18),
+    "cluster": (True, 4, 4200),
+    "cluster, two passes": (True, 16, 1950),
+}
+DTYPES = (F32, BF16, F16)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[ModuleType]:
+    with installed(build()) as module:
+        yield module
+
+
+def check(batch: Batch, label: str = "", **keywords: Any) -> None:
+    expected = truth(batch)
+    upstream = torch.linspace(-1, 2, batch.labels.numel())
+    for reduction, per_row in (("mean", None), ("none", upstream)):
+        result = run(
+            batch, "cuda", reduction=reduction, upstream=per_row, return_stats=True, **keywords
+        )
+        assert_agrees(
+            result, expected, batch, reduction=reduction, upstream=per_row,
+            label=f"{reduction} {label} {batch.options.get('method', '')}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_loss(model: ModuleType, machine: str, dtype: torch.dtype) -> None:
+    for vocab, schedule in ((1, "forward"), (17, "reverse"), (803, "shuffled")):
+        model.machine(*MACHINES[machine], SCHEDULES[schedule], 0)
+        for smoothing in ("negatives", "uniform"):
+            for objective in OBJECTIVES:
+                batch = mixed_batch(vocab, dtype).with_options(
+                    method=objective, smoothing=smoothing
+                )
+                check(batch, f"V={vocab} {smoothing}")
+
+
+KEYWORDS: tuple[dict[str, Any], ...] = (
+    {"alpha": -2.5},
+    {"alpha": torch.linspace(-1, 2, 12)},
+    {"temperature": 0.5},
+    {"temperature": 1.7, "smoothing": "uniform"},
+    {"eps": 0.0},
+    {"nl_floor": -9.0},
+    {"negative_ids": torch.tensor([17, -1, 600, 17, 0, 31, 32, -1])},
+    {"negative_ids": torch.randperm(803, generator=torch.Generator().manual_seed(0))[:500]},
+)
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS, ids=lambda x: next(iter(x)))
+@pytest.mark.parametrize("machine", ["two passes", "cluster"])
+def test_keywords(model: ModuleType, machine: str, keywords: dict[str, Any]) -> None:
+    model.machine(*MACHINES[machine], SCHEDULES["forward"], 0)
+    for method in ("tnff", "tnrr", "ul+ll", "nl+ll"):
+        check(mixed_batch(803, BF16).with_options(method=method, **keywords), str(keywords))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_of_any_alignment_in_place(
+    model: ModuleType, machine: str, dtype: torch.dtype
+) -> None:
+    """Views into a wider buffer, whose other bytes stay; the gradient over the logits has the same bits."""
+    model.machine(*MACHINES[machine], SCHEDULES["shuffled"], 0)
+    plain = mixed_batch(803, dtype)
+    for offset in (0, 1, 3, 6):
+        wide = torch.full((12, 803 + 7 + offset), NAN, dtype=dtype)
+        view = wide[:, offset : offset + 803]
+        view.copy_(plain.logits)
+        before = wide.clone()
+        leaf = view.detach().requires_grad_()
+        batch = Batch(leaf, plain.ref_logits, plain.labels, plain.weights, plain.options)
+        fresh = run(batch, "cuda")
+        assert_agrees(fresh, truth(plain), plain, label=f"offset {offset}")
+        assert torch.equal(wide.nan_to_num(7.0), before.nan_to_num(7.0))
+        again = run(Batch(plain.logits, *_rest(plain)), "cuda", inplace=True)
+        assert torch.equal(fresh.gradient, again.gradient)
+        assert torch.equal(fresh.loss, again.loss)
+
+
+def _rest(batch: Batch) -> tuple[Any, ...]:
+    return batch.ref_logits, batch.labels, batch.weights, batch.options
+
+
+def test_gradient_over_the_logits_alone(model: ModuleType) -> None:
+    """In a wider buffer at any offset: no neighbour's byte is written."""
+    plain = mixed_batch(803, BF16)
+    for machine, offset in itertools.product(MACHINES, (0, 1, 5)):
+        model.machine(*MACHINES[machine], SCHEDULES["reverse"], 0)
+        wide = torch.full((12, 840), 7.0, dtype=BF16)
+        base = wide.clone().requires_grad_()
+        moved = base * 1
+        view = moved[:, offset : offset + 803]
+        with torch.no_grad():
+            view.copy_(plain.logits)
+        tnt.tnt_loss(
+            view, plain.ref_logits, plain.labels, plain.weights, inplace=True, backend="cuda",
+            **plain.options,
+        )  # fmt: skip
+        assert (moved[:, :offset] == 7).all()
+        assert (moved[:, offset + 803 :] == 7).all()
+        assert not (view == plain.logits).all()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_nothing_moves_at_the_reference(model: ModuleType, machine: str) -> None:
+    """p = q gives exactly 0, whatever the alignment of the two."""
+    model.machine(*MACHINES[machine], SCHEDULES["forward"], 0)
+    z = 3 * torch.randn(4, 803, generator=torch.Generator().manual_seed(0))
+    for dtype, method in itertools.product(DTYPES, ("tnff", "tnrr")):
+        wide = torch.zeros(4, 810, dtype=dtype)
+        reference = wide[:, 3:806]
+        reference.copy_(z)
+        batch = Batch(z.to(dtype), reference, torch.zeros(4, dtype=torch.long))
+        result = run(batch.with_options(method=method), "cuda")
+        assert result.loss == 0
+        assert (result.gradient == 0).all()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_infinities_and_indices_out_of_range(model: ModuleType, machine: str) -> None:
+    model.machine(*MACHINES[machine], SCHEDULES["forward"], 0)
+    z, r = torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(0))
+    z[0, 3:50], r[1, 3:50], z[2, 7], z[3] = -INF, -INF, NAN, -INF
+    z[4] *= 1e4
+    batch = Batch(z, r, torch.arange(6) * 30)
+    for method in ("tnff", "tnrr", "nl+ll"):
+        check(batch.with_options(method=method))
+    labels = torch.tensor([5, 200, -3, 7, 8, 9])
+    ids = torch.full((6, 2), -1)
+    ids[3, 1], ids[4, 0] = 10**12, -2
+    loss, stats = tnt.tnt_loss(
+        r.nan_to_num(neginf=0.0), r, labels, negative_ids=ids, reduction="none", return_stats=True,
+        backend="cuda",
+    )  # fmt: skip
+    assert loss.isnan().tolist() == [False, True, True, True, True, False]
+    assert stats.entropy.isnan()[[1, 2, 3, 4]].all()
+
+
+def test_the_same_bits_whatever_the_schedule(model: ModuleType) -> None:
+    batch = mixed_batch(803, BF16).with_options(method="tnrr")
+    for machine in MACHINES.values():
+        results = []
+        for schedule in SCHEDULES.values():
+            model.machine(*machine, schedule, 0)
+            results.append(run(batch, "cuda"))
+        for result in results[1:]:
+            assert torch.equal(result.loss, results[0].loss)
+            assert torch.equal(result.gradient, results[0].gradient)
+
+
+def test_scaling_on_the_device(model: ModuleType) -> None:
+    model.machine(*MACHINES["one block"], SCHEDULES["forward"], 0)
+    from tnt_kernels.backends import cuda
+
+    for dtype in DTYPES:
+        x = torch.randn(7, 33).to(dtype)
+        for factor in (1.0, 0.25):
+            scaled = x.clone()
+            cuda.scale_(scaled, torch.tensor(factor))
+            assert torch.equal(scaled, x * factor)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_model_notices(model: ModuleType, mutation: str) -> None:
+    """Broken on purpose, the kernels raise an error or disagree with the oracle, under some schedule."""
+    batch, noticed = mixed_batch(803, F32), False
+    expected = truth(batch)
+    for schedule in SCHEDULES.values():
+        model.machine(*MACHINES["cluster"], schedule, 1 + MUTATIONS.index(mutation))
+        try:
+            assert_agrees(run(batch, "cuda"), expected, batch)
+        except (RuntimeError, AssertionError):
+            noticed = True
+    model.machine(*MACHINES["cluster"], SCHEDULES["forward"], 0)
+    assert noticed
