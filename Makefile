@@ -56,7 +56,7 @@ SANITIZED := build/sanitize
 REPORT := $(CURDIR)/$(SANITIZED)/report
 sanitize: $(TESTED)
 	rm -rf $(SANITIZED)
-	TNT_KERNELS_SANITIZE=address,undefined $(PIP) install --no-deps --target $(SANITIZED) .
+	TNT_KERNELS_SANITIZE=address,undefined TNT_KERNELS_SKIP_CUDA_BUILD=1 $(PIP) install --no-deps --target $(SANITIZED) .
 	PYTHONPATH=$(SANITIZED):$(CURDIR) \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORT) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -180,7 +180,6 @@ class BuildNative(build_ext):
                     "-lpthread",
                     "-ldl",
                 ]
-                flags += ["-s"]
             self.link(objects, self.get_ext_fullpath(ext.name), flags)
         except (CompileError, LinkError) as error:
             raise type(error)(

@@ -109,7 +109,7 @@ def test_bandwidth(measure: Measure, problem: Problem, writer: str, target: str)
 
     16-bit logits are added as half as many float32, because only the bytes matter.
     """
-    a, b = (x.view(torch.float32) for x in (problem.logits, problem.ref_logits))
+    a, b = (x.flatten().view(torch.float32) for x in (problem.logits, problem.ref_logits))
     out = a if target == "over an input" else torch.zeros_like(a)
     with ThreadPoolExecutor(THREADS) as pool:
         parts = list(zip(_halves(a), _halves(b), _halves(out), strict=True))

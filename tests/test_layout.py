@@ -94,9 +94,9 @@ def test_signature() -> None:
     assert all(p.kind is p.KEYWORD_ONLY for n, p in parameters.items() if n not in positional)
 
 
-def test_both_backends_are_known() -> None:
+def test_all_backends_are_known() -> None:
     availability = backends.availability()
-    assert list(availability) == ["cpu", "torch"]
+    assert list(availability) == ["cpu", "triton", "cuda", "torch"]
     assert availability["torch"] == ""
 
 

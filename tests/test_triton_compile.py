@@ -107,8 +107,8 @@ def compiled(architecture: str, variant: Variant) -> Any:
         **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
             (
-                "weights", "alpha", "factors", "losses", "stats", "saved", "upstream", "statistics", "gathered", "parts",
-                "totals",
+                "weights", "alpha", "factors", "losses", "stats", "saved", "upstream", "statistics", "gathered",
+                "parts", "totals",
             ),
             "*fp32",
         ),

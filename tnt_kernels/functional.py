@@ -143,7 +143,8 @@ def tnt_loss(
             all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.
-        backend: "cpu" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the fastest that serves these tensors.
+        backend: "cpu", "triton", "cuda" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
+            tensors.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-dim, or (...) under "none". With ``return_stats``, also
