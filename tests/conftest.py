@@ -10,6 +10,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the compilers say that the GPU kernels take."""
+    reports = terminalreporter.stats.get("passed", [])
+    lines = [value for r in reports for name, value in r.user_properties if name == "resources"]
+    if lines:
+        terminalreporter.section("registers, stack, spills and shared memory of the Triton kernels")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param in MISSING:

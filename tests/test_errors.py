@@ -177,7 +177,11 @@ ERRORS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"normalizer": "3"}, TYPE, "normalizer: str, expected a number"),
     ({"normalizer": torch.tensor(2.0, requires_grad=True)}, VALUE, "normalizer: requires grad"),
     ({"normalizer": torch.tensor(2.0, device=META)}, VALUE, "normalizer: on meta, expected cpu"),
-    ({"backend": "gpu"}, VALUE, "backend is 'gpu', expected one of 'cpu', 'triton', 'cuda', 'torch'"),
+    (
+        {"backend": "gpu"},
+        VALUE,
+        "backend is 'gpu', expected one of 'cpu', 'triton', 'cuda', 'torch'",
+    ),
     ({"alhpa": 1.0}, TYPE, "alhpa"),
 )
 

@@ -263,6 +263,31 @@ def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
         torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled(inplace: bool) -> None:
+    """The kernels are one opaque operator of the graph."""
+    batch = on_device(mixed_batch(VOCAB).with_options(method="tnrf"))
+
+    def step(z: Tensor, r: Tensor, ids: Tensor) -> Tensor:
+        return tnt.tnt_loss(
+            z * 1,
+            r,
+            batch.labels,
+            batch.weights,
+            method="tnrf",
+            negative_ids=ids,
+            inplace=inplace,
+            backend="triton",
+        )
+
+    arguments = (batch.ref_logits, batch.options["negative_ids"])
+    z = batch.logits.clone().requires_grad_()
+    loss = torch.compile(step, backend="aot_eager", fullgraph=True)(z, *arguments)
+    loss.backward()
+    want = run(batch, "triton")
+    assert identical((loss.detach(), z.grad), want[:2])
+
+
 # --- a sharded vocabulary: the three launches in one process ------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels, compiled ahead of time for GPUs that need not be here: no spill and no stack in any variant.
 
-``python tests/test_triton_compile.py`` prints registers and shared memory of each.
+The summary of the run lists registers and shared memory of each.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,12 +161,10 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("architecture", "variant"), CASES, ids=str)
-def test_no_spills(architecture: str, variant: Variant) -> None:
+def test_no_spills(
+    architecture: str, variant: Variant, record_property: Callable[[str, object], None]
+) -> None:
     used = resources(compiled(architecture, variant))
+    record_property("resources", f"{architecture} {variant}: {used}")  # conftest.py prints them
     assert used["stack"] == 0
     assert used["spills"] == 0
-
-
-if __name__ == "__main__":
-    for case in CASES:
-        print(*case, resources(compiled(*case)))
