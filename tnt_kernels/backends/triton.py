@@ -108,7 +108,7 @@ class _Ids:
         self.kind = kernels.SHARED_IDS.value
         # The column past the vocabulary takes what is out of range.
         self.map = torch.zeros(vocab_size + 1, dtype=torch.int8, device=ids.device)
-        self.map[torch.where(narrow < 0, vocab_size, narrow).long()] = 1
+        self.map.scatter_(0, torch.where(narrow < 0, vocab_size, narrow).long(), 1)
 
 
 def launch(call: RowCall) -> None:
