@@ -59,7 +59,7 @@ def _on(device: torch.device) -> Any:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942": what launch settings depend on."""
+    """What launch settings depend on, such as sm_90 or gfx942."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -129,7 +129,8 @@ def launch(call: RowCall) -> None:
     )  # fmt: skip
     with _on(logits.device):
         factors = None
-        if s.reduction == "mean":
+        # Statistics need no factor, and a gradient from coefficients has it in them.
+        if s.reduction == "mean" and kind not in (kernels.STATISTICS, kernels.BACKWARD):
             factors = real(1)
             given = call.normalizer is not None or s.normalizer_value is not None
             kernels.factor_kernel[(1,)](

@@ -871,9 +871,7 @@ def row_kernel(
         pushed = (weight < 0.0) & (among == 0)
         if negative:
             KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
-            in_part = pushed & (weight > -1.0)
-            if KL == 0:
-                in_part = pushed & (weight > 0.0)
+            in_part = pushed & (weight > -1.0) & KL
             own = pushed & (in_part == 0)
             row_weight = alpha_value
             if alpha is not None:
@@ -891,24 +889,11 @@ def row_kernel(
                 shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
         else:
-            own_label = tl.where(here, column, -1)
-            if POSITIVE != LOG_LIKELIHOOD:
-                own_label = tl.where(here, -1, -1)
+            own = here & (POSITIVE == LOG_LIKELIHOOD)
             row = Row(
-                z_row,
-                r_row,
-                g_row,
-                vocab,
-                vocab_offset,
-                own_label,
-                -1,
-                0.0,
-                id_row,
-                0,
-                maps,
-                scale,
+                z_row, r_row, g_row, vocab, vocab_offset, tl.where(own, column, -1), -1, 0.0, id_row, 0, maps, scale,
                 inverse_t,
-            )
+            )  # fmt: skip
             _run(
                 row, index, rows, weight + 0.0, factor, 0.0 * scale, invalid, vocab_size, eps, nl_floor, losses, stats,
                 saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals,

@@ -43,6 +43,14 @@ def _mean(loss: Tensor, negative: Tensor, weights: Tensor) -> Tensor:
     return (loss * factor).sum() / (weights != 0).sum()
 
 
+def _reverse_kl(log_p: Tensor, log_q: Tensor, removed: Tensor) -> Tensor:
+    eps = 1e-6
+    target = log_q.exp().masked_fill(removed, 0.0)
+    target = target / target.sum(-1, keepdim=True)
+    smoothed = (target + eps * removed) / (1 + eps * removed.sum(-1, keepdim=True))
+    return (log_p.exp() * (log_p - smoothed.log())).sum(-1)
+
+
 def naive_tnff(
     logits: Tensor,
     ref_logits: Tensor,
@@ -71,14 +79,10 @@ def naive_tnrf(
     in_float32: bool = True,
 ) -> Tensor:
     """KL(p || q~) on rows with removed tokens, which keep a floor of 1e-6, and KL(q || p) on the others."""
-    eps = 1e-6
     log_p = _log_softmax(logits, in_float32)
     log_q = _log_softmax(ref_logits, in_float32)
     removed, negative = _removed(logits, labels, weights, ids)
-    target = log_q.exp().masked_fill(removed, 0.0)
-    target = target / target.sum(-1, keepdim=True)
-    smoothed = (target + eps * removed) / (1 + eps * removed.sum(-1, keepdim=True))
-    reverse = (log_p.exp() * (log_p - smoothed.log())).sum(-1)
+    reverse = _reverse_kl(log_p, log_q, removed)
     forward = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     return _mean(torch.where(negative, reverse, forward), negative, weights)
 
@@ -93,13 +97,10 @@ def naive_tnrr(
     in_float32: bool = True,
 ) -> Tensor:
     """KL(p || q~) on all rows; removed tokens keep a floor of 1e-6."""
-    eps = 1e-6
     log_p = _log_softmax(logits, in_float32)
+    log_q = _log_softmax(ref_logits, in_float32)
     removed, negative = _removed(logits, labels, weights, ids)
-    target = _log_softmax(ref_logits, in_float32).exp().masked_fill(removed, 0.0)
-    target = target / target.sum(-1, keepdim=True)
-    smoothed = (target + eps * removed) / (1 + eps * removed.sum(-1, keepdim=True))
-    return _mean((log_p.exp() * (log_p - smoothed.log())).sum(-1), negative, weights)
+    return _mean(_reverse_kl(log_p, log_q, removed), negative, weights)
 
 
 def naive_ul_ll(
