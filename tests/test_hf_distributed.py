@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(),
     reason="needs torch.distributed with gloo",
 )
-CASES = [("gpt2", True), ("gpt2", False), ("t5", True)]
+CASES = [("gpt2", True), ("gpt2", False), ("t5", True), ("t5", False)]
 
 
 def options(fused: bool) -> dict[str, object]:

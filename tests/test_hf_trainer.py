@@ -248,6 +248,37 @@ def test_mixed_precision_and_checkpointing(tmp_path):
     assert_same(updates[2], updates[3], start, 0.1)
 
 
+def test_compiled(tmp_path, warnings_of_transformers):
+    """The model is one graph (and one for other lengths); what is around it is not compiled."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    start, updates = parameters(tiny("gpt2")), []
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    for options in ({}, compiled):
+        args = config(tmp_path, max_steps=3, **options)
+        trainer = trained(tiny("gpt2"), args, annotated(24), ref_model=tiny("gpt2", seed=1))
+        updates.append(parameters(trainer.model))
+    assert_same(*updates, start, 1e-4)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2
+    assert trainer._head_math is None
+    assert sum("torch_compile" in message for message in warnings_of_transformers()) == 1
+    torch.compiler.reset()
+
+
+def test_a_model_that_needs_its_logits_in_backward(tmp_path):
+    """As one that ends with a tanh does. It is an error to write over them, and ``inplace=False`` says not to."""
+    model = tiny("gpt2")
+    start = parameters(model)
+    model.lm_head.register_forward_hook(lambda *arguments: arguments[2].tanh())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(copy.deepcopy(model), config(tmp_path), annotated(8), ref_model=tiny("gpt2"))
+    args = config(tmp_path, inplace=False)
+    trained(model, args, annotated(8), ref_model=tiny("gpt2"))
+    assert any(not torch.equal(x, start[name]) for name, x in parameters(model).items())
+
+
 # --- Counts ---------------------------------------------------------------------------------------
 
 
@@ -312,6 +343,41 @@ class ReadsOfTheDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function is torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["tnff", "tnfll", "ul+ll"])
+def test_rows_are_counted_before_they_are_on_a_device(method, tmp_path, monkeypatch):
+    """Every loss is told, so that it need not ask; and the step's count is the sum. "tnfll" asks for two numbers."""
+    from tnt_kernels.hf import trainer as module
+
+    told, counts, linear = [], [], module.linear_tnt_loss
+
+    def recorded(*arguments, **keywords):
+        told.append(keywords.get("max_active_rows"))
+        counts.append(int(((arguments[4] != -100) & (arguments[5] != 0)).sum()))
+        normalizers.append(float(keywords["normalizer"]))
+        return linear(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "linear_tnt_loss", recorded)
+    normalizers = []
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "method": method}
+    trained(tiny("gpt2"), config(tmp_path, **options), annotated(9))
+    assert len({*counts}) > 1
+    assert told == (counts if method != "tnfll" else [None] * 3)
+    assert normalizers == [sum(counts)] * 3
+
+
+def test_batches_that_are_cut_into_pieces_hold_tensors_alone(tmp_path, monkeypatch):
+    """accelerate's dispatching loader cannot take anything else."""
+    args = config(tmp_path)
+    trainer = tnt.hf.TNTTrainer(tiny("gpt2"), args, train_dataset=annotated(8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["active_rows"] == int((batch["weights"] != 0).sum())
+    assert isinstance(trainer.data_collator, tnt.hf.TNTDataCollator)
+    trainer.args.accelerator_config.dispatch_batches = True
+    monkeypatch.setattr(type(args), "world_size", 2, raising=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "active_rows" not in batch
 
 
 def test_a_step_does_not_wait_for_the_device(tmp_path):
@@ -472,6 +538,35 @@ def test_columns_of_texts_are_kept(tmp_path):
     )
     trainer.train()
     assert trainer.state.log_history[0]["negative_share"] == 0.5
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_a_dataset_of_the_datasets_library(fused, tmp_path):
+    """Columns of others are dropped, ours are kept; its lists are what tensors were."""
+    datasets = pytest.importorskip("datasets")
+    examples = annotated(8, negative_ids=True)
+    rows = [{k: x.tolist() for k, x in example.items()} for example in examples]
+    table = datasets.Dataset.from_list([{**row, "source": "x"} for row in rows])
+    start, updates = parameters(tiny("gpt2")), []
+    for data in (examples, table, table.with_format("torch")):
+        args = config(tmp_path, fused_linear=fused)
+        trainer = trained(tiny("gpt2"), args, data, eval_dataset=data, ref_model=tiny("gpt2", 1))
+        updates.append(parameters(trainer.model))
+        assert trainer.evaluate()["eval_loss"] > 0
+    assert args.remove_unused_columns
+    for update in updates[1:]:
+        assert_same(updates[0], update, start, 1e-6)
+
+
+def test_texts_of_the_datasets_library(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    words = tokenizer()
+    texts = {"prompt": ["the", "a"], "completion": [" cat sat", " dog"], "source": ["x", "y"]}
+    table = datasets.Dataset.from_dict({**texts, "negative_spans": [[[1, 4]], []]})
+    trainer = trained(
+        tiny("gpt2", vocab_size=len(words)), config(tmp_path), table, processing_class=words
+    )
+    assert 0 < trainer.state.log_history[0]["negative_share"] < 0.5
 
 
 # --- A Trainer of one's own -----------------------------------------------------------------------

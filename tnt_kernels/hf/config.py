@@ -43,6 +43,13 @@ class TNTConfig(TrainingArguments):
             "allows it."
         },
     )
+    inplace: bool = field(
+        default=True,
+        metadata={
+            "help": "Where there are logits, write their gradient over them. False for a model whose last operation "
+            "needs its own result in backward (autograd says so)."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "No dropout in the model: the target is what it says without."},

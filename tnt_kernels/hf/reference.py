@@ -42,12 +42,14 @@ def frozen_copy(model: nn.Module) -> Any:
 def as_reference(model: Any) -> Iterator[None]:
     """The model as it was: in eval mode, its adapters disabled, without gradients."""
     training = model.training
-    model.eval()
+    if training:  # each way visits every module, which a frozen copy does not need at every step
+        model.eval()
     try:
         with torch.no_grad(), model.disable_adapter() if is_peft(model) else nullcontext():
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def disable_dropout(model: nn.Module) -> None:

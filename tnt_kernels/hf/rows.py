@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from tnt_kernels.functional import RowStats
 from tnt_kernels.objectives import Objective, RowLoss
 
 IGNORED = -100
+ACTIVE_ROWS = "active_rows"  # the column that ``CountedRows`` adds
 _BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
 
 
@@ -64,6 +66,20 @@ def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
         if negative_ids is not None and negative_ids.dim() > 1:
             negative_ids = F.pad(negative_ids[:, 1:], (0, 0, 0, 1), value=-1)
     return Rows(labels, weights, negative_ids)
+
+
+@dataclass
+class CountedRows:
+    """A collator, and in its batches how many rows count: an int, as to ask a device for it would be to wait for it."""
+
+    collator: Callable[[list[Any]], Any]
+    causal: bool
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(examples))
+        if "labels" in batch and {"weights", "negative_ids"} & {*batch}:
+            batch[ACTIVE_ROWS] = int(take_rows(dict(batch), self.causal).active().sum())
+        return batch
 
 
 # --- What is logged -------------------------------------------------------------------------------

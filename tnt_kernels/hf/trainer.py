@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
@@ -25,7 +26,7 @@ from tnt_kernels.hf.head import (
     plain_head,
     probe,
 )
-from tnt_kernels.hf.rows import Rows, take_rows
+from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, take_rows
 from tnt_kernels.linear import linear_tnt_loss
 from tnt_kernels.objectives import resolve_method
 
@@ -77,6 +78,7 @@ class TNTTrainer(Trainer):
         self.ref_model: nn.Module | None = None
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
         self._probed = False
+        self._wrapper: nn.Module | None = None
         self._train_sums: Tensor | None = None
         self._eval_sums: Tensor | None = None
         super().__init__(
@@ -186,6 +188,7 @@ class TNTTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
+        active_rows = inputs.pop(ACTIVE_ROWS, None)
         rows = take_rows(inputs, self._causal)
         ref_hidden = inputs.pop("ref_hidden_states", None)
         if self._ref_head is not None and ref_hidden is None:
@@ -205,6 +208,11 @@ class TNTTrainer(Trainer):
             "temperature": self.args.temperature, "negative_ids": rows.negative_ids, "return_stats": True,
         }  # fmt: skip
         if self._head_math is not None and not return_outputs:
+            sides = self._objective.positive_loss, self._objective.negative_loss
+            if active_rows is not None and len({side.reads_reference for side in sides}) == 1:
+                # No device is asked how many there are. Where one side alone reads the reference it is, as that costs
+                # less than to multiply the other side's rows with the reference's head too.
+                keywords["max_active_rows"] = max(1, active_rows)
             loss, stats = self._fused_loss(model, inputs, rows, ref_hidden, keywords)
             outputs = None
         else:
@@ -251,7 +259,7 @@ class TNTTrainer(Trainer):
         stats: list[RowStats] = []
 
         def loss_of_hidden(forward: Callable[..., Any]) -> Tensor:
-            own = cast(nn.Linear, plain_head(self.accelerator.unwrap_model(model)))
+            own = cast(nn.Linear, plain_head(self._unwrapped(model)))
             with head_input(own) as kept:
                 forward()
             weight, bias = head_parameters(own, kept[0])
@@ -297,7 +305,7 @@ class TNTTrainer(Trainer):
                 None if ref_logits is None else ref_logits.to(logits.dtype),
                 rows.labels,
                 rows.weights,
-                inplace=not return_outputs and logits.grad_fn is not None,
+                inplace=self.args.inplace and not return_outputs and logits.grad_fn is not None,
                 **keywords,
             )
             kept.append((stats, outputs if return_outputs else None))
@@ -314,7 +322,7 @@ class TNTTrainer(Trainer):
         What computes the loss has to run in there: DistributedDataParallel prepares its reduction for the parameters
         that the outputs depend on, FSDP has them gathered in there only, and accelerate casts what comes out.
         """
-        module = self.accelerator.unwrap_model(model)
+        module = self._unwrapped(model)
         before = module.__dict__.get("forward")
         forward = getattr(module, "_original_forward", None) or module.forward
 
@@ -334,10 +342,18 @@ class TNTTrainer(Trainer):
         finally:
             restore()
 
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        """The model in what makes it distributed. A compiled one stays compiled, whatever that holds."""
+        if model is self.ref_model or hasattr(model, "_orig_mod"):
+            return model
+        if model is not self._wrapper:  # accelerate looks through all modules
+            self._wrapper, self._inner = model, self.accelerator.unwrap_model(model)
+        return cast(nn.Module, self._inner)
+
     def _reference_module(self, model: nn.Module) -> nn.Module:
         return cast(
             nn.Module,
-            self.accelerator.unwrap_model(model) if self.ref_model is None else self.ref_model,
+            self._unwrapped(model) if self.ref_model is None else self.ref_model,
         )
 
     def _probe(self, model: nn.Module, inputs: Inputs) -> None:
@@ -348,7 +364,7 @@ class TNTTrainer(Trainer):
         if self.args.torch_compile:
             logger.warning("fused_linear: not with torch_compile; the loss is computed from logits")
             return
-        modules = [self.accelerator.unwrap_model(model)]
+        modules = [self._unwrapped(model)]
         if self.ref_model is not None:
             modules.append(self.ref_model)
         found: list[HeadMath | None] = []
@@ -390,8 +406,14 @@ class TNTTrainer(Trainer):
         """The rows of a step: those with a label and a weight other than 0."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        counts = [take_rows(dict(batch), self._causal).active().sum() for batch in batch_samples]
-        count = torch.stack(counts).sum().to(device)
+        if all(ACTIVE_ROWS in batch for batch in batch_samples):
+            total = sum(batch[ACTIVE_ROWS] for batch in batch_samples)
+            count = torch.full((), total, device=device)
+        else:
+            counts = [
+                take_rows(dict(batch), self._causal).active().sum() for batch in batch_samples
+            ]
+            count = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = cast(Tensor, self.accelerator.gather(count)).sum()
         return cast(Tensor, count / self.get_tp_size())
@@ -449,6 +471,18 @@ class TNTTrainer(Trainer):
             self._signature_columns = list(
                 dict.fromkeys([*(self._signature_columns or ()), *COLUMNS])
             )
+
+    def _get_dataloader(self, dataset: Any, *arguments: Any, **keywords: Any) -> DataLoader[Any]:
+        collator, dispatch = self.data_collator, self.args.accelerator_config.dispatch_batches
+        if dispatch is None:
+            dispatch = isinstance(dataset, IterableDataset)
+        # What one process makes for all others, accelerate cuts into pieces, and can do so to tensors alone.
+        if self.args.world_size == 1 or not dispatch:
+            self.data_collator = CountedRows(collator, self._causal)
+        try:
+            return super()._get_dataloader(dataset, *arguments, **keywords)
+        finally:
+            self.data_collator = collator
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = cast(nn.Module, super().call_model_init(trial))
