@@ -59,6 +59,7 @@ class TNTTrainer(Trainer):
     """
 
     args: TNTConfig
+    data_collator: Callable[[list[Any]], Any]
     _signature_columns: list[str] | None
 
     def __init__(
@@ -79,6 +80,7 @@ class TNTTrainer(Trainer):
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
         self._probed = False
         self._wrapper: nn.Module | None = None
+        self._inner: nn.Module | None = None
         self._train_sums: Tensor | None = None
         self._eval_sums: Tensor | None = None
         super().__init__(
@@ -351,10 +353,7 @@ class TNTTrainer(Trainer):
         return cast(nn.Module, self._inner)
 
     def _reference_module(self, model: nn.Module) -> nn.Module:
-        return cast(
-            nn.Module,
-            self._unwrapped(model) if self.ref_model is None else self.ref_model,
-        )
+        return self._unwrapped(model) if self.ref_model is None else self.ref_model
 
     def _probe(self, model: nn.Module, inputs: Inputs) -> None:
         """Whether hidden states times head are this model's logits, on the first batch; and its reference's."""
@@ -480,7 +479,8 @@ class TNTTrainer(Trainer):
         if self.args.world_size == 1 or not dispatch:
             self.data_collator = CountedRows(collator, self._causal)
         try:
-            return super()._get_dataloader(dataset, *arguments, **keywords)
+            loader: DataLoader[Any] = super()._get_dataloader(dataset, *arguments, **keywords)
+            return loader
         finally:
             self.data_collator = collator
 
