@@ -112,6 +112,15 @@ def test_corrections(mode, expected):
         assert tnt.weights_from_correction(n, c, mode).tolist() == expected[row]
 
 
+def test_a_text_that_is_right_is_kept():
+    """The authors' converters would mark the first token of the first text: an argmax of nothing is 0."""
+    said = torch.tensor([[4, 5, 6, 0], [4, 5, 6, 7]])
+    better = torch.tensor([[4, 5, 6, 0, 0], [4, 9, 6, 7, 8]])
+    for mode in ("first", "diff"):
+        weights = tnt.weights_from_correction(said, better, mode)
+        assert weights.tolist() == [[1, 1, 1, 0], [1, -1, 1, 1]]
+
+
 def test_a_correction_that_is_shorter():
     assert tnt.weights_from_correction([4, 5, 6], [4]).tolist() == [1, -1, 1]
     assert tnt.weights_from_correction([4, 0, 6], [4, 0], "diff", pad_id=-1).tolist() == [1, 1, -1]

@@ -140,7 +140,9 @@ def weights_from_correction(
 
     Compared position by position, as the feature converters of the authors' code do
     (https://github.com/google/t5patches); where the two end at different lengths, the rest differs. Where nothing
-    differs, "first" and "diff" mark nothing.
+    differs, "first" and "diff" mark nothing: the text is right, and all of it is kept. In this "first" departs from the
+    authors' code, which finds its token by an argmax over the differences, and so marks the first token of a text
+    without any; to train on the same tokens as that code does, set that weight to -1.
 
     Args:
         negative: (B, T) or (T,) ids of what the model said.
