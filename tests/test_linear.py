@@ -192,6 +192,75 @@ def test_a_reference_of_another_dtype(ref_dtype: torch.dtype, dtype: torch.dtype
     assert_close([loss, *grads], [want, *want_grads], 4 * torch.finfo(ref_dtype).eps + 1e-6)
 
 
+def error_near_the_fixed_point(dtype: torch.dtype, device: str) -> float:
+    """Of hidden's gradient, relative, where the policy has hardly moved: against float64 on the same inputs."""
+    rows, vocab, width = 24, 500, 64
+    generator = torch.Generator().manual_seed(0)
+    ref_hidden = torch.randn(rows, width, generator=generator, dtype=F64).to(dtype)
+    weight = (torch.randn(vocab, width, generator=generator, dtype=F64) / 4).to(dtype)
+    hidden = ref_hidden * (1 + 4 * torch.finfo(dtype).eps)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    found = []
+    for kind, place in ((F64, "cpu"), (dtype, device)):
+        leaf, w, r = (x.to(place, kind) for x in (hidden, weight, ref_hidden))
+        leaf.requires_grad_()
+        tnt.linear_tnt_loss(leaf, w, r, w, labels.to(place), reduction="sum").backward()
+        found.append(leaf.grad.to("cpu", F64))
+    return ((found[1] - found[0]).norm() / found[0].norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_what_matmuls_sum_in_float32_stays_so(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does it, with its matmul played by one of float32 matrices: far closer next to p = q."""
+    rounded = error_near_the_fixed_point(dtype, "cpu")
+    shapes = []
+
+    def played(a: Tensor, b: Tensor, out: Tensor) -> None:
+        assert a.dtype == b.dtype == dtype
+        assert out.dtype == F32
+        shapes.append(tuple(out.shape))
+        torch.mm(a.float(), b.float(), out=out)
+
+    monkeypatch.setattr(_linear_chunks, "keeps_float32", lambda device_type: True)
+    monkeypatch.setattr(_linear_chunks, "_wide_mm", played)
+    kept = error_near_the_fixed_point(dtype, "cpu")
+    assert shapes == [(24, 500)] * 2 + [(24, 64)]  # logits, reference, hidden's gradient
+    assert kept < 4 * torch.finfo(dtype).eps < rounded / 4
+    x = heads(dtype)
+    exact = Heads(*(v.to(F64) if v.is_floating_point() else v for v in x))
+    for settings in SETTINGS.values():
+        for reduction in ("mean", "none"):
+            keywords = {**settings, "reduction": reduction}
+            loss, grads = gradients(linear, x, chunk_size=5, **keywords)
+            want, want_grads = gradients(whole, exact, **keywords)
+            assert_close([loss], [want], 1e-5)
+            assert_close(grads, want_grads, 2 * torch.finfo(dtype).eps)
+    # a reference of another dtype, and no gradient: no 16-bit buffer at all
+    other = x._replace(ref_hidden=x.ref_hidden.float(), ref_weight=x.ref_weight.float())
+    torch.testing.assert_close(linear(other), linear(x))
+
+
+def test_where_matmuls_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(device: str, cuda: str | None) -> bool:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        return _linear_chunks.keeps_float32.__wrapped__(device)
+
+    assert found("cuda", "13.0") == hasattr(torch.ops.aten.mm, "dtype_out")
+    assert not found("cuda", None)  # ROCm
+    assert not found("cpu", "13.0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_matmuls_of_a_gpu_keep_float32(dtype: torch.dtype) -> None:
+    if not _linear_chunks.keeps_float32("cuda"):
+        pytest.skip("needs torch 2.8 and CUDA")
+    assert error_near_the_fixed_point(dtype, "cuda") < 4 * torch.finfo(dtype).eps
+
+
 def test_chunks_do_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = heads()
     want = gradients(linear, x, method="tnrll", backend=backend)

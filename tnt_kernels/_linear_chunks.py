@@ -1,15 +1,21 @@
 """Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
 
 A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.losses_``), and that is
-multiplied back. Chunks are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. For
-16-bit parameters this costs two passes over the chunk and 4 bytes more per entry than logits in their own dtype would;
-it buys a gradient that is rounded once, right before the matmuls that sum it up, room to scale it for float16, and
-references of any dtype.
+multiplied back. Chunks are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. It buys a
+gradient that is rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of
+any dtype.
+
+Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the device offers nothing else (a CPU), which
+near p = q is most of the gradient's error: there, the logits pass through a 16-bit buffer, and chunks cost two passes
+and 4 bytes more per entry than logits in the parameters' dtype would. CUDA leaves the sums as they are
+(:func:`keeps_float32`): one pass less than that, as nothing is copied from the 16-bit buffer, which the gradient alone
+still needs, and the same bytes per entry. What the matmul writes is twice as wide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -61,6 +67,27 @@ class LinearScalars(NamedTuple):
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of a gradient until the upstream factor arrives: a mean's would underflow in float16."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+@cache
+def keeps_float32(device_type: str) -> bool:
+    """Whether matmuls of 16-bit matrices can leave their float32 sums unrounded: cuBLAS can, from torch 2.8 on."""
+    cublas = device_type == "cuda" and torch.version.cuda is not None
+    return cublas and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
+    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, float32 where nothing needs to be rounded."""
+    if a.dtype.itemsize > 2 or not keeps_float32(a.device.type):
+        return torch.mm(a, b)
+    out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32)
+    _wide_mm(a, b, out)
+    return out
 
 
 def _budget(device: torch.device) -> int:
@@ -142,14 +169,22 @@ class _Head:
         self.softcap, self.scale = softcap, scale
 
     def logits(self, rows: Tensor, out: Tensor, narrow: Tensor | None, tanh: Tensor | None) -> None:
-        """Writes to ``out``, by way of ``narrow`` if the matmul is not in its dtype. ``tanh`` keeps softcap's."""
+        """Writes to ``out``, by way of ``narrow`` if the matmul rounds to its dtype. ``tanh`` keeps softcap's."""
         scale = self.scale if self.softcap is None else self.scale / self.softcap
         wide = out if tanh is None else tanh
-        raw = wide if narrow is None else narrow
-        beta, addend = (0.0, raw) if self.bias is None else (scale, self.bias)
-        torch.addmm(addend, rows, self.weight.t(), beta=beta, alpha=scale, out=raw)
-        if narrow is not None:
-            wide.copy_(narrow)
+        if narrow is None and rows.dtype != wide.dtype:
+            # mm, as addmm's bias would have to be 16-bit in some versions and float32 in others
+            _wide_mm(rows, self.weight.t(), wide)
+            if scale != 1.0:
+                wide.mul_(scale)
+            if self.bias is not None:
+                wide.add_(self.bias, alpha=scale)
+        else:
+            raw = wide if narrow is None else narrow
+            beta, addend = (0.0, raw) if self.bias is None else (scale, self.bias)
+            torch.addmm(addend, rows, self.weight.t(), beta=beta, alpha=scale, out=raw)
+            if narrow is not None:
+                wide.copy_(narrow)
         if self.softcap is not None:
             torch.mul(wide.tanh_(), self.softcap, out=out)
 
@@ -192,7 +227,7 @@ class Gradients:
             gradient.mul_(_exp2(-exponent))
         matrix = gradient if narrow is None else narrow.copy_(gradient)
         if self.hidden is not None:
-            product = torch.mm(matrix, head.weight).to(self.real).mul_(head.scale)
+            product = _mm(matrix, head.weight).to(self.real).mul_(head.scale)
             if exponent is not None:
                 product.mul_(_exp2(exponent))
             self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
@@ -201,16 +236,18 @@ class Gradients:
         if narrow is None:
             self.weight[: self.vocab].addmm_(matrix.t(), rows, alpha=head.scale)
             return
-        # A 16-bit matmul rounds its result, and has to put it somewhere before it is added to the float32 sum.
+        # The product has to be somewhere before it is added to the float32 sum.
         factor = None
         if exponent is not None:
             top = exponent.max()
             rows, factor = (rows * _exp2(exponent - top)).to(self.dtype), _exp2(top)
-        entry = matrix.element_size() + self.real.itemsize
+        entry = self.real.itemsize
+        if not keeps_float32(rows.device.type):
+            entry += matrix.element_size()
         step = max(1, _budget(rows.device) // _MATMUL_SHARE // (rows.size(1) * entry))
         for begin in range(0, self.vocab, step):
             end = min(begin + step, self.vocab)
-            part = torch.mm(matrix[:, begin:end].t(), rows)
+            part = _mm(matrix[:, begin:end].t(), rows)
             if factor is not None:
                 part = part.to(self.real).mul_(factor)
             self.weight[begin:end].add_(part, alpha=head.scale)
@@ -250,7 +287,11 @@ class _Buffers:
         wide = {"logits", *(["ref_logits"] if reference is not None else [])}
         if linear.softcap is not None and with_gradient:
             wide.add("tanh")
-        dtypes = {x.dtype for x in (policy, reference) if x is not None} - {real}
+        # Narrow are the logits where matmuls round them, and the gradient that goes into matmuls.
+        self.rounds = not keeps_float32(policy.device.type)
+        dtypes = {x.dtype for x in (policy, reference) if x is not None and self.rounds} - {real}
+        if with_gradient:
+            dtypes |= {policy.dtype} - {real}
         n, budget = len(group.rows), _budget(policy.device)
         budget -= budget // _MATMUL_SHARE
         row = widest * (len(wide) * real.itemsize + sum(x.itemsize for x in dtypes))
@@ -265,7 +306,12 @@ class _Buffers:
     def first(self, n: int, name: str) -> Tensor | None:
         return self.wide[name][:n] if name in self.wide else None
 
-    def narrow_for(self, n: int, dtype: torch.dtype) -> Tensor | None:
+    def for_logits(self, n: int, dtype: torch.dtype) -> Tensor | None:
+        """What a matmul of this dtype rounds to; None where it does not."""
+        return self.for_gradient(n, dtype) if self.rounds else None
+
+    def for_gradient(self, n: int, dtype: torch.dtype) -> Tensor | None:
+        """The gradient as matmuls of this dtype take it; None: as it is."""
         return self.narrow[dtype][:n] if dtype in self.narrow else None
 
 
@@ -308,11 +354,10 @@ def compute(
                 buffers.first(n, x) for x in ("logits", "ref_logits", "tanh")
             )
             assert logits is not None
-            narrow = buffers.narrow_for(n, rows.dtype)
-            policy.logits(rows, logits, narrow, tanh)
+            policy.logits(rows, logits, buffers.for_logits(n, rows.dtype), tanh)
             if reference is not None and ref_logits is not None:
                 ref_rows = reference.hidden[index]
-                reference.logits(ref_rows, ref_logits, buffers.narrow_for(n, ref_rows.dtype), None)
+                reference.logits(ref_rows, ref_logits, buffers.for_logits(n, ref_rows.dtype), None)
             alpha, ids = t.alpha, t.negative_ids
             tensors = RowTensors(
                 ref_logits,
@@ -332,5 +377,5 @@ def compute(
                 logits.mul_(upstream[index][:, None])
             if tanh is not None:
                 logits.addcmul_(logits, tanh.square_(), value=-1)  # softcap's derivative, 1 - tanh²
-            gradients.add(policy, index, rows, logits, narrow)
+            gradients.add(policy, index, rows, logits, buffers.for_gradient(n, rows.dtype))
             yield index, loss, stats if with_stats else None

@@ -132,7 +132,8 @@ def linear_tnt_loss(
     reduction="none", where every row has its own upstream factor, in backward, which computes the chunks once more.
     Logits and their gradients are float32 within a chunk (float64 for float64 hidden states), and the gradients of
     16-bit parameters are summed in float32. Those of float16 ones stay float32 until backward, lest they underflow
-    before a GradScaler's factor.
+    before a GradScaler's factor. A matmul of 16-bit parameters rounds its result to 16 bits on a CPU, as ``F.linear``
+    does, which next to p = q is most of the gradient's error; with CUDA and torch 2.8 it does not.
 
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
