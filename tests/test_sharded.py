@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from ranks import beside, collectives, columns, needs_gloo, run_cases, shard_siz
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels import _shards
+from tnt_kernels import _groups, _shards
 
 pytestmark = needs_gloo
 SMOOTHINGS = ("negatives", "uniform")
@@ -120,11 +122,14 @@ def edges(rank: int, world: int) -> None:
 
 
 def counts(rank: int, world: int) -> None:
-    """Two all-gathers with gradient, one where the statistics say it all; none in backward, none for a group of one."""
+    """Two all-gathers with gradient, one where the statistics say it all; none in backward, none for a group of one.
+
+    On a CPU, one more, by which the ranks agree.
+    """
     batch, sizes = mixed_batch(40), shard_sizes(40, world)
     run(batch, sizes, rank)
     mine = columns(sizes, rank)
-    labels = batch.labels.clamp_max(sizes[rank] - 1)
+    labels = batch.labels.clamp_max(min(sizes) - 1)
 
     def step(dtype: torch.dtype, options: dict[str, Any]) -> None:
         z, r = batch.logits[:, mine].to(dtype), batch.ref_logits[:, mine].to(dtype)
@@ -136,9 +141,20 @@ def counts(rank: int, world: int) -> None:
     ):
         options = {"method": method, "smoothing": smoothing, "reduction": reduction}
         sharded = {**options, "group": dist.group.WORLD, "shard_sizes": sizes}
-        seen = collectives(partial(step, dtype, sharded))
-        assert len(seen) == (1 if method == "ul+ll" else 2), (method, seen)
+        expected = 1 if method == "ul+ll" else 2
+        assert len(collectives(partial(step, dtype, sharded))) == 1 + expected, method
+        with as_on_a_device():
+            seen = collectives(partial(step, dtype, sharded))
+        assert len(seen) == expected, (method, seen)
         assert collectives(partial(step, dtype, {**options, "group": alone[rank]})) == []
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Where ranks agree at a group's first call alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_groups, "_exchanges", lambda shard, _: not _groups._known(shard))
+        yield
 
 
 alone: list[Any] = []
@@ -156,6 +172,13 @@ def every_rank_alike(rank: int, world: int) -> None:
         others = [torch.empty_like(loss) for _ in sizes]
         dist.all_gather(others, loss)
         assert all(torch.equal(loss, other) for other in others)
+
+
+def overlapping(storage: Tensor, vocab: int) -> dict[str, Any]:
+    """Logits to be overwritten and a reference that share memory."""
+    storage = storage.requires_grad_() * 1
+    logits = storage[:, :vocab]
+    return {"logits": logits, "ref_logits": logits.detach(), "inplace": True}
 
 
 def bad_input(rank: int, world: int) -> None:
@@ -184,13 +207,39 @@ def bad_input(rank: int, world: int) -> None:
     # one rank alone
     other = "rank [0-9] of group has raised"
     if last:
-        raises(ValueError, "labels: row 0", labels=labels)
         raises(TypeError, "ref_logits: dtype", ref_logits=r.double())
         raises(ValueError, "method is", method="no")
-        raises(ValueError, "V = .* expected .* shards", logits=z[:, :0], ref_logits=r[:, :0])
+        raises(TypeError, "logits: list, expected", logits=[1.0])
+        raises(ValueError, r"logits: shape \(\)", logits=torch.tensor(1.0))
+        wide = torch.zeros(12, 2 * z.size(1))
+        raises(ValueError, "inplace: .* share memory", **overlapping(wide, z.size(1)))
     else:
         for _ in range(4):
             raises(RuntimeError, other)
+        leaf = z.clone().requires_grad_()
+        raises(RuntimeError, other, logits=leaf * 1, inplace=True)
+    # what does not fit, on every rank alike
+    cut = slice(len(batch.labels) - last)
+    rows = {
+        "logits": z[cut], "ref_logits": r[cut], "labels": batch.labels[cut], "weights": batch.weights[cut],
+    }  # fmt: skip
+    raises(ValueError, f"labels: 12 rows on rank 0 and 11 on rank {world - 1} of group", **rows)
+    if last:
+        empty = {"logits": z[:, :0], "ref_logits": r[:, :0]}
+        raises(ValueError, "shard_sizes: .* expected", **empty)
+    else:
+        raises(ValueError, "shard_sizes: .* expected")
+    weights = batch.weights + last
+    for name, changed in {
+        "labels": {"labels": batch.labels.roll(int(last))},
+        "weights": {"weights": weights},
+        "method": {"method": "tnrr" if last else "tnff"},
+        "eps": {"eps": 1e-3 if last else 1e-6},
+        "alpha": {"alpha": torch.full((12,), 1.0 + last)},
+        "negative_ids": {"negative_ids": torch.tensor([1, 2 + last])},
+        "normalizer": {"normalizer": 3.0 + last},
+    }.items():
+        raises(ValueError, f"{name}: not the same on rank 0 and rank {world - 1}", **changed)
     fresh = [size + (1 if i == 0 else -1 if i == 1 else 0) for i, size in enumerate(sizes)]
     raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh)
     raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh if last else [1, *sizes[1:]])
@@ -221,8 +270,39 @@ def sizes_from_the_group(rank: int, world: int) -> None:
         loss.backward()
         assert_agrees(Result(loss, beside(leaf.grad, sizes), None), expected, batch)
     z = torch.randn(3, 8 if rank else 21)
-    with pytest.raises((ValueError, RuntimeError), match=r"V = |has raised"):
-        tnt.tnt_loss(z, z, torch.zeros(3, dtype=torch.int64), group=group)
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"logits: V = .* needs shard_sizes"):
+        tnt.tnt_loss(z, z, labels, group=group)
+    with as_on_a_device(), pytest.raises((ValueError, RuntimeError), match=r"V = |has raised"):
+        tnt.tnt_loss(z, z, labels, group=group)
+
+
+def errors_on_a_device(rank: int, world: int) -> None:
+    """A rank that raises makes the others' loss NaN there, unless it is a group's first call, which tells them all."""
+    batch, sizes = mixed_batch(40), shard_sizes(40, world)
+    mine, last = columns(sizes, rank), rank == world - 1
+    group = dist.new_group(list(range(world)))
+    inputs = (batch.logits[:, mine], batch.ref_logits[:, mine])
+
+    def call(method: str = "tnff", rows: int = 12) -> Tensor:
+        logits, ref_logits = (x[:rows] for x in inputs)
+        labels, weights = batch.labels[:rows], batch.weights[:rows]
+        return tnt.tnt_loss(logits, ref_logits, labels, weights, group=group, method=method)
+
+    def raises_as(last: bool) -> Any:
+        kind, match = (ValueError, "method is") if last else (RuntimeError, "has raised")
+        return pytest.raises(kind, match=match)
+
+    with as_on_a_device():
+        with pytest.raises(ValueError, match="12 rows on rank 0 and 10"):
+            call(rows=12 - 2 * last)
+        with raises_as(last):
+            call(method="no" if last else "tnff")
+        assert call().isfinite()
+        # with its headers read, as on a CPU; a device's rank would go on with NaN
+        with raises_as(last):
+            call(method="no" if last else "ul+ll")
+        assert call().isfinite()
 
 
 def dtensors(rank: int, world: int) -> None:
@@ -288,7 +368,8 @@ def operators(rank: int, world: int) -> None:
 
 
 CASES = [
-    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, sizes_from_the_group,
+    groups_of_one, every_loss, settings, edges, counts, every_rank_alike, bad_input, errors_on_a_device,
+    sizes_from_the_group,
     dtensors, operators,
 ]  # fmt: skip
 

@@ -75,7 +75,7 @@ def agrees(rank: int, world: int) -> None:
 
 
 def counts(rank: int, world: int) -> None:
-    """Two all-gathers a chunk, one all-reduce for the gradient of the hidden states."""
+    """Two all-gathers a chunk, one all-reduce for the gradient of the hidden states; on a CPU, one for all to agree."""
     sizes = sizes_of(world)
     trained, rest, options = inputs(F32)
     hidden, weight = trained[0].requires_grad_(), trained[1][columns(sizes, rank)].clone()
@@ -91,7 +91,7 @@ def counts(rank: int, world: int) -> None:
     for chunk_size in (9, 5, 3):
         seen = collectives(partial(step, chunk_size, weight))
         chunks = -(-9 // chunk_size)  # 9 of the 12 rows have a weight
-        assert seen == ["all_gather"] * (2 * chunks) + ["all_reduce"]
+        assert seen == ["all_gather"] * (1 + 2 * chunks) + ["all_reduce"]
 
 
 def default_chunks(rank: int, world: int) -> None:
@@ -108,6 +108,56 @@ def default_chunks(rank: int, world: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def bad_input(rank: int, world: int) -> None:
+    """All ranks raise, before the first chunk, and the next call works."""
+    sizes, last = sizes_of(world), rank == world - 1
+    trained, rest, options = inputs(F32)
+    mine = columns(sizes, rank)
+    good = {
+        "hidden": trained[0].requires_grad_(), "weight": trained[1][mine], "ref_hidden": rest[0],
+        "ref_weight": rest[1][mine], "labels": rest[2], "weights": rest[3], "group": dist.group.WORLD,
+        **options,
+    }  # fmt: skip
+
+    def raises(error: type[Exception], match: str, **changed: Any) -> None:
+        with pytest.raises(error, match=match):
+            tnt.linear_tnt_loss(**{**good, **changed})
+        assert torch.isfinite(tnt.linear_tnt_loss(**good))
+
+    for error, match, changed in (
+        (TypeError, "hidden: list, expected", {"hidden": [1.0]}),
+        (TypeError, "weight: dtype", {"weight": good["weight"].double()}),
+        (ValueError, "chunk_size is 0", {"chunk_size": 0}),
+        (ValueError, "method is", {"method": "no"}),
+        (ValueError, "weights: shape", {"weights": rest[3][1:]}),
+    ):
+        if last:
+            raises(error, match, **changed)
+        else:
+            raises(RuntimeError, f"rank {world - 1} of group has raised")
+    raises(ValueError, "row 0 has label 30", labels=rest[2].clone().fill_(VOCAB))
+    fewer = {
+        name: good[name][: ROWS - last] for name in ("hidden", "ref_hidden", "labels", "weights")
+    }
+    fewer["negative_ids"] = options["negative_ids"][: ROWS - last]
+    raises(ValueError, f"labels: 12 rows on rank 0 and 11 on rank {world - 1} of group", **fewer)
+    for name, changed in {
+        "weights": {"weights": rest[3] * (1 - last)},
+        "chunk_size": {"chunk_size": 3 + last},
+        "softcap": {"softcap": 2.0 + last},
+        "hidden.requires_grad": {"hidden": trained[0].detach().requires_grad_(not last)},
+        "ref_hidden": {}
+        if not last
+        else {n: good[n].double() for n in ("ref_hidden", "ref_weight")},
+    }.items():
+        raises(ValueError, f"{name}: not the same on rank 0 and rank {world - 1}", **changed)
+    z = torch.zeros(ROWS, sizes[rank])
+    of_logits = {"logits": z, "ref_logits": z, "labels": rest[2], "weights": rest[3], **options}
+    call = partial(tnt.tnt_loss, **of_logits, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="the function: not the same"):
+        (call if last else partial(tnt.linear_tnt_loss, **good))()
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_weights(world: int, tmp_path: Path, cpu: str) -> None:
-    run_cases(world, tmp_path, [agrees, counts, default_chunks])
+    run_cases(world, tmp_path, [agrees, counts, default_chunks, bad_input])

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tnt_kernels import _linear_ops, _shards
+from tnt_kernels._groups import Shard
 from tnt_kernels._linear_chunks import LinearScalars
 from tnt_kernels._ops import RowTensors
-from tnt_kernels._shards import Shard
 from tnt_kernels.backends import BACKENDS
 from tnt_kernels.backends.call import Scalars
 

@@ -1,6 +1,6 @@
 """Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
 
-A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.losses_``), and that is
+A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.chunk_losses_``), and that is
 multiplied back. Chunks are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. It buys a
 gradient that is rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of
 any dtype.
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tnt_kernels import _shards
+from tnt_kernels._groups import Shard, all_reduce_, place
 from tnt_kernels._ops import RowTensors
-from tnt_kernels._shards import Shard
 from tnt_kernels.backends.call import Scalars, real_dtype
 from tnt_kernels.objectives import RowLoss
 
@@ -254,7 +254,7 @@ class Gradients:
 
     def results(self) -> list[Tensor]:
         if self.shard is not None and self.hidden is not None:
-            _shards.all_reduce_(self.hidden, self.shard.group)
+            all_reduce_(self.hidden, self.shard.group)
         return [
             x.to(held_dtype(self.dtype))
             for x in (self.hidden, self.weight, self.bias)
@@ -331,7 +331,7 @@ def compute(
     """
     real, vocab = real_dtype(t.hidden), linear.vocab_size
     # all ranks have chunks of the same rows, whatever their shards' sizes
-    widest = vocab if shard is None else _shards.place(shard, vocab, t.hidden.device).widest
+    widest = vocab if shard is None else place(shard, vocab).widest
     policy = _Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
     for group in groups:
         buffers = _Buffers(t, linear, group, real, gradients is not None, widest)
@@ -367,15 +367,14 @@ def compute(
                 ids if ids is None or ids.dim() == 1 else ids[index],
                 t.normalizer,
             )
-            arguments = (logits, tensors, settings, shard)
+            arguments = (logits, tensors, settings, shard, with_stats)
             if gradients is None:
-                loss, *more = _shards.losses(*arguments, False, with_stats, False)
-                yield index, loss, more[0] if with_stats else None
+                yield index, *_shards.chunk_losses(*arguments)
                 continue
-            loss, stats = _shards.losses_(*arguments, with_stats)
+            loss, stats = _shards.chunk_losses_(*arguments)
             if upstream is not None:
                 logits.mul_(upstream[index][:, None])
             if tanh is not None:
                 logits.addcmul_(logits, tanh.square_(), value=-1)  # softcap's derivative, 1 - tanh²
             gradients.add(policy, index, rows, logits, buffers.for_gradient(n, rows.dtype))
-            yield index, loss, stats if with_stats else None
+            yield index, loss, stats

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops, _shards
+from tnt_kernels import _ops
+from tnt_kernels._groups import Facts, Shard, announcing, facts_of, place, settle
 from tnt_kernels._linear_chunks import (
     Gradients,
     LinearScalars,
     LinearTensors,
+    RowGroup,
     compute,
     flatten_rows,
     held_dtype,
     plan,
 )
-from tnt_kernels._shards import Shard
+from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends import eager
 from tnt_kernels.backends.call import Scalars, real_dtype
 
@@ -77,16 +79,21 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
     shape, t = shaped.labels.shape, flatten_rows(shaped)
     real = real_dtype(t.hidden)
     with _undisturbed(t.hidden.device):
+
+        def prepare() -> tuple[list[RowGroup], Tensor, Gradients | None]:
+            groups, count = plan(t, s, linear.max_active_rows)
+            if not any(wanted):
+                return groups, count, None
+            return groups, count, Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
+
+        groups, count, gradients = announcing(shard, t.hidden, prepare)
         vocab_size = linear.vocab_size
         if shard is not None:
-            vocab_size = _shards.place(shard, vocab_size, t.hidden.device).vocab_size
+            settle(shard, vocab_size, t.hidden.device, lambda: _facts(t, linear, s, wanted))
+            vocab_size = place(shard, vocab_size).vocab_size
         eager.check_indices(t.labels, t.weights, t.negative_ids, vocab_size, s.ignore_index)
-        groups, count = plan(t, s, linear.max_active_rows)
         if s.reduction == "mean" and t.normalizer is None and s.normalizer_value is None:
             t = t._replace(normalizer=count.to(real))
-        gradients = None
-        if any(wanted):
-            gradients = Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
         per_row = s.reduction == "none"
         loss = t.hidden.new_zeros(len(t.labels) if per_row else (), dtype=real)
         stats = None
@@ -108,6 +115,18 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         if stats is not None:
             outputs.append(stats.view(5, *shape))
         return outputs + _shaped(gradients, shaped)
+
+
+def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[bool]) -> Facts:
+    """What decides over the ranks' chunks and collectives, and their loss."""
+    inputs = {
+        name: None if x is None else (x.dtype, x.size(-1))
+        for name, x in (("hidden", t.hidden), ("ref_hidden", t.ref_hidden))
+    }
+    settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
+    more = {**inputs, **settings, "hidden.requires_grad": wanted[0], "requires_grad": any(wanted)}
+    rows = RowTensors(None, t.labels, t.weights, t.alpha, t.negative_ids, t.normalizer)
+    return facts_of("linear_tnt_loss", rows, s, more)
 
 
 @torch.no_grad()

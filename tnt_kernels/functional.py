@@ -12,8 +12,8 @@ from tnt_kernels import _ops, _shards
 from tnt_kernels._autograd import TNTLossFunction
 from tnt_kernels._checks import LOGITS_DTYPES, check_constant, refuse_transforms, row_arguments
 from tnt_kernels._dtensor import is_dtensor, local
+from tnt_kernels._groups import announcing, shard_of
 from tnt_kernels._ops import RowTensors
-from tnt_kernels._shards import announcing, shard_of
 from tnt_kernels.backends.call import Scalars
 from tnt_kernels.objectives import Objective, resolve_method
 
@@ -140,7 +140,8 @@ def tnt_loss(
         group: a process group over which the vocabulary is sharded. Every rank gives its own columns of ``logits`` and
             ``ref_logits``, in rank order, and the same of everything else; labels and ids are those of the whole
             vocabulary. Every rank gets the whole loss and statistics and its own columns' gradient. Forward takes two
-            all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none.
+            all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none. In a group's first
+            call (on a CPU, in every call) they also exchange checksums of what must be the same.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.
         backend: "cpu", "triton", "cuda" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
@@ -186,7 +187,7 @@ def tnt_loss(
             _check_overwritable(logits)
         return tensors, scalars, with_gradient
 
-    tensors, scalars, with_gradient = announcing(shard, logits, prepare)
+    tensors, scalars, with_gradient = announcing(shard, logits, prepare, with_statistics=True)
     if with_gradient:
         outputs = TNTLossFunction.apply(  # type: ignore[no-untyped-call]
             logits, tensors, scalars, shard, inplace, return_stats

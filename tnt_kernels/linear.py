@@ -17,14 +17,16 @@ from tnt_kernels._checks import (
     refuse_transforms,
     row_arguments,
 )
+from tnt_kernels._groups import announcing, shard_of
 from tnt_kernels._linear_chunks import LinearScalars
-from tnt_kernels._shards import shard_of
-from tnt_kernels.backends.call import real_dtype
+from tnt_kernels.backends.call import Scalars, real_dtype
 from tnt_kernels.functional import RowStats
 from tnt_kernels.objectives import Objective, resolve_method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight and bias of one model
 
 
 @overload
@@ -137,8 +139,8 @@ def linear_tnt_loss(
 
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
-    and the gradient of ``hidden``, which every rank gets as a whole, one all-reduce in float32. A rank that raises
-    before its first chunk cannot tell the others.
+    and the gradient of ``hidden``, which every rank gets as a whole, one all-reduce in float32. On a GPU, after a
+    group's first call, a rank that raises before its first chunk cannot tell the others.
 
     Follows autocast. Parameters that are DTensors (FSDP2) are gathered, and their gradient is averaged over the mesh.
 
@@ -174,45 +176,45 @@ def linear_tnt_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, a wrong device or value, a missing reference or one that requires grad, a
             label or id out of range (on a CPU; on other devices it makes the row's loss NaN).
-        RuntimeError: a requested backend that is not available.
+        RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
     """
     shard = shard_of(group, shard_sizes)
-    objective = resolve_method(method)
-    hidden, weight, bias = _as_linear("", hidden, weight, bias)
-    vocab = _as_count("vocab_size", weight.size(0) if vocab_size is None else vocab_size)
-    if objective.reads_reference:
-        ref_hidden, ref_weight, ref_bias = _as_reference(
-            objective, hidden, weight, ref_hidden, ref_weight, ref_bias, vocab_size is None
-        )
-        for name, x in (
-            ("ref_hidden", ref_hidden),
-            ("ref_weight", ref_weight),
-            ("ref_bias", ref_bias),
-        ):
-            if x is not None:
-                check_constant(name, x, hidden, "hidden")
-    else:
-        ref_hidden = ref_weight = ref_bias = None
-    for name, x in (("weight", weight), ("ref_weight", ref_weight)):
-        if x is not None and x.size(0) < vocab:
-            raise ValueError(
-                f"vocab_size is {vocab}, expected at most {x.size(0)}, the number of rows of {name}"
+
+    def prepare() -> tuple[_Head, tuple[Tensor | None, ...], LinearScalars, Scalars]:
+        objective = resolve_method(method)
+        policy = _as_linear("", hidden, weight, bias)
+        rows = policy[0]
+        reference: tuple[Tensor | None, ...] = (None, None, None)
+        if objective.reads_reference:
+            reference = _as_reference(
+                objective, *policy[:2], ref_hidden, ref_weight, ref_bias, vocab_size is None
             )
-    linear = LinearScalars(
-        None if softcap is None else as_number("softcap", softcap, above=0.0),
-        None if ref_softcap is None else as_number("ref_softcap", ref_softcap, above=0.0),
-        as_number("logit_scale", logit_scale),
-        as_number("ref_logit_scale", ref_logit_scale),
-        vocab,
-        None if chunk_size is None else _as_count("chunk_size", chunk_size),
-        None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
-    )
-    chunk = hidden.new_empty((0, vocab), dtype=real_dtype(hidden))
-    row_tensors, scalars = row_arguments(
-        chunk, None, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
-        temperature, ignore_index, reduction, normalizer, backend, hidden.shape[:-1], "hidden",
-    )  # fmt: skip
-    rest = (ref_hidden, ref_weight, ref_bias, *row_tensors[1:])
+            for name, x in zip(("ref_hidden", "ref_weight", "ref_bias"), reference, strict=True):
+                if x is not None:
+                    check_constant(name, x, rows, "hidden")
+        vocab = _as_count("vocab_size", policy[1].size(0) if vocab_size is None else vocab_size)
+        for name, x in (("weight", policy[1]), ("ref_weight", reference[1])):
+            if x is not None and x.size(0) < vocab:
+                raise ValueError(
+                    f"vocab_size is {vocab}, expected at most {x.size(0)}, the number of rows of {name}"
+                )
+        linear = LinearScalars(
+            None if softcap is None else as_number("softcap", softcap, above=0.0),
+            None if ref_softcap is None else as_number("ref_softcap", ref_softcap, above=0.0),
+            as_number("logit_scale", logit_scale),
+            as_number("ref_logit_scale", ref_logit_scale),
+            vocab,
+            None if chunk_size is None else _as_count("chunk_size", chunk_size),
+            None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
+        )
+        chunk = rows.new_empty((0, vocab), dtype=real_dtype(rows))
+        row_tensors, scalars = row_arguments(
+            chunk, None, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
+            temperature, ignore_index, reduction, normalizer, backend, rows.shape[:-1], "hidden",
+        )  # fmt: skip
+        return policy, (*reference, *row_tensors[1:]), linear, scalars
+
+    (hidden, weight, bias), rest, linear, scalars = announcing(shard, hidden, prepare)
     wanted = (
         hidden.requires_grad,
         weight.requires_grad,
@@ -234,9 +236,7 @@ def linear_tnt_loss(
     return outputs[0], RowStats(*outputs[1].unbind())
 
 
-def _as_linear(
-    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _as_linear(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
     """Checks one model's tensors, gathers them, casts them to autocast's dtype."""
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
@@ -284,7 +284,7 @@ def _as_reference(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     same_vocab: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> _Head:
     for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
         if x is None:
             raise ValueError(
