@@ -1,0 +1,121 @@
+"""What sharded vocabularies cost, per token and per step, by formula: the tables of ``docs/sharded.md``.
+
+``python -m benchmarks.scale`` writes them there, ``--check`` exits with 1 if they are not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS
+
+PAGE = Path(__file__).parent.parent / "docs" / "sharded.md"
+FLOAT32, BFLOAT16 = 4, 2
+HIDDEN, TOKENS = 4096, 2**20
+
+
+def memory_traffic(vocab: int, ranks: int, width: int = BFLOAT16) -> float:
+    """Bytes per token: two reads and a write, and where the vocabulary is split, two more reads after the collective."""
+    return (3 if ranks == 1 else 5) * vocab * width / ranks
+
+
+def exponentials(vocab: int, ranks: int) -> float:
+    """Per token: two per column and pass, over the columns twice."""
+    return 4 * vocab / ranks
+
+
+def gathered(ranks: int) -> int:
+    """Bytes per token that a rank receives in the all-gathers of statistics and parts."""
+    return FLOAT32 * (ROW_STATISTICS + ROW_PARTS) * (ranks - 1)
+
+
+def gathered_logits(vocab: int, ranks: int, width: int = BFLOAT16) -> float:
+    """Bytes per token that a rank would receive if both logits were gathered instead."""
+    return 2 * vocab * width * (ranks - 1) / ranks
+
+
+def matmuls(vocab: int, ranks: int, hidden: int = HIDDEN) -> float:
+    """Flop per token: policy, reference, the gradients of hidden and of weight."""
+    return 4 * 2 * hidden * vocab / ranks
+
+
+def reduced(ranks: int, hidden: int = HIDDEN) -> float:
+    """Bytes per token of a ring all-reduce of the hidden states' gradient."""
+    return 2 * (ranks - 1) / ranks * FLOAT32 * hidden
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    names = head.split(" | ")
+    lines = [names, ["---:"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def per_token() -> str:
+    return table(
+        "V | P | memory, KiB | exponentials, thousands | all-gathers, bytes | gathering the logits, KiB | "
+        "linear, Gflop | linear's all-reduce, KiB",
+        [
+            [
+                f"{vocab}",
+                f"{ranks}",
+                f"{memory_traffic(vocab, ranks) / 2**10:.0f}",
+                f"{exponentials(vocab, ranks) / 1e3:.0f}",
+                f"{gathered(ranks)}",
+                f"{gathered_logits(vocab, ranks) / 2**10:.0f}",
+                f"{matmuls(vocab, ranks) / 1e9:.2f}",
+                f"{reduced(ranks) / 2**10:.0f}",
+            ]
+            for vocab in (128256, 262144)
+            for ranks in (1, 2, 4, 8)
+        ],
+    )
+
+
+def per_step(vocab: int = 128256) -> str:
+    rows = []
+    for gpus in (8, 64, 256, 1024):
+        for ranks in (1, 8):
+            replicas = gpus // ranks
+            tokens = TOKENS // replicas
+            logits = 2 * vocab * BFLOAT16 / ranks
+            rows.append(
+                [
+                    f"{gpus}",
+                    f"{ranks}",
+                    f"{replicas}",
+                    f"{tokens}",
+                    f"{tokens * memory_traffic(vocab, ranks) / 2**30:.1f}",
+                    f"{tokens * gathered(ranks) / 2**20:.1f}",
+                    f"{tokens * logits / 2**30:.1f}",
+                    f"{tokens * matmuls(vocab, ranks) / 1e12:.0f}",
+                ]
+            )
+    return table(
+        "GPUs | P | replicas | tokens per replica | memory traffic per GPU, GiB | all-gathers per GPU, MiB | "
+        "both logits per GPU, GiB | linear matmuls per GPU, Tflop",
+        rows,
+    )
+
+
+def filled(page: str) -> str:
+    """The page with its tables, each between its markers."""
+    for name, text in (("per-token", per_token()), ("per-step", per_step())):
+        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+        before, rest = page.split(begin)
+        page = before + begin + text + end + rest.split(end)[1]
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    page = PAGE.read_text()
+    if parser.parse_args().check:
+        sys.exit(f"{PAGE}: run python -m benchmarks.scale" if filled(page) != page else 0)
+    PAGE.write_text(filled(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Numbers in the documents are those that code derives or that results hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(), reason="no benchmarks next to the tests"
+)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_the_page_on_scale_is_what_the_formulas_say() -> None:
+    from benchmarks import scale
+
+    page = scale.PAGE.read_text()
+    assert scale.filled(page) == page
+    assert scale.filled(page.replace("| 128256 | 8 | 157 |", "| 128256 | 8 | 158 |")) == page
+
+
+def test_the_formula_of_one_device_is_the_floor_that_is_measured_against() -> None:
+    from benchmarks.scale import memory_traffic
+    from tnt_kernels.bench.problem import Size
+    from tnt_kernels.bench.steps import floor_bytes
+
+    size = Size(512, 128256, "bfloat16")
+    assert floor_bytes(size, "tnff", 1.0, True) == pytest.approx(
+        512 * memory_traffic(128256, 1), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["hf_memory"])
+def test_readme_shows_the_results_of_the_trainer(name: str) -> None:
+    result = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().strip()
+    assert result in (ROOT / "README.md").read_text()
