@@ -41,6 +41,18 @@ def test_accelerate() -> None:
     check(masses("accelerate_loop.py"))
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="needs lightning")
+def test_lightning() -> None:
+    check(masses("lightning_module.py"))
+
+
+def test_every_recipe_is_listed() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    helpers = {"model.py", "hf_tiny_model.py"}
+    recipes = {path.name for path in EXAMPLES.glob("*.py")} - helpers
+    assert {*re.findall(r"^\| \[(\w+\.py)\]\(\1\)", page, re.MULTILINE)} == recipes
+
+
 @needs_gloo
 def test_tensor_parallel() -> None:
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
