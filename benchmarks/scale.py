@@ -17,7 +17,7 @@ HIDDEN, TOKENS = 4096, 2**20
 
 
 def memory_traffic(vocab: int, ranks: int, width: int = BFLOAT16) -> float:
-    """Bytes per token: two reads and a write, and where the vocabulary is split, two more reads after the collective."""
+    """Bytes per token: two reads and a write; of a split vocabulary, both are read once more after the collective."""
     return (3 if ranks == 1 else 5) * vocab * width / ranks
 
 

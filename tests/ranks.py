@@ -1,4 +1,4 @@
-"""Cases that run on every one of some gloo processes, which are spawned once for all of them."""
+"""Cases that run on every one of some processes (gloo's, or NCCL's), which are spawned once for all of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(),
     reason="needs torch.distributed with gloo",
 )
+needs_nccl = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_nccl_available() or torch.cuda.device_count() < 2,
+    reason="needs torch.distributed with NCCL, and two GPUs",
+)
 Case = Callable[[int, int], None]
 
 
-def _worker(rank: int, world: int, folder: str, cases: Sequence[Case]) -> None:
+def _worker(rank: int, world: int, folder: str, cases: Sequence[Case], backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     for case in cases:
         torch.manual_seed(0)
@@ -33,8 +37,8 @@ def _worker(rank: int, world: int, folder: str, cases: Sequence[Case]) -> None:
     dist.destroy_process_group()
 
 
-def run_cases(world: int, folder: Path, cases: Sequence[Case]) -> None:
-    torch.multiprocessing.spawn(_worker, args=(world, str(folder), cases), nprocs=world)
+def run_cases(world: int, folder: Path, cases: Sequence[Case], backend: str = "gloo") -> None:
+    torch.multiprocessing.spawn(_worker, args=(world, str(folder), cases, backend), nprocs=world)
 
 
 def shard_sizes(vocab: int, world: int) -> list[int]:
