@@ -248,6 +248,22 @@ def test_mixed_precision_and_checkpointing(tmp_path):
     assert_same(updates[2], updates[3], start, 0.1)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_16_bits(dtype, fused, tmp_path):
+    """Their gradients, against those of the same weights in float32."""
+    models = [tiny("llama").to(dtype), tiny("llama", seed=1).to(dtype)]
+    found = []
+    for kind in (dtype, torch.float32):
+        model, original = (copy.deepcopy(x).to(kind) for x in models)
+        trainer = tnt.hf.TNTTrainer(model, config(tmp_path, fused_linear=fused), ref_model=original)
+        trainer.compute_loss(model, trainer.data_collator(annotated(8))).backward()
+        assert (trainer._head_math is not None) == fused
+        found.append({name: x.grad.float() for name, x in model.named_parameters()})
+    nothing = {name: torch.zeros_like(x) for name, x in found[0].items()}
+    assert_same(found[1], found[0], nothing, {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype])
+
+
 def test_compiled(tmp_path, warnings_of_transformers):
     """The model is one graph (and one for other lengths); what is around it is not compiled."""
     from torch._dynamo.utils import counters

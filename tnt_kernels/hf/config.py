@@ -40,7 +40,7 @@ class TNTConfig(TrainingArguments):
         default=True,
         metadata={
             "help": "Go from hidden states to the loss without logits, where a check at the start finds that the model "
-            "allows it."
+            "allows it. With torch_compile, the loss is computed from logits."
         },
     )
     inplace: bool = field(

@@ -46,6 +46,10 @@ class TNTTrainer(Trainer):
     what model and reference give to unwanted tokens where there are some; ``positive_kl``, the divergence from the
     reference elsewhere; ``negative_share`` of the rows.
 
+    A step asks the device for nothing: batches hold how many rows count (``active_rows``), which their loader adds.
+    Exceptions are the first step, which probes the model's head, batches made elsewhere (``dispatch_batches``), and
+    methods of which one side alone is a KL (tnfll, tnrll), whose fused loss reads two counts.
+
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as of ``Trainer``. The collator is a
             :class:`TNTDataCollator` if not given. A collator of your own yields ``labels`` and ``weights`` or
