@@ -37,7 +37,7 @@ def test_the_formula_of_one_device_is_the_floor_that_is_measured_against() -> No
     )
 
 
-@pytest.mark.parametrize("name", ["hf_memory"])
+@pytest.mark.parametrize("name", ["hf_memory", "hf_overhead"])
 def test_readme_shows_the_results_of_the_trainer(name: str) -> None:
     result = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().strip()
     assert result in (ROOT / "README.md").read_text()

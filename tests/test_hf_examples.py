@@ -64,3 +64,12 @@ def test_rounds_can_start_from_the_one_before(tmp_path):
     assert marked[0][1]["prompt"] == [7, 8, 9]
     with pytest.raises(ValueError, match="reference is 'last'"):
         tnt.hf.refine(model, words, [], annotate, config(tmp_path), reference="last")
+
+
+def test_the_steps_whose_overhead_is_measured_agree(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    benchmark = importlib.import_module("benchmarks.hf_overhead")
+    text = benchmark.table(benchmark.SIZES[1], seconds=0.0)  # compares the losses
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [
+        f"| {title}" for title in benchmark.CONTENDERS.values()
+    ]
