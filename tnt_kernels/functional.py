@@ -143,7 +143,7 @@ def tnt_loss(
             all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.
-        backend: "cpu", "triton", "cuda" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
+        backend: "cpu", "cuda", "triton" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
             tensors.
 
     Returns:

@@ -587,8 +587,8 @@ def _diagnose(
 
 @triton.jit
 def _run(
-    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, stats, saved, upstream,
-    upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals, LOSS: tl.constexpr,
+    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, stats, saved,
+    upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals, LOSS: tl.constexpr,
     NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr, CALL: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
@@ -887,8 +887,9 @@ def row_kernel(
             )  # fmt: skip
             _run(
                 row, index, rows, row_weight, factor, set_size + tl.where(own, 1.0, 0.0), ids_here, invalid,
-                vocab_size, eps, nl_floor, losses, stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride,
-                shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
+                vocab_size, eps, nl_floor, losses, stats, saved, upstream, upstream_stride, statistics, gathered,
+                gathered_stride, shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES,
+                SHARDS,
             )  # fmt: skip
         else:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
@@ -897,9 +898,9 @@ def row_kernel(
                 inverse_t,
             )  # fmt: skip
             _run(
-                row, index, rows, weight + 0.0, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor, losses,
-                stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals,
-                POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
+                row, index, rows, weight + 0.0, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor,
+                losses, stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts,
+                totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
 
 
