@@ -27,6 +27,8 @@ from oracle import (
 from shards import cuts, run_shards
 
 import tnt_kernels as tnt
+from tnt_kernels.backends import cuda
+from tnt_kernels.backends.call import RowCall
 
 # Clusters or not, the largest, bytes of shared memory a block: which path V = 803 takes.
 MACHINES = {
@@ -186,8 +188,6 @@ def test_the_same_bits_whatever_the_schedule(model: ModuleType) -> None:
 
 def test_scaling_on_the_device(model: ModuleType) -> None:
     model.machine(*MACHINES["one block"], SCHEDULES["forward"], 0)
-    from tnt_kernels.backends import cuda
-
     for dtype in DTYPES:
         x = torch.randn(7, 33).to(dtype)
         for factor in (1.0, 0.25):
@@ -296,6 +296,29 @@ def test_backends_understand_each_other(model: ModuleType) -> None:
                 continue
             result = run_shards(batch, names, (100, 200), reduction="none", upstream=upstream)
             assert_agrees(result, expected, batch, reduction="none", upstream=upstream)
+
+
+def test_the_maximum_of_nothing_says_nothing(
+    model: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton sends 0 for it, far above these logits."""
+    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
+    launch = cuda.launch
+
+    def launch_like_triton(call: RowCall) -> None:
+        launch(call)
+        if call.statistics is not None:
+            for at in (0, 3, 6, 9):
+                call.statistics[:, at].masked_fill_(call.statistics[:, at + 1] == 0, 0.0)
+
+    monkeypatch.setattr(cuda, "launch", launch_like_triton)
+    for method in ("tnff", "tnrr", "ul+ll"):
+        batch = mixed_batch(300).with_options(method=method)
+        z, r = batch.logits - 300, batch.ref_logits - 300
+        z[:4, 100:], r[:4, 100:] = -INF, -INF  # the last of three shards holds nothing
+        batch = Batch(z, r, *_rest(batch)[1:])
+        result = run_shards(batch, "cuda", (60, 140, 100), reduction="none")
+        assert_agrees(result, truth(batch), batch, reduction="none", label=method)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

@@ -13,6 +13,7 @@ import torch
 
 from tnt_kernels import backends
 from tnt_kernels.backends import cuda
+from tnt_kernels.bench.steps import library_backends
 
 TOO_OLD = "CUDA: no device: CUDA driver version is insufficient for CUDA runtime version"
 
@@ -58,6 +59,11 @@ def test_cuda_comes_first_and_is_asked_once(machine: Machine, capability: tuple[
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert backends.select(logits(dtype), None) == "cuda"
     assert machine.asked == 1
+
+
+def test_both_gpu_backends_are_measured(machine: Machine) -> None:
+    """By the benchmarks, in one run; CUDA as the one that is taken."""
+    assert library_backends(logits()) == ["cuda", "triton"]
 
 
 def test_a_driver_too_old_is_said_once(machine: Machine) -> None:
