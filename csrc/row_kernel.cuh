@@ -676,7 +676,7 @@ class RowBlock {
     device::sync_block();  // for the loss, and behind the row's stores
     float scale = s_.c.scale;
     if (scale != 0.0f && is_lost()) scale = NAN;
-    if (g_ && (scale == 0.0f || scale != scale)) fill(scale);
+    if (g_ && (scale == 0.0f || scale != scale)) fill(scale == 0.0f ? 0.0f : NAN);
     if (!leader() || p_.upstream) return;
     if (p_.coefficients) write_coefficients(scale);
     if (p_.row_stats) diagnose();
@@ -758,7 +758,7 @@ class RowBlock {
   }
 
   TNT_DEVICE void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
-    if (!p_.row_stats || statistics_out()) return;
+    if (!p_.row_stats) return;
     float* at = static_cast<float*>(p_.row_stats) + index_;
     at[0] = float(loss);
     at[p_.rows] = float(kl);
