@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ ROWS = (64, 256, 1024, 4096, 16384)
 LINEAR = linear.LinearSize(8192, 4096, 128256)
 LINEAR_ROWS = (1024, 2048, 4096, 16384)
 LIBRARY = ("in place", "fresh", "forward")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 class Case(NamedTuple):
@@ -295,14 +297,15 @@ def _summary(record: dict[str, Any]) -> str:
     return f"{name}: {record['ms_min']:.4g} ms{floor}{error}"
 
 
-def _run(command: Sequence[str], path: Path, seconds: float) -> str:
+def _run(command: Sequence[str], path: Path, seconds: float, **environment: str) -> str:
     """Runs a tool with its output in a file; returns how it ended."""
     log.info("%s", " ".join(command))
     with path.open("w") as file:
         try:
             result = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            )
+                command, cwd=ROOT, env={**os.environ, **environment}, stdout=file,
+                stderr=subprocess.STDOUT, timeout=seconds,
+            )  # fmt: skip
             ended = f"exit status {result.returncode}"
         except (OSError, subprocess.TimeoutExpired) as error:
             ended = f"{type(error).__name__}: {error}"
@@ -363,9 +366,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
         ended["tests"] = _run(tests, a.out / "tests.log", a.budget / 2)
     if a.sanitize:
-        for tool in ("memcheck", "racecheck"):
-            command = ["compute-sanitizer", "--tool", tool, *tiny]
-            ended[tool] = _run(command, a.out / f"{tool}.log", a.budget / 4)
+        small = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-k",
+            "small",
+            "tests/test_cuda.py",
+        ]
+        checks = [(tool, "cuda", small) for tool in SANITIZERS]
+        checks += [(tool, "bench", tiny) for tool in SANITIZERS[:2]]
+        for tool, what, command in checks:
+            name = f"{what}-{tool}"
+            ended[name] = _run(
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command],
+                a.out / f"{name}.log", a.budget / 8,
+                # each tensor an allocation of its own, or nothing is out of bounds
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )  # fmt: skip
     if a.ncu:
         command = ["ncu", "--clock-control", "none", "--set", "detailed", *tiny]
         ended["ncu"] = _run(command, a.out / "ncu.log", a.budget / 4)

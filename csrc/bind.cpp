@@ -1,5 +1,4 @@
 // The Python module tnt_kernels._C: raw addresses in, no torch headers, the GIL released while rows are processed.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -7,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "params.h"
+#include "bind_rows.h"
 #ifdef TNT_HAVE_CUDA
 #include "bind_cuda.h"
 #endif
@@ -94,65 +93,8 @@ void check_indices(const RowParams& p) {
   }
 }
 
-template <class T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
-
-// Addresses are integers, 0 for what is absent; sizes and strides count elements. Grouped as RowParams is.
-void run_rows(int dtype, int64_t rows, int64_t vocab, int64_t vocab_offset, int64_t vocab_size, uintptr_t logits,
-              int64_t logits_stride, uintptr_t ref_logits, int64_t ref_logits_stride, uintptr_t labels,
-              uintptr_t weights, uintptr_t alpha, int64_t alpha_stride, double alpha_value, uintptr_t negative_ids,
-              int64_t negative_ids_stride, int64_t negative_ids_count, int positive_loss, int negative_loss,
-              bool uniform_smoothing, double eps, double nl_floor, double temperature, int64_t ignore_index,
-              int reduction, bool has_normalizer, double normalizer, uintptr_t statistics, uintptr_t gathered,
-              int64_t gathered_stride, int64_t shards, uintptr_t parts, uintptr_t totals, uintptr_t loss,
-              uintptr_t row_stats, uintptr_t coefficients, uintptr_t grad, int64_t grad_stride, uintptr_t upstream,
-              int64_t upstream_stride, int threads) {
-  RowParams p{};
-  p.dtype = static_cast<DType>(dtype);
-  p.rows = rows;
-  p.vocab = vocab;
-  p.vocab_offset = vocab_offset;
-  p.vocab_size = vocab_size;
-  p.logits = address<const void>(logits);
-  p.logits_stride = logits_stride;
-  p.ref_logits = address<const void>(ref_logits);
-  p.ref_logits_stride = ref_logits_stride;
-  p.labels = address<const int64_t>(labels);
-  p.weights = address<const void>(weights);
-  p.alpha = address<const void>(alpha);
-  p.alpha_stride = alpha_stride;
-  p.alpha_value = alpha_value;
-  p.negative_ids = address<const int64_t>(negative_ids);
-  p.negative_ids_stride = negative_ids_stride;
-  p.negative_ids_count = negative_ids_count;
-  p.positive_loss = positive_loss;
-  p.negative_loss = negative_loss;
-  p.uniform_smoothing = uniform_smoothing;
-  p.eps = eps;
-  p.nl_floor = nl_floor;
-  p.temperature = temperature;
-  p.ignore_index = ignore_index;
-  p.reduction = static_cast<Reduction>(reduction);
-  p.has_normalizer = has_normalizer;
-  p.normalizer = normalizer;
-  p.statistics = address<void>(statistics);
-  p.gathered = address<const void>(gathered);
-  p.gathered_stride = gathered_stride;
-  p.shards = shards;
-  p.parts = address<void>(parts);
-  p.totals = address<const void>(totals);
-  p.loss = address<void>(loss);
-  p.row_stats = address<void>(row_stats);
-  p.coefficients = address<void>(coefficients);
-  p.grad = address<void>(grad);
-  p.grad_stride = grad_stride;
-  p.upstream = address<const void>(upstream);
-  p.upstream_stride = upstream_stride;
+void run_rows(RowParams& p, int threads) {
   p.threads = threads;
-
-  py::gil_scoped_release release;
   if (!p.upstream && !p.gathered) check_indices(p);  // in a call's first launch
   selected.run_rows(p);
 }
@@ -162,7 +104,7 @@ void run_rows(int dtype, int64_t rows, int64_t vocab, int64_t vocab_offset, int6
 
 PYBIND11_MODULE(_C, m) {
   using namespace tnt;
-  m.def("run_rows", &tnt::run_rows);
+  bind_rows(m, "run_rows", &tnt::run_rows);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet& set : supported()) names.emplace_back(set.name);
@@ -178,7 +120,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.def("openmp", [] { return false; });
 #endif
-  m.attr("INTERFACE") = 2;  // raised with every change to run_rows' arguments: backends/cpu.py checks it
+  m.attr("INTERFACE") = 3;  // raised with every change to a function's arguments: backends/native.py checks it
   m.attr("ROW_COEFFICIENTS") = ROW_COEFFICIENTS;
   m.attr("ROW_STATISTICS") = ROW_STATISTICS;
   m.attr("ROW_PARTS") = ROW_PARTS;

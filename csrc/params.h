@@ -36,8 +36,9 @@ struct RowParams {
   double eps, nl_floor, temperature;  // nl_floor -inf: none
   int64_t ignore_index;
   Reduction reduction;
-  bool has_normalizer;  // else MEAN divides by the number of rows with a non-zero weight
-  double normalizer;
+  const void* normalizer;  // () Real, null: normalizer_value
+  bool has_normalizer;     // without either, MEAN divides by the number of rows with a non-zero weight
+  double normalizer_value;
 
   void* statistics;                 // (N, ROW_STATISTICS) Real: the first pass over this shard, as row_math.h packs it
   const void* gathered;             // (S, N, ROW_STATISTICS) Real: of all shards, in place of the first pass

@@ -1042,7 +1042,9 @@ void run(const RowParams& p) {
     active += (!p.weights || static_cast<const Real*>(p.weights)[i] != 0) && p.labels[i] != p.ignore_index;
   double inverse_normalizer = 1;
   if (p.reduction == Reduction::MEAN) {
-    const double normalizer = p.has_normalizer ? p.normalizer : double(active);
+    const double normalizer = p.normalizer       ? double(*static_cast<const Real*>(p.normalizer))
+                              : p.has_normalizer ? p.normalizer_value
+                                                 : double(active);
     inverse_normalizer = normalizer == 0 ? 0 : 1 / normalizer;
   }
   const bool shared = p.negative_ids && p.negative_ids_stride == 0;

@@ -40,15 +40,16 @@ TNT_DEVICE double sum_of_block(double x) {
 }
 
 // 1 / normaliser: nobody waits for the device to learn how many rows are active.
-__global__ void __launch_bounds__(SUM_THREADS)
-    normalizer_kernel(const __grid_constant__ RowParams p, const float* normalizer, double* inverse) {
+__global__ void __launch_bounds__(SUM_THREADS) normalizer_kernel(const __grid_constant__ RowParams p, double* inverse) {
   double active = 0;
-  if (!normalizer && !p.has_normalizer)
+  if (!p.normalizer && !p.has_normalizer)
     for (int64_t i = device::thread_index(); i < p.rows; i += SUM_THREADS)
       active += (!p.weights || static_cast<const float*>(p.weights)[i] != 0.0f) && p.labels[i] != p.ignore_index;
   active = sum_of_block(active);
   if (device::thread_index() != 0) return;
-  const double value = normalizer ? double(*normalizer) : p.has_normalizer ? p.normalizer : active;
+  const double value = p.normalizer       ? double(*static_cast<const float*>(p.normalizer))
+                       : p.has_normalizer ? p.normalizer_value
+                                          : active;
   *inverse = value == 0 ? 0 : 1 / value;
 }
 
@@ -111,14 +112,14 @@ Plan plan_of(bool on_chip, int cluster, int64_t vocab, int element_bytes) {
 }
 
 template <class Logit>
-Plan choose(int64_t vocab, int device) {
+Plan choose(int64_t vocab, int device, bool on_chip) {
   const device::Properties properties = device::properties(device);
   const auto fits = [&](const Plan& plan, int limit) {
     return plan.shared_bytes <= limit &&
            device::active_clusters(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, plan.cluster,
                                    plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
   };
-  if (properties.clusters) {
+  if (properties.clusters && on_chip) {
     // Two blocks on a multiprocessor hide each other's loads, merges and coefficients (three would need 80 registers,
     // and spill). 16 blocks are non-portable, and fewer, larger ones come before them.
     const int two = properties.shared_per_multiprocessor / 2 - properties.shared_reserved;
@@ -145,15 +146,17 @@ Plan choose(int64_t vocab, int device) {
   throw std::runtime_error("logits: a vocabulary of " + std::to_string(vocab) + " is too large for this device");
 }
 
-std::map<std::tuple<int64_t, int, DType>, Plan> known_plans;
+std::map<std::tuple<int64_t, int, DType, bool>, Plan> known_plans;
 std::mutex known_plans_mutex;
 
+// Asking the runtime costs more than a launch. A shard's passes are launches of their own: nothing stays on chip.
 template <class Logit>
-Plan plan_for(DType dtype, int64_t vocab, int device) {  // asking the runtime costs more than a launch
+Plan plan_for(const RowParams& p, int device) {
+  const bool on_chip = !p.statistics && !p.gathered;
   const std::lock_guard<std::mutex> lock(known_plans_mutex);
-  const auto key = std::make_tuple(vocab, device, dtype);
+  const auto key = std::make_tuple(p.vocab, device, p.dtype, on_chip);
   auto at = known_plans.find(key);
-  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit>(vocab, device)).first;
+  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit>(p.vocab, device, on_chip)).first;
   return at->second;
 }
 
@@ -165,13 +168,12 @@ void load_rows(int device) {
 
 template <class Logit>
 void run(const RowParams& p, const CudaCall& call) {
-  const bool mean = p.reduction == Reduction::MEAN && !p.upstream;
-  if (mean)
-    device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p,
-                   static_cast<const float*>(call.normalizer), call.workspace);
+  // Statistics need no normaliser, and coefficients have it in them.
+  const bool mean = p.reduction == Reduction::MEAN && !p.statistics && !(p.upstream && p.coefficients);
+  if (mean) device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p, call.workspace);
   const double* const inverse = mean ? call.workspace : nullptr;
   if (p.rows > 0) {
-    Plan plan = plan_for<Logit>(p.dtype, p.vocab, call.device);
+    Plan plan = plan_for<Logit>(p, call.device);
     plan.launch.inverse_normalizer = const_cast<double*>(inverse);
     plan.launch.losses = call.workspace ? call.workspace + 1 : nullptr;
     device::launch(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, p.rows * plan.cluster,
@@ -222,7 +224,6 @@ void scale_rows_cuda(DType dtype, void* x, int64_t rows, int64_t columns, int64_
 std::string why_not_cuda(int device) {
   try {
     const device::Guard guard(device);
-    if (device::properties(device).capability < 80) return "it needs compute capability 8.0 or later";
     load_rows<float>(device);
     load_rows<BFloat16>(device);
     load_rows<Float16>(device);

@@ -11,8 +11,7 @@ namespace tnt {
 struct CudaCall {
   int device;
   void* stream;
-  const void* normalizer;  // () float on the device, or null: RowParams has it
-  double* workspace;       // (1 + N) doubles on the device: 1 / normaliser, then the rows' weighted losses
+  double* workspace;  // (1 + N) doubles on the device: 1 / normaliser, then the rows' weighted losses
 };
 
 void run_rows_cuda(const RowParams&, const CudaCall&);
@@ -22,7 +21,7 @@ void run_rows_cuda(const RowParams&, const CudaCall&);
 void scale_rows_cuda(DType, void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor, int device,
                      void* stream);
 
-// Why a device cannot be served; empty where it can. Loads the kernels, so that a graph capture need not.
+// Why the kernels fail on a device; empty where they do not. Loads the kernels, so that a graph capture need not.
 std::string why_not_cuda(int device);
 
 // Of the launches per vocabulary and device, in case the device is not what it was: for the tests' model of one.

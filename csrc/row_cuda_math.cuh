@@ -2,6 +2,7 @@
 // stored types. The formulas stand in row_math.h.
 #pragma once
 
+#include "params.h"
 #include "row_device.cuh"
 #include "row_math.h"
 
@@ -217,6 +218,23 @@ struct Sums {
     label_r = sum_of_warp(label_r);
   }
 
+  // As row_math.h packs RowStatistics: number by number what is kept here.
+  TNT_DEVICE void pack(float* to) const {
+    const float* const values = reinterpret_cast<const float*>(this);
+#pragma unroll
+    for (int i = 0; i < ROW_STATISTICS; ++i) to[i] = values[i];
+  }
+  // Of a slice without entries a maximum says nothing.
+  TNT_DEVICE void unpack(const float* from) {
+    float* const values = reinterpret_cast<float*>(this);
+#pragma unroll
+    for (int i = 0; i < ROW_STATISTICS; ++i) values[i] = from[i];
+    if (z_sum == 0.0f) z_max = LOWEST;
+    if (r_sum == 0.0f) r_max = LOWEST;
+    if (zs_sum == 0.0f) zs_max = LOWEST;
+    if (rs_sum == 0.0f) rs_max = LOWEST;
+  }
+
   TNT_DEVICE RowStatistics statistics() const {
     RowStatistics s;
     s.policy = {z_max, z_sum, z_moment};
@@ -230,6 +248,7 @@ struct Sums {
   }
 };
 constexpr int SUMS = sizeof(Sums) / sizeof(float);
+static_assert(SUMS == ROW_STATISTICS, "Sums are what row_math.h packs");
 
 // --------------------------------------------------------------------------------------------------- coefficients
 

@@ -37,7 +37,6 @@ __device__ __forceinline__ int shuffle_xor(int x, int mask) { return __shfl_xor_
 __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ uint32_t shuffle_up(uint32_t x) { return __shfl_up_sync(0xffffffffu, x, 1); }
 __device__ __forceinline__ uint32_t atomic_or(uint32_t* at, uint32_t bits) { return atomicOr(at, bits); }
-__device__ __forceinline__ void atomic_add(int* at, int x) { atomicAdd(at, x); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 

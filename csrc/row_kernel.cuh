@@ -1,7 +1,8 @@
 // One row, by the blocks of a cluster, each with a slice of the columns. First pass: statistics, as the data arrives.
 // Merge: threads of a warp, warps of a block, blocks of the cluster, always in the same order. Second pass: what the
 // loss still lacks, and the gradient. ON_CHIP the slices of both rows lie in shared memory by then (sm_90 and later);
-// otherwise the second pass reads them again, backwards, as the L2 cache holds what came last.
+// otherwise the second pass reads them again, backwards, as the L2 cache holds what came last. The launches of a
+// sharded vocabulary (params.h) are steps of the latter kind: between its passes the devices exchange what they found.
 #pragma once
 
 #include "row_cuda.h"
@@ -24,11 +25,11 @@ struct RowLaunch {
 struct RowShared {
   uint64_t arrivals[CHUNKS];
   uint32_t flags;
-  int set_size;  // of this slice
+  Sums sums;  // of the row: no register holds them through the second pass
   RowCoefficients row;
   Coefficients c;
   float warps[MAX_WARPS][SUMS];
-  float peers[MAX_CLUSTER][SUMS + 1];  // and the slice's set size
+  float peers[MAX_CLUSTER][SUMS];
   float warp_parts[MAX_WARPS][2];
   float peer_parts[MAX_CLUSTER][2];
 };
@@ -74,10 +75,7 @@ class RowBlock {
       return lost();
     }
     if (ON_CHIP && pair_ && !r_copied_) copy_late_reference();
-    if (p_.upstream)
-      gradient_only();
-    else
-      forward();
+    compute();
   }
 
  private:
@@ -91,6 +89,8 @@ class RowBlock {
     if (g_) fill(0.0f);
     if (!leader()) return;
     if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0.0f;
+    write_statistics(Sums());
+    write_parts(0, 0);
     write_stats(0, NAN, NAN, NAN, NAN);
     write_loss(0);
   }
@@ -100,6 +100,8 @@ class RowBlock {
     if (g_) fill(gradient_factor() == 0 ? 0.0f : NAN);
     if (!leader() || p_.upstream) return;
     if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = row_weight_ == 0 ? 0.0f : NAN;
+    write_statistics(Sums());
+    write_parts(NAN, NAN);
     write_stats(NAN, NAN, NAN, NAN, NAN);
     write_loss(row_weight_ == 0 ? 0.0 : double(NAN));
   }
@@ -116,12 +118,9 @@ class RowBlock {
 
   TNT_DEVICE void collect_set() {
     pushed_ = weight_ < 0.0f;
-    invalid_ = label_ < 0 || label_ >= p_.vocab;
+    invalid_ = label_ < 0 || label_ >= p_.vocab_size;
     for (int64_t i = thread_; i < l_.mask_bytes / 4; i += THREADS) mask_[i] = 0;
-    if (thread_ == 0) {
-      s_.flags = 0;
-      s_.set_size = 0;
-    }
+    if (thread_ == 0) s_.flags = 0;
     device::sync_block();
     if (p_.negative_ids) {
       const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
@@ -129,7 +128,7 @@ class RowBlock {
       for (int64_t k = thread_; k < p_.negative_ids_count; k += THREADS) {
         const int64_t id = ids[k];
         if (id == -1) continue;
-        flags |= HAS_IDS | (id < 0 || id >= p_.vocab ? ID_OUTSIDE : 0) | (id == label_ ? LABEL_AMONG_IDS : 0);
+        flags |= HAS_IDS | (id < 0 || id >= p_.vocab_size ? ID_OUTSIDE : 0) | (id == label_ ? LABEL_AMONG_IDS : 0);
         mark(id);
       }
       if (flags) device::atomic_or(&s_.flags, flags);
@@ -147,9 +146,9 @@ class RowBlock {
       if ((kind_ == UNLIKELIHOOD || kind_ == NEGATIVE_LIKELIHOOD) && pushed_) row_weight_ *= -weight_;
     }
     // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
-    partial_ = -1;
-    if (is_kl() && pushed_ && weight_ > -1.0f && !(flags & LABEL_AMONG_IDS)) {
-      partial_ = label_;
+    in_part_ = is_kl() && pushed_ && weight_ > -1.0f && !(flags & LABEL_AMONG_IDS);
+    if (in_part_) {
+      if (here(label_)) partial_ = label_ - p_.vocab_offset;
       kappa_ = 1.0f + weight_;
       log_kappa_ = log1pf(weight_);
     }
@@ -158,11 +157,13 @@ class RowBlock {
     device::sync_block();
   }
 
-  // Ids that another block holds, or that lie outside, are not marked.
+  // Whether an id of the whole vocabulary is one of these columns. Any 64-bit number may come.
+  TNT_DEVICE bool here(int64_t id) const { return id >= p_.vocab_offset && id < p_.vocab_offset + p_.vocab; }
+
+  // Ids that another block or device holds, or that lie outside, are not marked.
   TNT_DEVICE void mark(int64_t id) {
-    if (id < begin_ || id >= end_) return;
-    const uint32_t bit = 1u << ((id - begin_) & 31);
-    if (!(device::atomic_or(mask_ + (id - begin_) / 32, bit) & bit)) device::atomic_add(&s_.set_size, 1);
+    const int64_t at = here(id) ? id - p_.vocab_offset - begin_ : -1;
+    if (at >= 0 && at < end_ - begin_) device::atomic_or(mask_ + at / 32, 1u << (at & 31));
   }
 
   // ---- reading. Element v belongs to a thread by v alone, wherever the row begins in memory: equal rows give equal
@@ -400,29 +401,24 @@ class RowBlock {
     });
   }
 
-  // From the threads' sums to those of the row and its set size, on the first warp of every block.
-  TNT_DEVICE int merge(Sums& sums) {
+  // From the threads' sums to those of the row, on the first warp of every block.
+  TNT_DEVICE void merge(Sums& sums) {
     const int warp = thread_ / device::WARP, lane = thread_ % device::WARP;
     sums.merge_warp(pair_, set_, t_);
     if (lane == 0) copy(sums, s_.warps[warp]);
     device::sync_block();
-    int set_size = s_.set_size;
     if (warp == 0) {
       sums = Sums();
       if (lane < WARPS) copy(s_.warps[lane], sums);
       sums.merge_warp(pair_, set_, t_);
     }
-    if (blocks_ == 1) {
-      device::cluster_wait();
-      return set_size;
-    }
     device::cluster_wait();  // for what all blocks did at their start
+    if (blocks_ == 1) return;
     if (warp == 0 && lane < blocks_) {
       float values[SUMS];
       copy(sums, values);
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) device::store_remote(s_.peers[rank_] + i, lane, values[i]);
-      device::store_remote(s_.peers[rank_] + SUMS, lane, float(set_size));
     }
     device::cluster_arrive();
     device::cluster_wait();
@@ -430,9 +426,22 @@ class RowBlock {
       sums = Sums();
       if (lane < blocks_) copy(s_.peers[lane], sums);
       sums.merge_warp(pair_, set_, t_);
-      set_size = int(sum_of_warp(lane < blocks_ ? s_.peers[lane][SUMS] : 0.0f));
     }
-    return set_size;
+  }
+
+  // In place of a first pass: the sums of all shards, in rank order, on the first warp of every block. From 32 shards
+  // on, lane 0 holds the sums so far and the others the next shards'.
+  TNT_DEVICE void gather(Sums& sums) const {
+    if (thread_ >= device::WARP) return;
+    for (int64_t first = 0; first < p_.shards; first += device::WARP - 1) {
+      const int64_t shard = first + thread_ - 1;
+      if (thread_ > 0) sums = Sums();
+      if (thread_ > 0 && shard < p_.shards) {
+        const float* const at = static_cast<const float*>(p_.gathered) + shard * p_.gathered_stride;
+        sums.unpack(at + index_ * ROW_STATISTICS);
+      }
+      sums.merge_warp(pair_, set_, t_);
+    }
   }
   template <class From, class To>
   TNT_DEVICE static void copy(const From& from, To& to) {
@@ -582,102 +591,115 @@ class RowBlock {
 
   // ---- the calls
 
+  // What only the kernels in two passes are launched for; nothing of it is compiled into the others.
+  TNT_DEVICE const void* gathered() const { return ON_CHIP ? nullptr : p_.gathered; }
+  TNT_DEVICE const void* totals() const { return ON_CHIP ? nullptr : p_.totals; }
+  TNT_DEVICE float* statistics_out() const { return ON_CHIP ? nullptr : static_cast<float*>(p_.statistics); }
+  TNT_DEVICE float* parts_out() const { return ON_CHIP ? nullptr : static_cast<float*>(p_.parts); }
+
+  // A call with `upstream` that has the row's coefficients, of an earlier one.
+  TNT_DEVICE bool resumes() const { return p_.upstream && p_.coefficients; }
+
   TNT_DEVICE double gradient_factor() const {
-    if (p_.upstream) {
-      const float upstream = static_cast<const float*>(p_.upstream)[index_ * p_.upstream_stride];
-      const float scale = coefficients()[ROW_COEFFICIENTS - 1];
-      return scale == 0.0f || upstream == 0.0f ? 0 : double(scale) * double(upstream);
-    }
-    if (row_weight_ == 0.0f || kind_ == NONE) return invalid_ ? double(row_weight_) : 0;
-    return double(row_weight_) * (l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature;
+    double scale = double(row_weight_) * (l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature;
+    if (row_weight_ == 0.0f || kind_ == NONE) scale = invalid_ ? double(row_weight_) : 0;
+    if (resumes()) scale = double(coefficients()[ROW_COEFFICIENTS - 1]);
+    if (!p_.upstream) return scale;
+    const float upstream = static_cast<const float*>(p_.upstream)[index_ * p_.upstream_stride];
+    return scale == 0 || upstream == 0.0f ? 0 : scale * double(upstream);
   }
 
-  TNT_DEVICE RowScalars scalars(int set_size) const {
+  TNT_DEVICE RowScalars scalars() const {
     RowScalars row;
     row.loss = kind_;
     row.uniform = uniform();
     row.eps = p_.eps;
     row.nl_floor = p_.nl_floor;
     row.inverse_temperature = 1 / p_.temperature;
-    row.vocab = p_.vocab;
-    row.set_size = set_size;
+    row.vocab = p_.vocab_size;
+    row.set_size = p_.vocab_size - int64_t(s_.sums.kept);  // exact below 2^24 columns
     return row;
   }
 
-  TNT_DEVICE void forward() {
-    double scale = gradient_factor();
-    const bool write = g_ != nullptr && scale != 0;
-    const bool compute = kind_ != NONE || p_.row_stats;
+  // The steps of a row, of which every call leaves out some.
+  TNT_DEVICE void compute() {
+    const bool resumed = resumes(), counts = !resumed && (kind_ != NONE || p_.row_stats);
     Sums sums;
-    int set_size = 0;
-    if (compute) {
+    if (counts && !gathered()) {
       statistics(sums);
-      set_size = merge(sums) - (partial_ >= 0 ? 1 : 0);
+      merge(sums);
     } else {
       if (ON_CHIP) await_copies(EVERYTHING);
       device::cluster_wait();
+      if (counts && gathered()) gather(sums);
+    }
+    if (statistics_out()) {
+      if (leader()) write_statistics(sums);
+      return;
     }
     if (thread_ == 0) {
-      const RowScalars row = scalars(set_size);
-      s_.row = compute ? row_coefficients(row, sums.statistics()) : RowCoefficients();
-      s_.c.fill(s_.row, row, scale);
+      s_.sums = sums;
+      s_.row = counts ? row_coefficients(scalars(), sums.statistics()) : RowCoefficients();
+      if (resumed) read_coefficients();
+      if (totals()) add_totals();
+      s_.c.fill(s_.row, scalars(), gradient_factor());
     }
     device::sync_block();
-    double known = s_.row.loss;
-    if (kind_ == NEGATIVE_LIKELIHOOD) {
+    const bool write = g_ && s_.c.scale != 0.0f && s_.c.scale == s_.c.scale;
+    const bool lacks = !resumed && !totals();  // a part of the loss
+    const bool kl = lacks && is_kl(), waits = kl && kind_ == REVERSE_KL && uniform();
+    if (lacks && kind_ == NEGATIVE_LIKELIHOOD) {
       float loss = 0.0f, active = 0.0f;
       negative_likelihood(loss, active);
       const Parts parts = sum_parts(loss, active);
-      known = parts.loss;
+      if (leader()) write_parts(parts.loss, parts.active);
       if (thread_ == 0) {
-        s_.row.weight *= parts.active;
-        s_.row.set_value = parts.active;
-        s_.c.fill(s_.row, scalars(set_size), scale);
+        s_.row.loss += parts.loss;
+        // Without a floor, which would have the gradient wait, the other shards' tokens are active too.
+        set_active(parts_out() ? double(scalars().set_size) : parts.active);
+        s_.c.fill(s_.row, scalars(), gradient_factor());
       }
       device::sync_block();
+    } else if (!kl && leader()) {
+      write_parts(0, 0);
     }
-    if (is_kl()) {
-      const bool first = kind_ == REVERSE_KL && uniform();  // its gradient needs the KL
-      known += sum_parts(second_pass(write && !first), 0.0f).loss;
-      if (first) {
-        if (thread_ == 0) s_.c.loss = float(s_.row.loss = known);
-        device::sync_block();
-        if (write) second_pass(true);
-      }
-    } else if (write) {
-      second_pass(true);
+    // Pass 0 sums the loss, and writes unless the gradient needs the KL first; pass 1 writes alone.
+    const int end = write && (waits || !kl) ? 2 : 1;
+    for (int pass = kl ? 0 : 1; pass < end; ++pass) {
+      const float loss = second_pass(write && (pass == 1 || !waits));
+      if (pass == 1) break;
+      const double part = sum_parts(loss, 0.0f).loss;
+      if (leader()) write_parts(part, 0);
+      if (thread_ == 0) s_.c.loss = float(s_.row.loss += part);
+      if (waits) device::sync_block();
     }
-    // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN.
-    const bool lost = known != known || (known == INFINITY && (kind_ == REVERSE_KL || kind_ == UNLIKELIHOOD));
-    if (lost && scale != 0) {
-      scale = NAN;
-      device::sync_block();  // behind the row's own stores, which other threads of this block made
-    }
-    if (g_ && (scale == 0 || scale != scale)) fill(scale == 0 ? 0.0f : NAN);
-    if (!leader()) return;
-    if (p_.coefficients) {
-      const double* values = reinterpret_cast<const double*>(&s_.row);
-      for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) coefficients()[i] = float(values[i]);
-      coefficients()[ROW_COEFFICIENTS - 1] = float(scale);
-    }
-    if (p_.row_stats) diagnose(sums.statistics(), sums.label_z, sums.label_r, known);
-    write_loss(row_weight_ == 0.0f || kind_ == NONE ? 0 : double(row_weight_) * known);
+    device::sync_block();  // for the loss, and behind the row's stores
+    float scale = s_.c.scale;
+    if (scale != 0.0f && is_lost()) scale = NAN;
+    if (g_ && (scale == 0.0f || scale != scale)) fill(scale == 0.0f ? 0.0f : NAN);
+    if (!leader() || p_.upstream) return;
+    if (p_.coefficients) write_coefficients(scale);
+    if (p_.row_stats) diagnose();
+    write_loss(row_weight_ == 0.0f || kind_ == NONE ? 0 : double(row_weight_) * s_.row.loss);
   }
 
-  TNT_DEVICE void gradient_only() {
-    const double scale = gradient_factor();
-    if (thread_ == 0) {
-      double* values = reinterpret_cast<double*>(&s_.row);
-      for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) values[i] = double(coefficients()[i]);
-      s_.c.fill(s_.row, scalars(0), scale);
-    }
-    if (ON_CHIP) await_copies(EVERYTHING);
-    device::sync_block();
-    device::cluster_wait();
-    if (scale == 0 || scale != scale)
-      fill(scale == 0 ? 0.0f : NAN);
-    else
-      second_pass(true);
+  TNT_DEVICE void add_totals() {
+    const float* const sum = static_cast<const float*>(totals()) + index_ * ROW_PARTS;
+    s_.row.loss += double(sum[0]);
+    if (kind_ == NEGATIVE_LIKELIHOOD) set_active(double(sum[1]));
+  }
+  TNT_DEVICE void set_active(double tokens) {
+    s_.row.weight *= tokens;
+    s_.row.set_value = tokens;
+  }
+
+  // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN. A shard may not see the
+  // loss, but it sees why: in the coefficients.
+  TNT_DEVICE bool is_lost() const {
+    const double loss = s_.row.loss;
+    if (loss != loss || (loss == INFINITY && (kind_ == REVERSE_KL || kind_ == UNLIKELIHOOD))) return true;
+    if (!gathered() || !is_kl()) return false;
+    return s_.row.offset != s_.row.offset || (kind_ == REVERSE_KL && !(fabs(s_.row.kl_centre) < INFINITY));
   }
 
   // ---- results
@@ -685,6 +707,24 @@ class RowBlock {
   TNT_DEVICE float* coefficients() const {
     static_assert(sizeof(RowCoefficients) == (ROW_COEFFICIENTS - 1) * sizeof(double));
     return static_cast<float*>(p_.coefficients) + index_ * ROW_COEFFICIENTS;
+  }
+  TNT_DEVICE void read_coefficients() {
+    double* const values = reinterpret_cast<double*>(&s_.row);
+    for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) values[i] = double(coefficients()[i]);
+  }
+  TNT_DEVICE void write_coefficients(float scale) const {
+    const double* const values = reinterpret_cast<const double*>(&s_.row);
+    for (int i = 0; i < ROW_COEFFICIENTS - 1; ++i) coefficients()[i] = float(values[i]);
+    coefficients()[ROW_COEFFICIENTS - 1] = scale;
+  }
+
+  TNT_DEVICE void write_statistics(const Sums& sums) const {
+    if (statistics_out()) sums.pack(statistics_out() + index_ * ROW_STATISTICS);
+  }
+  TNT_DEVICE void write_parts(double loss, double active) const {
+    if (!parts_out()) return;
+    parts_out()[index_ * ROW_PARTS] = float(loss);
+    parts_out()[index_ * ROW_PARTS + 1] = float(active);
   }
 
   TNT_DEVICE void write_loss(double weighted) const {
@@ -695,18 +735,20 @@ class RowBlock {
       l_.losses[index_] = weighted;
   }
 
-  TNT_DEVICE void diagnose(const RowStatistics& s, float label_z, float label_r, double loss) const {
-    const double inverse_t = 1 / p_.temperature;
+  TNT_DEVICE void diagnose() const {
+    const RowStatistics s = s_.sums.statistics();
+    const float label_z = s_.sums.label_z, label_r = s_.sums.label_r;
+    const double inverse_t = 1 / p_.temperature, loss = s_.row.loss;
     const ExpSum all = tnt::merge(s.policy, s.policy_set, inverse_t);
     const double log_sum = ::log(all.sum), entropy = log_sum - all.moment / all.sum;
     double mass = negative_     ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum
                   : all.sum > 0 ? 0
                                 : NAN;
     double ref_mass = is_kl() && all.sum > 0 && s.reference.sum > 0 ? 0 : NAN;
-    if (partial_ >= 0) mass += ::exp((double(label_z) - all.max) * inverse_t) / all.sum;
+    if (in_part_) mass += ::exp((double(label_z) - all.max) * inverse_t) / all.sum;
     if (is_kl() && negative_) {  // p° itself: without κ on the partially pushed y
       ExpSum set = s.reference_set, everything = tnt::merge(s.reference, s.reference_set, inverse_t);
-      if (partial_ >= 0 && label_r != -INFINITY) {
+      if (in_part_ && label_r != -INFINITY) {
         set = tnt::merge(set, {double(label_r), 1, 0}, inverse_t);
         everything = tnt::merge(everything, {double(label_r), double(-weight_), 0}, inverse_t);
       }
@@ -734,10 +776,12 @@ class RowBlock {
   const Logit *z_, *r_;
   Logit* g_;
   Scales t_;
-  int64_t label_ = 0, partial_ = -1;
+  int64_t label_ = 0;
+  int64_t partial_ = -1;  // the column of a y with -1 < w < 0, if it lies in this shard
   float weight_ = 1, row_weight_ = 1, kappa_ = 1, log_kappa_ = 0;
   int kind_ = NONE, ready_ = 0;
-  bool pushed_ = false, negative_ = false, invalid_ = false, pair_ = false, set_ = false, r_copied_ = false;
+  bool pushed_ = false, negative_ = false, invalid_ = false, pair_ = false, set_ = false, in_part_ = false,
+       r_copied_ = false;
 };
 
 }  // namespace TNT_ISA

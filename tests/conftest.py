@@ -15,7 +15,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.stats.get("passed", [])
     lines = [value for r in reports for name, value in r.user_properties if name == "resources"]
     if lines:
-        terminalreporter.section("registers, stack, spills and shared memory of the Triton kernels")
+        terminalreporter.section("registers, stack, spills and shared memory of the GPU kernels")
         for line in sorted(lines):
             terminalreporter.write_line(line)
 

@@ -74,7 +74,7 @@ def build() -> ModuleType:
 def installed(module: ModuleType) -> Iterator[ModuleType]:
     """``backend="cuda"`` runs on the model while this is open."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "native", module)
+        patch.setattr(cuda, "module", module)
         patch.setattr(cuda, "why_not", lambda logits: "")
         patch.setattr(cuda, "_device", lambda x: 0)
         patch.setattr(cuda, "_stream", lambda x: 0)

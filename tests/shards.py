@@ -56,8 +56,8 @@ def run_shards(
     )  # fmt: skip
     launchers, shards = [BACKENDS[name].launch for name in names], len(sizes)
     # a row more than there are: blocks at a distance, as the header of a real collective leaves them
-    gathered = torch.full((shards, n + 1, ROW_STATISTICS), torch.nan, dtype=real)
-    parts = torch.full((shards, n, ROW_PARTS), torch.nan, dtype=real)
+    gathered = z.new_full((shards, n + 1, ROW_STATISTICS), torch.nan, dtype=real)
+    parts = z.new_full((shards, n, ROW_PARTS), torch.nan, dtype=real)
     gradient, loss = (
         torch.empty_like(z),
         z.new_empty((n,) if reduction == "none" else (), dtype=real),
@@ -96,7 +96,7 @@ def run_shards(
         )
         results.append((loss.clone(), None if stats is None else stats.clone()))
         if deferred:
-            up = torch.ones(1, dtype=real) if upstream is None else upstream.reshape(-1)
+            up = z.new_ones(1, dtype=real) if upstream is None else upstream.reshape(-1)
             launchers[shard](call._replace(gradient=mine, upstream=up))
     for other, other_stats in results[1:] if len(set(names)) == 1 else ():  # every rank alike
         torch.testing.assert_close(other, results[0][0], rtol=0, atol=0, equal_nan=True)

@@ -413,6 +413,35 @@ def test_gpu_suite_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(results["left_out"]) == len(cases) + 4 + len(gpu_suite.LINEAR_ROWS)
 
 
+def test_gpu_suite_checks_the_kernels_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas", reason="needs the extra bench")
+    from benchmarks import gpu_suite
+
+    asked: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], path: Path, seconds: float, **environment: str) -> str:
+        asked.append((command, path.name))
+        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return "exit status 0"
+
+    monkeypatch.setattr(gpu_suite, "_run", run)
+    out = tmp_path / "out"
+    gpu_suite.main(["--out", str(out), "--device", "cpu", "--tiny", "--budget", "0", "--sanitize"])
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    names = [*(f"cuda-{tool}" for tool in tools), "bench-memcheck", "bench-racecheck"]
+    assert [name for _, name in asked] == [f"{name}.log" for name in names]
+    checks = json.loads((out / "gpu.json").read_text())["checks"]
+    assert checks == dict.fromkeys(names, "exit status 0")
+    for command, name in asked:
+        # without it the tool's errors would not show in its exit status
+        assert command[1:5] == [
+            "--tool", name.rpartition("-")[2].removesuffix(".log"), "--error-exitcode", "1",
+        ]  # fmt: skip
+        assert ("tests/test_cuda.py" in command) == name.startswith("cuda-")
+
+
 def test_gpu_suite_reports_what_fails_and_what_is_wrong() -> None:
     from tnt_kernels.bench.steps import Step, measure_step
 

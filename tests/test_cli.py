@@ -30,6 +30,20 @@ def test_info_tells_what_the_native_kernels_are():
     assert f"selected: {native.selected_instruction_set()}" in text
     assert native.compiler in text
     assert (f"OpenMP {torch.get_num_threads()} threads" in text) == native.openmp()
+    assert ("CUDA kernels compiled for " in text) == hasattr(native, "run_rows_cuda")
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (_build_info.BuildInfo(cuda_missing="no nvcc"), "none: no nvcc"),
+        (_build_info.BuildInfo(cuda_architectures=("8.0", "9.0+PTX")), "compiled for 8.0, 9.0+PTX"),
+    ],
+)
+def test_info_tells_of_the_cuda_kernels(build, text, monkeypatch):
+    pytest.importorskip("tnt_kernels._C")
+    monkeypatch.setattr(_build_info, "load", lambda: build)
+    assert ("CUDA kernels", text) in cli.info()
 
 
 def test_info_without_native_kernels_says_why(monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from oracle import BF16, F16, F32, OBJECTIVES, Batch, Result, assert_agrees, mixed_batch, run, truth
+from shards import cuts, run_shards
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -29,8 +30,12 @@ def on_gpu(batch: Batch) -> Batch:
 
 
 def gpu_run(batch: Batch, **keywords: object) -> Result:
-    result = run(on_gpu(batch), "cuda", **keywords)  # type: ignore[arg-type]
-    return Result(result.loss.cpu(), result.gradient.cpu(), result.stats)
+    return on_cpu(run(on_gpu(batch), "cuda", **keywords))  # type: ignore[arg-type]
+
+
+def on_cpu(result: Result) -> Result:
+    stats = None if result.stats is None else tnt.RowStats(*(x.cpu() for x in result.stats))
+    return Result(result.loss.cpu(), result.gradient.cpu(), stats)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -43,6 +48,55 @@ def test_agreement(vocab: int, dtype: torch.dtype) -> None:
         again = gpu_run(batch)
         assert torch.equal(result.loss, again.loss)
         assert torch.equal(result.gradient.nan_to_num(7.0), again.gradient.nan_to_num(7.0))
+
+
+# `python -m benchmarks.gpu_suite --sanitize` runs these two under compute-sanitizer, which makes them slow.
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_small_rows(offset: int, dtype: torch.dtype) -> None:
+    """One block and a cluster of them, aligned or not; a gradient now and later."""
+    upstream = torch.linspace(-1, 2, 12)
+    for vocab, objective in itertools.product((17, 3001, 60001), OBJECTIVES[:4]):
+        batch = mixed_batch(vocab, dtype).with_options(method=objective)
+        wide = torch.zeros(12, vocab + 5, dtype=dtype)
+        wide[:, offset : offset + vocab] = batch.logits
+        moved = Batch(wide.cuda()[:, offset : offset + vocab], *_rest(on_gpu(batch)))
+        for reduction, per_row in (("mean", None), ("none", upstream)):
+            up = None if per_row is None else per_row.cuda()
+            result = on_cpu(run(moved, "cuda", reduction=reduction, upstream=up, return_stats=True))
+            assert_agrees(result, truth(batch), batch, reduction=reduction, upstream=per_row)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_small_shards(dtype: torch.dtype) -> None:
+    upstream = torch.linspace(-1, 2, 12)
+    for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES):
+        batch = mixed_batch(3001, dtype).with_options(method=objective, smoothing=smoothing)
+        for sizes, (reduction, per_row) in itertools.product(
+            cuts(3001), (("mean", None), ("none", upstream))
+        ):
+            up = None if per_row is None else per_row.cuda()
+            result = on_cpu(
+                run_shards(on_gpu(batch), "cuda", sizes, reduction=reduction, upstream=up)
+            )
+            label = f"{objective} {smoothing} {sizes}"
+            assert_agrees(
+                result, truth(batch), batch, reduction=reduction, upstream=per_row, label=label
+            )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_large_shards(dtype: torch.dtype) -> None:
+    for method in ("tnff", "tnrr", "ul+ll"):
+        batch = mixed_batch(128256, dtype).with_options(method=method)
+        result = on_cpu(run_shards(on_gpu(batch), "cuda", (64128, 64000, 128)))
+        assert_agrees(result, truth(batch), batch, label=method)
+
+
+def _rest(batch: Batch) -> tuple[object, ...]:
+    return batch.ref_logits, batch.labels, batch.weights, batch.options
 
 
 def test_more_than_2_to_the_31_elements() -> None:

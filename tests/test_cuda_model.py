@@ -15,6 +15,7 @@ from oracle import (
     F16,
     F32,
     INF,
+    MISSING,
     NAN,
     OBJECTIVES,
     Batch,
@@ -23,8 +24,11 @@ from oracle import (
     run,
     truth,
 )
+from shards import cuts, run_shards
 
 import tnt_kernels as tnt
+from tnt_kernels.backends import cuda
+from tnt_kernels.backends.call import RowCall
 
 # Clusters or not, the largest, bytes of shared memory a block: which path V = 803 takes.
 MACHINES = {
@@ -184,14 +188,141 @@ def test_the_same_bits_whatever_the_schedule(model: ModuleType) -> None:
 
 def test_scaling_on_the_device(model: ModuleType) -> None:
     model.machine(*MACHINES["one block"], SCHEDULES["forward"], 0)
-    from tnt_kernels.backends import cuda
-
     for dtype in DTYPES:
         x = torch.randn(7, 33).to(dtype)
         for factor in (1.0, 0.25):
             scaled = x.clone()
             cuda.scale_(scaled, torch.tensor(factor))
             assert torch.equal(scaled, x * factor)
+
+
+# ---- logits cut over the vocabulary: two passes, whatever the machine
+
+
+def check_shards(batch: Batch, label: str = "", every_cut: bool = True) -> None:
+    """The gradient as soon as it is known, and one that waits for backward."""
+    expected, upstream = truth(batch), torch.linspace(-1, 2, len(batch.labels))
+    some = list(cuts(batch.logits.size(-1)))
+    for sizes in some if every_cut else some[-1:]:
+        for reduction, per_row in (("mean", None), ("none", upstream)):
+            if reduction == "mean" and not expected.terms.loss.isfinite().all():
+                continue  # its gradients would be lost in a sum that is not finite
+            result = run_shards(batch, "cuda", sizes, reduction=reduction, upstream=per_row)
+            where = f"{reduction} {sizes} {label} {batch.options.get('method')}"
+            assert_agrees(
+                result, expected, batch, reduction=reduction, upstream=per_row, label=where
+            )
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype"),
+    [
+        ("two passes", F32),
+        ("two passes", F16),
+        ("cluster, two passes", F32),
+        ("cluster, two passes", BF16),
+    ],
+)
+def test_every_loss_of_shards(model: ModuleType, machine: str, dtype: torch.dtype) -> None:
+    for vocab, schedule in ((1, "forward"), (17, "reverse"), (803, "shuffled")):
+        model.machine(*MACHINES[machine], SCHEDULES[schedule], 0)
+        for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES):
+            batch = mixed_batch(vocab, dtype).with_options(method=objective, smoothing=smoothing)
+            check_shards(batch, f"V={vocab} {smoothing}", every_cut=vocab == 17)
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS, ids=lambda x: next(iter(x)))
+def test_keywords_of_shards(model: ModuleType, keywords: dict[str, Any]) -> None:
+    model.machine(*MACHINES["cluster, two passes"], SCHEDULES["forward"], 0)
+    for objective in OBJECTIVES[:4]:
+        batch = mixed_batch(803).with_options(method=objective, **keywords)
+        expected = truth(batch)
+        for normalizer in (None, 3.0, 0.0):
+            whole = batch if normalizer is None else batch.with_options(normalizer=normalizer)
+            result = run_shards(whole, "cuda", (300, 0, 503))
+            assert_agrees(
+                result, expected, batch, normalizer=normalizer, label=f"{keywords} {normalizer}"
+            )
+
+
+def test_edge_rows_of_shards(model: ModuleType) -> None:
+    """-inf on a whole shard; the maximum by far in one; what is lost in one is lost in all."""
+    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
+    z, r = torch.randn(2, 10, 90, generator=torch.Generator().manual_seed(0))
+    z[0, :40], r[1, 30:], z[2, 7], r[3, 80] = -INF, -INF, NAN, NAN
+    z[4, 50], z[5, 3], r[6, 60] = 1e4, INF, -INF  # reverse KL of row 6: +inf
+    z[7, 2] = -INF  # forward KL: +inf
+    z[8], r[8] = -1e4 * torch.rand(2, 90)
+    ids = torch.full((10, 90), -1)
+    ids[9] = torch.arange(90)  # nothing is left
+    weights = torch.tensor([1.0, -1, 1, 1, -0.5, 1, 1, 1, -1, -1])
+    for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES[:4]):
+        options = {"negative_ids": ids, "smoothing": smoothing, "method": objective}
+        batch = Batch(z, r, torch.arange(10) * 9, weights, options)
+        expected = truth(batch)
+        for sizes in ((40, 50), (30, 0, 60)):
+            result = run_shards(batch, "cuda", sizes, reduction="none", with_stats=False)
+            assert_agrees(
+                result, expected, batch, reduction="none", label=f"{objective} {smoothing}"
+            )
+
+
+def test_nothing_moves_at_the_reference_of_shards(model: ModuleType) -> None:
+    model.machine(*MACHINES["cluster, two passes"], SCHEDULES["reverse"], 0)
+    z = 4 * torch.randn(4, 803, generator=torch.Generator().manual_seed(0))
+    z[1] += 1000
+    z[2, :400] = -INF
+    for dtype, method in itertools.product(DTYPES, ("tnff", "tnrr")):
+        batch = Batch(z.to(dtype), z.to(dtype), torch.zeros(4, dtype=torch.long))
+        for sizes in cuts(803):
+            result = run_shards(batch.with_options(method=method, temperature=0.7), "cuda", sizes)
+            assert result.loss == 0
+            assert (result.gradient == 0).all()
+
+
+def test_more_shards_than_lanes(model: ModuleType) -> None:
+    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
+    for method, dtype in (("tnrf", F32), ("tnfll", BF16)):
+        batch = mixed_batch(70, dtype).with_options(method=method)
+        result = run_shards(batch, "cuda", (2,) * 33 + (0, 4))
+        assert_agrees(result, truth(batch), batch, label=method)
+
+
+def test_backends_understand_each_other(model: ModuleType) -> None:
+    """What travels means the same everywhere."""
+    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
+    upstream = torch.linspace(-1, 2, 12)
+    for objective, smoothing in itertools.product(OBJECTIVES[:4], ("negatives", "uniform")):
+        batch = mixed_batch(300).with_options(method=objective, smoothing=smoothing, nl_floor=-5.0)
+        expected = truth(batch)
+        for names in (("cpu", "cuda"), ("cuda", "torch"), ("torch", "cuda")):
+            if "cpu" in names and "cpu" in MISSING:
+                continue
+            result = run_shards(batch, names, (100, 200), reduction="none", upstream=upstream)
+            assert_agrees(result, expected, batch, reduction="none", upstream=upstream)
+
+
+def test_the_maximum_of_nothing_says_nothing(
+    model: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton sends 0 for it, far above these logits."""
+    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
+    launch = cuda.launch
+
+    def launch_like_triton(call: RowCall) -> None:
+        launch(call)
+        if call.statistics is not None:
+            for at in (0, 3, 6, 9):
+                call.statistics[:, at].masked_fill_(call.statistics[:, at + 1] == 0, 0.0)
+
+    monkeypatch.setattr(cuda, "launch", launch_like_triton)
+    for method in ("tnff", "tnrr", "ul+ll"):
+        batch = mixed_batch(300).with_options(method=method)
+        z, r = batch.logits - 300, batch.ref_logits - 300
+        z[:4, 100:], r[:4, 100:] = -INF, -INF  # the last of three shards holds nothing
+        batch = Batch(z, r, *_rest(batch)[1:])
+        result = run_shards(batch, "cuda", (60, 140, 100), reduction="none")
+        assert_agrees(result, truth(batch), batch, reduction="none", label=method)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

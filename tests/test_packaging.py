@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -198,3 +200,123 @@ def test_a_compiler_that_fails_is_an_error(tree):
     result = build(tree, "wheel", CXX="false")
     assert result.returncode != 0
     assert "TNT_KERNELS_SKIP_CPU_BUILD=1" in result.stderr
+
+
+# --- CUDA: with compilers that only say what they were asked ---------------------------------------
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA_HOME whose nvcc, and a C++ compiler, that write down their arguments and leave empty objects."""
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart_static.a").touch()
+    script = """#!/bin/sh
+echo "$@" >> "$0.log"
+while [ $# -gt 0 ]; do
+    case "$1" in -o) mkdir -p "$(dirname "$2")"; echo > "$2";; esac
+    shift
+done
+"""
+    for name in ("nvcc", "c++"):
+        tool = home / "bin" / name
+        tool.write_text(script)
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    return home
+
+
+def build_for_cuda(tree, toolkit, **environment):
+    """(result, the record of what was built)."""
+    defaults = {
+        "CXX": str(toolkit / "bin" / "c++"), "CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "",
+        "TNT_KERNELS_SKIP_CUDA_BUILD": "0", "TNT_KERNELS_FORCE_CUDA_BUILD": "0",
+    }  # fmt: skip
+    result = build(tree, "wheel", **{**defaults, **environment})
+    if result.returncode:
+        return result, None
+    with built_wheel(tree) as wheel:
+        return result, json.loads(wheel.read("tnt_kernels/_build_info.json"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "built", "flags"),
+    [
+        ("", ["8.0", "9.0", "10.0+PTX"], ["80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "100,code=compute_100"]),
+        ("8.6 9.0a", ["8.6", "9.0a"], ["86,code=sm_86", "90a,code=sm_90a"]),
+    ],
+)  # fmt: skip
+def test_nvcc_is_asked_for_these_architectures(tree, toolkit, listed, built, flags):
+    result, record = build_for_cuda(
+        tree, toolkit, TORCH_CUDA_ARCH_LIST=listed, TNT_KERNELS_FORCE_CUDA_BUILD="1", MAX_JOBS="3"
+    )
+    assert result.returncode == 0, result.stderr
+    assert record["cuda_missing"] == ""
+    assert record["cuda_architectures"] == built
+    (asked,) = (toolkit / "bin" / "nvcc.log").read_text().splitlines()
+    assert re.findall(r"-gencode=arch=compute_(\S+)", asked) == flags
+    assert "--threads=3" in asked
+    linked = (toolkit / "bin" / "c++.log").read_text().splitlines()[-1]
+    assert f"-L{toolkit}/lib64 -lcudart_static" in linked
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"TNT_KERNELS_SKIP_CUDA_BUILD": "1"}, "TNT_KERNELS_SKIP_CUDA_BUILD was set"),
+        ({"CUDA_HOME": "/nowhere"}, "no nvcc at installation (CUDA_HOME"),
+    ],
+    ids=["skipped", "no nvcc"],
+)
+def test_without_cuda_the_record_says_why(tree, toolkit, environment, reason):
+    result, record = build_for_cuda(tree, toolkit, **environment)
+    assert result.returncode == 0, result.stderr
+    assert reason in record["cuda_missing"]
+    assert record["cuda_architectures"] == []
+    assert record["native_missing"] == ""
+    assert not (toolkit / "bin" / "nvcc.log").exists()
+
+
+def test_an_nvcc_that_fails_is_an_error(tree, toolkit):
+    (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\necho unsupported GNU version >&2; exit 1\n")
+    result, _ = build_for_cuda(tree, toolkit)
+    assert result.returncode != 0
+    assert "unsupported GNU version" in result.stderr
+    assert "TNT_KERNELS_SKIP_CUDA_BUILD=1" in result.stderr
+
+
+def test_a_forced_cuda_build_without_nvcc_is_an_error(tree, toolkit):
+    forced = {"CUDA_HOME": "/nowhere", "TNT_KERNELS_FORCE_CUDA_BUILD": "1"}
+    result, _ = build_for_cuda(tree, toolkit, **forced)
+    assert result.returncode != 0
+    assert "TNT_KERNELS_FORCE_CUDA_BUILD is set" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"), [("7.5 9.0", "need 8.0 or later"), ("sm_90", "expected one like 9.0")]
+)
+def test_architectures_that_cannot_be_are_an_error(tree, toolkit, listed, message):
+    result, _ = build_for_cuda(tree, toolkit, TORCH_CUDA_ARCH_LIST=listed)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+# --- The types of the compiled module ----------------------------------------------------------------
+
+
+def test_the_stubs_know_the_compiled_module():
+    """Every function, with as many arguments; those for CUDA where they are built."""
+    native = pytest.importorskip("tnt_kernels._C")
+    text = Path(tnt_kernels.__file__).with_name("_C.pyi").read_text()
+    stubs = {
+        node.name: len(node.args.posonlyargs) + len(node.args.args)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    functions = [name for name in dir(native) if callable(getattr(native, name))]
+    assert set(functions) <= set(stubs)
+    if hasattr(native, "run_rows_cuda"):
+        assert set(stubs) == set(functions)
+    for name in functions:
+        signature = getattr(native, name).__doc__.partition(" -> ")[0]
+        assert signature.count(": ") == stubs[name], name

@@ -291,6 +291,18 @@ def test_compiled(inplace: bool) -> None:
 # --- a sharded vocabulary: the three launches in one process ------------------------------------------------------
 
 
+def check_kept(batch: Batch, objective: tnt.Objective, kept: Tensor) -> None:
+    """The number of columns outside the set, from which the other backends learn how many it holds."""
+    vocab, kl = batch.logits.size(-1), objective.negative in ("forward_kl", "reverse_kl")
+    for row, ids in enumerate(batch.options["negative_ids"].tolist()):
+        label, weight = int(batch.labels[row]), float(batch.weights[row])
+        held = {k for k in ids if k >= 0}
+        if weight < 0 and not (kl and weight > -1):
+            held.add(label)
+        if held and weight != 0 and label != -100 and objective.negative != "none":
+            assert kept[row] == vocab - len(held), row
+
+
 def sharded(batch: Batch, cuts: list[int], reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and statistics of logits cut at these columns."""
     options = dict(batch.options)
@@ -318,6 +330,7 @@ def sharded(batch: Batch, cuts: list[int], reduction: str) -> tuple[Tensor, Tens
     gathered = torch.empty(len(edges), rows, ROW_STATISTICS, **make)
     for shard, (begin, end) in enumerate(edges):
         launch(call(begin, end, statistics=gathered[shard], stats=stats))
+    check_kept(batch, objective, gathered[..., -1].sum(0))
     parts = torch.empty(len(edges), rows, ROW_PARTS, **make)
     gradient = torch.empty_like(batch.logits)
     waits = gradient_needs_totals(scalars)

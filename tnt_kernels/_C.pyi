@@ -1,4 +1,7 @@
-"""The compiled module (csrc/bind.cpp). Addresses are integers, 0 for what is absent; strides count elements."""
+"""The compiled module (csrc/bind.cpp). Addresses are integers, 0 for what is absent; strides count elements.
+
+The functions that end in "cuda" are there where it was built with nvcc (csrc/bind_cuda.h).
+"""
 
 INTERFACE: int
 ROW_COEFFICIENTS: int
@@ -37,8 +40,9 @@ def run_rows(
     temperature: float,
     ignore_index: int,
     reduction: int,
+    normalizer: int,
     has_normalizer: bool,
-    normalizer: float,
+    normalizer_value: float,
     statistics: int,
     gathered: int,
     gathered_stride: int,
@@ -55,3 +59,62 @@ def run_rows(
     threads: int,
     /,
 ) -> None: ...
+def run_rows_cuda(
+    dtype: int,
+    rows: int,
+    vocab: int,
+    vocab_offset: int,
+    vocab_size: int,
+    logits: int,
+    logits_stride: int,
+    ref_logits: int,
+    ref_logits_stride: int,
+    labels: int,
+    weights: int,
+    alpha: int,
+    alpha_stride: int,
+    alpha_value: float,
+    negative_ids: int,
+    negative_ids_stride: int,
+    negative_ids_count: int,
+    positive_loss: int,
+    negative_loss: int,
+    uniform_smoothing: bool,
+    eps: float,
+    nl_floor: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: int,
+    normalizer: int,
+    has_normalizer: bool,
+    normalizer_value: float,
+    statistics: int,
+    gathered: int,
+    gathered_stride: int,
+    shards: int,
+    parts: int,
+    totals: int,
+    loss: int,
+    row_stats: int,
+    coefficients: int,
+    grad: int,
+    grad_stride: int,
+    upstream: int,
+    upstream_stride: int,
+    device: int,
+    stream: int,
+    workspace: int,
+    /,
+) -> None: ...
+def scale_rows_cuda(
+    dtype: int,
+    x: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    factor: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def why_not_cuda(device: int, /) -> str: ...

@@ -71,6 +71,8 @@ def _native() -> list[tuple[str, str]]:
         ("", f"selected: {_C.selected_instruction_set()}"),
         ("OpenMP", f"{threads} threads" if _C.openmp() else "built without: one thread"),
     ]
+    cuda = "none: " + build.cuda_missing if build.cuda_missing else "compiled for "
+    lines.append(("CUDA kernels", cuda + ", ".join(build.cuda_architectures)))
     if build.sanitize:
         lines.append(("sanitizers", build.sanitize))
     return lines

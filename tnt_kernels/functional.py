@@ -144,7 +144,7 @@ def tnt_loss(
             call (on a CPU, in every call) they also exchange checksums of what must be the same.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.
-        backend: "cpu", "triton", "cuda" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
+        backend: "cpu", "cuda", "triton" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the first that serves these
             tensors.
 
     Returns:

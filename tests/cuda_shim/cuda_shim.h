@@ -97,7 +97,6 @@ inline uint32_t atomic_or(uint32_t* at, uint32_t bits) {
   *at |= bits;
   return before;
 }
-inline void atomic_add(int* at, int x) { *at += x; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tnt_kernels.backends import cpu, cuda, eager, triton
 
-#: By name, the first that serves the tensors is taken. Importing one queries no device and loads no compiler. The CUDA
-#: kernels stand behind Triton's until both have been timed on a GPU.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
+#: By name, the first that serves the tensors is taken. Importing one queries no device and loads no compiler.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": eager}
 
 
 def availability() -> dict[str, str]:
@@ -34,6 +33,8 @@ def select(logits: Tensor, requested: str | None) -> str:
         for name, backend in BACKENDS.items():
             if not backend.why_not(logits):
                 return name
+            if backend is cuda:
+                cuda.warn_of_failure(logits)
     if requested not in BACKENDS:
         raise ValueError(
             f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}"

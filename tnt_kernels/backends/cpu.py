@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from tnt_kernels import _build_info
+from tnt_kernels.backends import native
 from tnt_kernels.backends.call import RowCall, describe, scale_by_item
-
-_INTERFACE = 2  # of csrc/bind.cpp
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-
-try:
-    from tnt_kernels import _C
-except ImportError as error:
-    _missing = _build_info.load().native_missing or str(error)
-else:
-    _missing = ""
-    if _C.INTERFACE != _INTERFACE:
-        _missing = (
-            f"tnt_kernels._C is stale: it has interface {_C.INTERFACE}, this package expects {_INTERFACE}; "
-            "install tnt_kernels again"
-        )
 
 scale_ = scale_by_item
 
 
 def why_not(logits: Tensor | None) -> str:
     """Why this backend cannot serve these logits, or (None) any; empty where it can."""
-    if _missing or logits is None:
-        return _missing
+    if native.missing or logits is None:
+        return native.missing
     return (
         ""
         if logits.device.type == "cpu"
@@ -40,55 +22,6 @@ def why_not(logits: Tensor | None) -> str:
     )
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def launch(call: RowCall) -> None:
-    logits, ref_logits, alpha, ids = call.logits, call.ref_logits, call.alpha, call.negative_ids
-    gradient, upstream, gathered, s = call.gradient, call.upstream, call.gathered, call.scalars
-    rows, vocab = logits.shape
-    normalizer = s.normalizer_value if call.normalizer is None else float(call.normalizer)
-    _C.run_rows(
-        _DTYPES[logits.dtype],
-        rows,
-        vocab,
-        call.vocab_offset,
-        call.vocab_size,
-        logits.data_ptr(),
-        logits.stride(0),
-        _address(ref_logits),
-        0 if ref_logits is None else ref_logits.stride(0),
-        call.labels.data_ptr(),
-        _address(call.weights),
-        _address(alpha),
-        0 if alpha is None or alpha.numel() == 1 else alpha.stride(0),
-        s.alpha_value,
-        _address(ids),
-        ids.size(-1) if ids is not None and ids.dim() == 2 else 0,
-        0 if ids is None else ids.size(-1),
-        s.positive_loss,
-        s.negative_loss,
-        s.uniform_smoothing,
-        s.eps,
-        -math.inf if s.nl_floor is None else s.nl_floor,
-        s.temperature,
-        s.ignore_index,
-        _REDUCTIONS[s.reduction],
-        normalizer is not None,
-        0.0 if normalizer is None else normalizer,
-        _address(call.statistics),
-        _address(gathered),
-        0 if gathered is None else gathered.stride(0),
-        0 if gathered is None else gathered.size(0),
-        _address(call.parts),
-        _address(call.totals),
-        _address(call.loss),
-        _address(call.stats),
-        _address(call.coefficients),
-        _address(gradient),
-        0 if gradient is None else gradient.stride(0),
-        _address(upstream),
-        0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
-        torch.get_num_threads(),
-    )
+    assert native.module is not None
+    native.module.run_rows(*native.row_arguments(call), torch.get_num_threads())

@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from types import ModuleType
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tnt_kernels import _build_info
+from tnt_kernels.backends import native
 from tnt_kernels.backends.call import RowCall, describe
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_T = TypeVar("_T")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row's set is a bit per column in shared memory, of which the smallest devices have 99 KiB a block.
 _MAX_VOCAB = 2**19
+_CAPABILITY = (8, 0)
 
-native: ModuleType | None
-try:
-    from tnt_kernels import _C
-except ImportError as error:
-    native, _missing = None, _build_info.load().native_missing or str(error)
-else:
-    native, _missing = _C, ""
-    if not hasattr(_C, "run_rows_cuda"):
-        _missing = _build_info.load().cuda_missing or "tnt_kernels._C was built without CUDA"
+module = native.module
+_missing = native.missing
+if module is not None and not hasattr(module, "run_rows_cuda"):
+    _missing = _build_info.load().cuda_missing or "tnt_kernels._C was built without CUDA"
+
+
+def _constant(function: Callable[[int], _T]) -> Callable[[int], _T]:
+    """A compiler that traces a call takes the function's answer as it is.
+
+    ``torch.compiler.assume_constant_result``, without the import of the compiler. It looks through ``functools.cache``.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _why_not_device(index: int) -> str:
+    return _reason(index)
+
+
+@_constant
+def _warn_of_failure(index: int) -> None:
+    _warn_once(index)
 
 
 @functools.cache
-def _why_not_device(index: int) -> str:
-    """Asks the kernels' own CUDA runtime, once a device; a driver that is too old for it is said once."""
-    assert native is not None
-    reason = str(native.why_not_cuda(index))
-    if reason:
+def _reason(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _CAPABILITY:
+        return f"it needs compute capability 8.0 or later, cuda:{index} has {'.'.join(map(str, capability))}"
+    return _failure(index)
+
+
+@functools.cache
+def _warn_once(index: int) -> None:
+    if torch.cuda.get_device_capability(index) >= _CAPABILITY and (reason := _failure(index)):
         warnings.warn(
-            f"tnt_kernels: the CUDA kernels cannot use cuda:{index} ({reason}); using the next backend",
+            f"tnt_kernels: the CUDA kernels are built, but fail on cuda:{index} ({reason}); "
+            "taking the next backend",
             stacklevel=2,
         )
-    return reason
+
+
+@functools.cache
+def _failure(index: int) -> str:
+    """Asks the kernels' own CUDA runtime, once a device: the driver may be too old for it."""
+    assert module is not None
+    return str(module.why_not_cuda(index))
 
 
 def why_not(logits: Tensor | None) -> str:
@@ -47,14 +75,28 @@ def why_not(logits: Tensor | None) -> str:
     if _missing:
         return _missing
     if logits is None:
-        return "" if torch.cuda.is_available() else "no NVIDIA GPU that this torch can use"
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            return "no NVIDIA GPU that this torch can use"
+        reasons = [_why_not_device(index) for index in range(torch.cuda.device_count())]
+        return "" if "" in reasons else reasons[0]
+    return _unsuited(logits) or _why_not_device(_device(logits))
+
+
+def warn_of_failure(logits: Tensor) -> None:
+    """Says, once a device, why logits that this backend should serve go to another one."""
+    if not (_missing or _unsuited(logits)):
+        _warn_of_failure(_device(logits))
+
+
+def _unsuited(logits: Tensor) -> str:
+    """Why these logits are not for any GPU of this backend."""
     if logits.device.type != "cuda" or torch.version.hip is not None:
         return f"it takes tensors on an NVIDIA GPU, logits are {describe(logits)}"
     if logits.dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, logits are {describe(logits)}"
     if logits.size(-1) > _MAX_VOCAB:
         return f"it takes up to {_MAX_VOCAB} columns, logits have {logits.size(-1)}"
-    return _why_not_device(_device(logits))
+    return ""
 
 
 def _device(x: Tensor) -> int:
@@ -62,11 +104,7 @@ def _device(x: Tensor) -> int:
 
 
 def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
 def scale_(gradient: Tensor, scale: Tensor) -> None:
@@ -80,10 +118,10 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
     ):
         gradient.mul_(scale)
         return
-    assert native is not None
+    assert module is not None
     columns = gradient.numel()
-    native.scale_rows_cuda(
-        _DTYPES[gradient.dtype],
+    module.scale_rows_cuda(
+        native.DTYPES[gradient.dtype],
         gradient.data_ptr(),
         1,
         columns,
@@ -95,51 +133,10 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 
 
 def launch(call: RowCall) -> None:
-    assert native is not None
-    if call.statistics is not None or call.gathered is not None:
-        raise RuntimeError(
-            'backend="cuda" does not serve a sharded vocabulary yet, expected "triton" or "torch"'
-        )
-    logits, ref_logits, alpha, ids = call.logits, call.ref_logits, call.alpha, call.negative_ids
-    gradient, upstream, s = call.gradient, call.upstream, call.scalars
-    rows, vocab = logits.shape
+    assert module is not None
+    logits = call.logits
     # 1 / normaliser, and the rows' losses until they are summed
-    workspace = torch.empty(1 + rows, dtype=torch.float64, device=logits.device)
-    native.run_rows_cuda(
-        _DTYPES[logits.dtype],
-        rows,
-        vocab,
-        logits.data_ptr(),
-        logits.stride(0),
-        _address(ref_logits),
-        0 if ref_logits is None else ref_logits.stride(0),
-        call.labels.data_ptr(),
-        _address(call.weights),
-        _address(alpha),
-        0 if alpha is None or alpha.numel() == 1 else alpha.stride(0),
-        s.alpha_value,
-        _address(ids),
-        ids.size(-1) if ids is not None and ids.dim() == 2 else 0,
-        0 if ids is None else ids.size(-1),
-        s.positive_loss,
-        s.negative_loss,
-        s.uniform_smoothing,
-        s.eps,
-        -math.inf if s.nl_floor is None else s.nl_floor,
-        s.temperature,
-        s.ignore_index,
-        _REDUCTIONS[s.reduction],
-        s.normalizer_value is not None,
-        0.0 if s.normalizer_value is None else s.normalizer_value,
-        _address(call.loss),
-        _address(call.stats),
-        _address(call.coefficients),
-        _address(gradient),
-        0 if gradient is None else gradient.stride(0),
-        _address(upstream),
-        0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
-        _device(logits),
-        _stream(logits),
-        _address(call.normalizer),
-        workspace.data_ptr(),
+    workspace = torch.empty(1 + logits.size(0), dtype=torch.float64, device=logits.device)
+    module.run_rows_cuda(
+        *native.row_arguments(call), _device(logits), _stream(logits), workspace.data_ptr()
     )

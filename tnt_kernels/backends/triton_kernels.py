@@ -587,8 +587,8 @@ def _diagnose(
 
 @triton.jit
 def _run(
-    row, index, rows, row_weight, factor, set_size, invalid, vocab_size, eps, nl_floor, losses, stats, saved, upstream,
-    upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals, LOSS: tl.constexpr,
+    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, stats, saved,
+    upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals, LOSS: tl.constexpr,
     NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr, CALL: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
@@ -655,9 +655,9 @@ def _run(
                     tl.float32
                 )
         if CALL == STATISTICS:
-            here = set_size * 0.0
+            here = ids_here
             if HAS_SET:
-                here = tl.where(row.set_label >= 0, 1.0, 0.0)
+                here += tl.where(row.set_label >= 0, 1.0, 0.0)
             _pack(statistics + index * 16, s, z_label, r_label, row.vocab - here)
         else:
             c = coefficients(s, row.scale, row.inverse_t, eps, set_size, vocab_size, LOSS, UNIFORM)
@@ -852,7 +852,7 @@ def row_kernel(
     else:
         negative = weight < 0.0
         invalid = (label < 0) | (label >= vocab_size)
-        set_size, among = 0.0, False
+        set_size, ids_here, among = 0.0, 0.0, False
         if IDS != NO_IDS:
             last = tl.load(id_row + ids_count - 1)
             negative = negative | (last >= 0)
@@ -864,6 +864,8 @@ def row_kernel(
             for at in range(0, ids_count, GATHER):
                 columns, counts, _ = _set_chunk(everything, at)
                 set_size += tl.sum(tl.where(counts, 1.0, 0.0), 0)
+                inside = (columns >= vocab_offset) & (columns < vocab_offset + vocab)
+                ids_here += tl.sum(tl.where(counts & inside, 1.0, 0.0), 0)
                 found = tl.maximum(found, tl.max(tl.where(counts & (columns == label), 1, 0), 0))
             among = found != 0
         column = (tl.where(invalid, 0, label) - vocab_offset).to(tl.int32)
@@ -884,9 +886,10 @@ def row_kernel(
                 maps, scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, index, rows, row_weight, factor, set_size + tl.where(own, 1.0, 0.0), invalid, vocab_size, eps,
-                nl_floor, losses, stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride,
-                shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
+                row, index, rows, row_weight, factor, set_size + tl.where(own, 1.0, 0.0), ids_here, invalid,
+                vocab_size, eps, nl_floor, losses, stats, saved, upstream, upstream_stride, statistics, gathered,
+                gathered_stride, shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES,
+                SHARDS,
             )  # fmt: skip
         else:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
@@ -895,9 +898,9 @@ def row_kernel(
                 inverse_t,
             )  # fmt: skip
             _run(
-                row, index, rows, weight + 0.0, factor, 0.0 * scale, invalid, vocab_size, eps, nl_floor, losses, stats,
-                saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals,
-                POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
+                row, index, rows, weight + 0.0, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor,
+                losses, stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts,
+                totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
 
 

@@ -1,0 +1,141 @@
+"""Which backend ``backend=None`` takes on GPUs, without one: from a description of the logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tnt_kernels import backends
+from tnt_kernels.backends import cuda
+from tnt_kernels.bench.steps import library_backends
+
+TOO_OLD = "CUDA: no device: CUDA driver version is insufficient for CUDA runtime version"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def logits(dtype: torch.dtype = torch.bfloat16, vocab: int = 128256, device: str = "cuda:0") -> Any:
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, size=lambda dim: vocab)
+
+
+class Machine:
+    """What the kernels and torch are asked about its GPU."""
+
+    def __init__(self) -> None:
+        self.capability, self.failure, self.asked = (9, 0), "", 0
+
+    def why_not_cuda(self, index: int) -> str:
+        self.asked += 1
+        return self.failure
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine()
+    caches = (cuda._reason, cuda._warn_once, cuda._failure)
+    monkeypatch.delenv("TNT_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(cuda, "module", machine)
+    monkeypatch.setattr(cuda, "_missing", "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: machine.capability)
+    for cache in caches:
+        cache.cache_clear()
+    yield machine
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_cuda_comes_first_and_is_asked_once(machine: Machine, capability: tuple[int, int]) -> None:
+    machine.capability = capability
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert backends.select(logits(dtype), None) == "cuda"
+    assert machine.asked == 1
+
+
+def test_both_gpu_backends_are_measured(machine: Machine) -> None:
+    """By the benchmarks, in one run; CUDA as the one that is taken."""
+    assert library_backends(logits()) == ["cuda", "triton"]
+
+
+def test_a_driver_too_old_is_said_once(machine: Machine) -> None:
+    machine.failure = TOO_OLD
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert backends.select(logits(), None) == "triton"
+    (warning,) = seen
+    assert "the CUDA kernels are built, but fail on cuda:0" in str(warning.message)
+    assert "driver version is insufficient" in str(warning.message)
+    assert machine.asked == 1
+
+
+def test_a_driver_too_old_fails_where_cuda_is_forced(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.failure = TOO_OLD
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match=r"^backend='cuda' cannot serve .*insufficient"):
+            backends.select(logits(), "cuda")
+        monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
+        with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cuda' cannot serve"):
+            backends.select(logits(), None)
+        assert backends.select(logits(), "triton") == "triton"
+
+
+def test_what_cuda_does_not_serve_is_passed_on_without_a_word(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select(logits(torch.float64), None) == "torch"
+        assert backends.select(logits(vocab=2**19 + 1), None) == "triton"
+        assert backends.select(logits(device="xpu:0"), None) == "triton"
+        machine.capability = (7, 5)
+        cuda._reason.cache_clear()
+        assert backends.select(logits(), None) == "triton"
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert backends.select(logits(), None) == "triton"
+        assert "NVIDIA" in cuda.why_not(logits())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert "NVIDIA" in cuda.why_not(None)
+        monkeypatch.setattr(cuda, "_missing", "no nvcc at installation")
+        assert backends.select(logits(), None) == "triton"
+    assert machine.asked == 0
+
+
+def test_one_device_that_serves_is_enough(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = [(7, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert cuda.why_not(None) == ""
+    capabilities[1] = (7, 5)
+    cuda._reason.cache_clear()
+    assert "compute capability" in cuda.why_not(None)
+
+
+@pytest.mark.filterwarnings("ignore:tnt_kernels. the CUDA kernels are built, but fail")
+def test_a_compiler_traces_the_question(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes from the kernels' own runtime: for fullgraph=True it has to be a constant."""
+    native = pytest.importorskip("tnt_kernels._C")
+    if hasattr(native, "why_not_cuda"):
+        monkeypatch.setattr(cuda, "module", native)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        cuda._warn_of_failure(0)
+        return x + 1 if cuda._why_not_device(99) else x + 2
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == (1 if hasattr(native, "why_not_cuda") else 2)
