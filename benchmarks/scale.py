@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS
 
 PAGE = Path(__file__).parent.parent / "docs" / "sharded.md"
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
 FLOAT32, BFLOAT16 = 4, 2
 HIDDEN, TOKENS = 4096, 2**20
 
@@ -99,9 +101,42 @@ def per_step(vocab: int = 128256) -> str:
     )
 
 
+def measured() -> str:
+    """One device by formula and as measured: TNFF with its gradient in place, on the CPU of ``cpu.json``."""
+    rows = []
+    for case in json.loads(RESULTS.read_text())["cases"]:
+        whole = case["negatives"] == "none" and case["active_share"] == 1
+        if not (whole and (case["contender"], case["method"]) == ("in place", "tnff")):
+            continue
+        vocab, tokens = case["vocab"], case["rows"]
+        widths = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+        if tokens != 512 or case["dtype"] not in widths or case["bytes_beyond_inputs"] is None:
+            continue
+        traffic = memory_traffic(vocab, 1, widths[case["dtype"]])
+        gb_per_s = tokens * traffic / case["floor_ms"] / 1e6
+        seconds = case["ms_min"] / 1e3 / tokens
+        rows.append(
+            [
+                f"{vocab}",
+                case["dtype"],
+                f"{traffic / 2**10:.0f}",
+                f"{traffic / gb_per_s / 1e3:.1f}",
+                f"{seconds * 1e6:.1f}",
+                f"{exponentials(vocab, 1) / seconds / 1e9:.1f}",
+                f"{case['bytes_beyond_inputs'] / tokens:.0f}",
+            ]
+        )
+    return table(
+        "V | dtype | memory by formula, KiB | that at the copy's bandwidth, µs | measured, µs | "
+        "exponentials by formula over the time measured, 10⁹/s | memory beyond the inputs, bytes",
+        rows,
+    )
+
+
 def filled(page: str) -> str:
     """The page with its tables, each between its markers."""
-    for name, text in (("per-token", per_token()), ("per-step", per_step())):
+    tables = {"per-token": per_token(), "per-step": per_step(), "measured": measured()}
+    for name, text in tables.items():
         begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
         before, rest = page.split(begin)
         page = before + begin + text + end + rest.split(end)[1]
