@@ -34,6 +34,8 @@ LINEAR_CONTENDERS = {
     "floor": "the matmuls alone",
 }
 NOT_MEASURED = "not measured"
+#: The same file from the same figures.
+PLOT_STYLE = {"svg.hashsalt": "tnt_kernels", "svg.fonttype": "none", "font.size": 9}
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -49,8 +51,9 @@ def load(path: Path) -> dict[str, Any]:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """In Markdown; the first ``words`` columns are to the left, the others, numbers, to the right."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
@@ -103,7 +106,7 @@ def main_table(results: dict[str, Any]) -> str:
         "compiled / this",
         "MiB beyond the inputs",
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def first_table(results: dict[str, Any]) -> str:
@@ -133,7 +136,7 @@ def first_table(results: dict[str, Any]) -> str:
                 ]
             )
         rows.append(cells)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def gpu_table(gpu: dict[str, Any] | None) -> str:
@@ -154,7 +157,7 @@ def gpu_table(gpu: dict[str, Any] | None) -> str:
     ]
     names += [f"{p.name} ({p.work})" for p in PEERS]
     if gpu is None:
-        return _table(head, [[name, *[NOT_MEASURED] * 5] for name in names])
+        return table(head, [[name, *[NOT_MEASURED] * 5] for name in names])
     rows: list[list[str]] = []
     largest = max(
         (c["rows"] * c["vocab"] for c in gpu["cases"] if c["dtype"] == "bfloat16"), default=0
@@ -190,7 +193,7 @@ def gpu_table(gpu: dict[str, Any] | None) -> str:
                 ]
             )
     rows += [[p["name"], p["missing"], *["–"] * 4] for p in gpu["peers"] if "missing" in p]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def gpu_provenance(gpu: dict[str, Any] | None) -> str:
@@ -234,7 +237,7 @@ def linear_table(results: dict[str, Any]) -> str:
         "the matmuls",
         "MiB beyond inputs and gradients",
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
@@ -247,7 +250,7 @@ def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
     names = [LINEAR_CONTENDERS[c] for c in ("fused", "compiled", "naive", "floor")]
     names += [f"{p.name} ({p.work})" for p in LINEAR_PEERS]
     if gpu is None or not gpu["linear"]:
-        return _table(head, [[name, *[NOT_MEASURED] * 3] for name in names])
+        return table(head, [[name, *[NOT_MEASURED] * 3] for name in names])
     here = [
         c for c in gpu["linear"] if c["active_share"] == 1 and (c["rows"] == 8192 or gpu["quick"])
     ]
@@ -268,7 +271,7 @@ def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
                     _mebibytes(c.get("bytes_beyond_gradients")),
                 ]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def accuracy_tables(records: Sequence[dict[str, Any]]) -> str:
@@ -294,7 +297,7 @@ def accuracy_tables(records: Sequence[dict[str, Any]]) -> str:
             values = group.set_index("distance")[column]
             cells = [f"{values[d]:.0e}" if d in values.index else "–" for d in distances]
             rows.append([f"{dtype}, {method}: {names.get(contender, contender)}", *cells])
-        tables.append(_table(head, rows))
+        tables.append(table(head, rows))
     return "\n\n".join(tables)
 
 
@@ -324,7 +327,7 @@ def case_table(results: dict[str, Any]) -> str:
                 str(c.minor_faults),
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def target_table(results: dict[str, Any]) -> str:
@@ -338,7 +341,7 @@ def target_table(results: dict[str, Any]) -> str:
         ]
         for t in targets(results)
     ]
-    return _table(["target", "measured", "bound", "met"], rows)
+    return table(["target", "measured", "bound", "met"], rows)
 
 
 def machine_table(results: dict[str, Any]) -> str:
@@ -364,7 +367,7 @@ def machine_table(results: dict[str, Any]) -> str:
                 share,
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def huge_page_table(results: dict[str, Any]) -> str:
@@ -380,7 +383,7 @@ def huge_page_table(results: dict[str, Any]) -> str:
         ]
         for h in pd.DataFrame(results["huge_pages"]).itertuples()
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def provenance(results: dict[str, Any]) -> str:
@@ -593,9 +596,8 @@ def write_plots(path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    style = {"svg.hashsalt": "tnt_kernels", "svg.fonttype": "none", "font.size": 9}
     for name, (source, panels) in _plots(path).items():
-        with plt.rc_context(style):
+        with plt.rc_context(PLOT_STYLE):
             figure, axes = plt.subplots(
                 1,
                 len(panels),

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.report import table, with_block
 from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS
 
 PAGE = Path(__file__).parent.parent / "docs" / "sharded.md"
@@ -48,16 +49,12 @@ def reduced(ranks: int, hidden: int = HIDDEN) -> float:
     return 2 * (ranks - 1) / ranks * FLOAT32 * hidden
 
 
-def table(head: str, rows: list[list[str]]) -> str:
-    names = head.split(" | ")
-    lines = [names, ["---:"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def per_token() -> str:
     return table(
-        "V | P | memory, KiB | exponentials, thousands | all-gathers, bytes | gathering the logits, KiB | "
-        "linear, Gflop | linear's all-reduce, KiB",
+        (
+            "V | P | memory, KiB | exponentials, thousands | all-gathers, bytes | gathering the logits, KiB | "
+            "linear, Gflop | linear's all-reduce, KiB"
+        ).split(" | "),
         [
             [
                 f"{vocab}",
@@ -72,6 +69,7 @@ def per_token() -> str:
             for vocab in (128256, 262144)
             for ranks in (1, 2, 4, 8)
         ],
+        words=0,
     )
 
 
@@ -95,9 +93,12 @@ def per_step(vocab: int = 128256) -> str:
                 ]
             )
     return table(
-        "GPUs | P | replicas | tokens per replica | memory traffic per GPU, GiB | all-gathers per GPU, MiB | "
-        "both logits per GPU, GiB | linear matmuls per GPU, Tflop",
+        (
+            "GPUs | P | replicas | tokens per replica | memory traffic per GPU, GiB | all-gathers per GPU, MiB | "
+            "both logits per GPU, GiB | linear matmuls per GPU, Tflop"
+        ).split(" | "),
         rows,
+        words=0,
     )
 
 
@@ -127,9 +128,12 @@ def measured() -> str:
             ]
         )
     return table(
-        "V | dtype | memory by formula, KiB | that at the copy's bandwidth, µs | measured, µs | "
-        "exponentials by formula over the time measured, 10⁹/s | memory beyond the inputs, bytes",
+        (
+            "V | dtype | memory by formula, KiB | that at the copy's bandwidth, µs | measured, µs | "
+            "exponentials by formula over the time measured, 10⁹/s | memory beyond the inputs, bytes"
+        ).split(" | "),
         rows,
+        words=0,
     )
 
 
@@ -137,9 +141,7 @@ def filled(page: str) -> str:
     """The page with its tables, each between its markers."""
     tables = {"per-token": per_token(), "per-step": per_step(), "measured": measured()}
     for name, text in tables.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-        before, rest = page.split(begin)
-        page = before + begin + text + end + rest.split(end)[1]
+        page = with_block(page, name, text, PAGE.name)
     return page
 
 

@@ -69,6 +69,15 @@ class Batch:
         return replace(self, options={**self.options, **options})
 
 
+def on_gpu(batch: Batch) -> Batch:
+    def move(x: object) -> object:
+        return x.cuda() if isinstance(x, Tensor) else x
+
+    options = {name: move(value) for name, value in batch.options.items()}
+    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
+    return Batch(*map(move, tensors), options)  # type: ignore[arg-type]
+
+
 WEIGHTS = (1.0, -1.0, 0.5, -0.3, 2.0, -0.7, -2.0, 0.0, 1.0, -1.0, -0.3, 1.0)
 
 

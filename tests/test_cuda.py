@@ -7,9 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import BF16, F16, F32, OBJECTIVES, Batch, Result, assert_agrees, mixed_batch, run, truth
+from oracle import (
+    BF16,
+    F16,
+    F32,
+    OBJECTIVES,
+    Batch,
+    Result,
+    assert_agrees,
+    mixed_batch,
+    on_gpu,
+    run,
+    truth,
+)
 from shards import cuts, run_shards
-from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels.backends import cuda
@@ -18,15 +29,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(bool(cuda.why_not(None)), reason=cuda.why_not(None) or "runs"),
 ]
-
-
-def on_gpu(batch: Batch) -> Batch:
-    def move(x: object) -> object:
-        return x.cuda() if isinstance(x, Tensor) else x
-
-    options = {name: move(value) for name, value in batch.options.items()}
-    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
-    return Batch(*map(move, tensors), options)  # type: ignore[arg-type]
 
 
 def gpu_run(batch: Batch, **keywords: object) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,16 @@ def test_the_formula_of_one_device_is_the_floor_that_is_measured_against() -> No
 def test_readme_shows_the_results_of_the_trainer(name: str) -> None:
     result = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().strip()
     assert result in (ROOT / "README.md").read_text()
+
+
+def test_readme_shows_the_demo_s_results() -> None:
+    readme = (ROOT / "README.md").read_text().replace("**", "")
+    with (ROOT / "benchmarks" / "results" / "demo.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            shares = [
+                f"{float(row[name]):.1%}".replace("%", " %") for name in ("sampled", "greedy")
+            ]
+            nats = [f"{float(row[name]):.4f}" for name in ("kl", "left", "collateral")]
+            same = f"{float(row['identical']):.1%}".replace("%", " %") if row["identical"] else ""
+            cells = [row["method"], *shares, *nats, same]
+            assert " ".join(f"| {' | '.join(cells)} |".split()) in readme

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import BF16, F16, F32, INTERPRETED, Batch, identical, mixed_batch
+from oracle import BF16, F16, F32, INTERPRETED, identical, mixed_batch, on_gpu
 from ranks import columns, needs_nccl, run_cases
 from torch import Tensor
 
@@ -186,12 +186,6 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
     dist.init_process_group("nccl", init_method=store, rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
-
-
-def on_gpu(batch: Batch) -> Batch:
-    options = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in batch.options.items()}
-    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
-    return Batch(*(x.cuda() for x in tensors), options)
 
 
 def test_the_collectives_of_nccl(nccl: Any) -> None:

@@ -192,5 +192,5 @@ def test_the_grid_has_what_the_readme_says():
 def test_the_readme_shows_the_results():
     path = Path(command.FOLDER) / "runs.jsonl"
     assert set(grid.load(path)) >= set(grid.runs(quick=False))
-    text = report.README.read_text()
-    assert report.rendered(path, text) == text
+    for file, text in report.pages(path).items():
+        assert file.read_text() == text

@@ -181,14 +181,19 @@ def finetune(
 # --- How well it went -----------------------------------------------------------------------------
 
 
+def kl_parts(rows: tnt.RowStats) -> tuple[Tensor, Tensor]:
+    """KL(q*‖p) of each row, in nats, as -log(1 - p(S)), what is left of S, and KL(q* ‖ p given not S), collateral."""
+    left = -torch.log1p(-rows.negative_mass)
+    return left, (rows.kl - left).clamp(min=0)  # below 0 by rounding alone
+
+
 @torch.no_grad()
 def divergence(
     model: GPT2LMHeadModel, original: GPT2LMHeadModel, texts: Tensor, blocklist: tnt.NegativePhrases
 ) -> tuple[float, float]:
-    """The mean KL(q*‖p) at the prefixes of ``texts``, (B, T) token ids, as its two parts in nats.
+    """The mean of ``kl_parts`` at the prefixes of ``texts``, (B, T) token ids.
 
     q* is the exact token-level update: the original without any of the prefix's unwanted tokens S.
-    The parts are -log(1 - p(S)), what is left of S, and KL(q* ‖ p given not S), collateral damage.
     """
     _, rows = tnt.tnt_loss(
         model(texts).logits,
@@ -198,8 +203,7 @@ def divergence(
         reduction="none",
         return_stats=True,
     )
-    left = -torch.log1p(-rows.negative_mass)
-    collateral = (rows.kl - left).clamp(min=0)  # below 0 by rounding alone
+    left, collateral = kl_parts(rows)
     return left.mean().item(), collateral.mean().item()
 
 

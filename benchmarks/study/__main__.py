@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = out / "runs.jsonl"
     if not a.report:
         grid.run_all(runs, place, a.workers)
-    report.write(runs, report.README if out == FOLDER else None)
+    report.write(runs, publish=out == FOLDER)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import tnt_kernels as tnt
-from benchmarks.study.finetune import ANNOTATIONS as ANNOTATIONS
 from benchmarks.study.finetune import finetune
 from benchmarks.study.hallucination import Hallucination
 from benchmarks.study.measure import Yardstick, measure, yardstick
@@ -204,9 +203,8 @@ def work(run: Run, learning_rate: float, place: Place) -> dict[str, Any]:
 
 
 def _start() -> None:
-    torch.set_num_threads(
-        1
-    )  # two processes use two cores better than two threads do at these sizes
+    # Two processes use two cores better than two threads do at these sizes.
+    torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
 
 

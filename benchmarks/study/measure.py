@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import tnt_kernels as tnt
 from benchmarks.study.task import Scale, Task, Texts
+from tnt_kernels.demo import kl_parts
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Yardstick:
     Attributes:
         prompts: (B, P).
         greedy: (B, L), its greedy completions.
-        rate: the share of them with something unwanted.
+        unwanted: (B,), which of them have something unwanted.
+        words: the same as text.
+        disfluencies: (B, 2), see ``Task``.
         prefixes: samples of it with ``ref_logits``: the prefixes at which the distance to the exact update is taken.
         clean: samples of it with nothing unwanted, with their log-probability (B,); None without ``sequence_truth``.
         log_clean: the mean over prompts of the logarithm of the share of its samples that are clean.
@@ -29,14 +32,22 @@ class Yardstick:
 
     prompts: Tensor
     greedy: Tensor
-    rate: float
+    unwanted: Tensor
+    words: list[str]
+    disfluencies: Tensor
     prefixes: Texts
     clean: tuple[Texts, Tensor] | None
     log_clean: float
 
+    @property
+    def rate(self) -> float:
+        """The share of greedy completions with something unwanted."""
+        return self.unwanted.float().mean().item()
+
 
 def _unwanted(task: Task, prompts: Tensor, completions: Tensor) -> Tensor:
-    return (texts := task.texts(prompts, completions)).unwanted.logical_and(texts.active).any(dim=1)
+    """(B,): which completions have something unwanted."""
+    return task.texts(prompts, completions).unwanted.any(dim=1)
 
 
 @torch.no_grad()
@@ -69,14 +80,23 @@ def yardstick(task: Task, original: Any, split: str, scale: Scale) -> Yardstick:
         place = place[torch.cat([torch.tensor([True]), first[1:] != first[:-1]])]
         texts = task.texts(repeated[place], said[place])
         clean = texts, _log_probabilities(original, texts)
-    rate = _unwanted(task, prompts, greedy).float().mean().item()
-    return Yardstick(prompts, greedy, rate, prefixes, clean, log_clean)
+    return Yardstick(
+        prompts,
+        greedy,
+        _unwanted(task, prompts, greedy),
+        task.words(prompts, greedy),
+        task.disfluencies(prompts, greedy),
+        prefixes,
+        clean,
+        log_clean,
+    )
 
 
 @torch.no_grad()
 def divergence(task: Task, model: Any, prefixes: Texts) -> tuple[float, float]:
-    """The mean KL(q*‖p) over the prefixes in nats: what is left of the sets, -log(1 - p(S)), and collateral damage."""
-    left, collateral = [], []
+    """The mean over the prefixes of ``kl_parts``: what is left of the sets, and collateral damage, in nats."""
+    left: list[Tensor] = []
+    collateral: list[Tensor] = []
     for part in prefixes.batches():
         _, rows = tnt.tnt_loss(
             model(**part.inputs).logits,
@@ -87,9 +107,8 @@ def divergence(task: Task, model: Any, prefixes: Texts) -> tuple[float, float]:
             reduction="none",
             return_stats=True,
         )
-        mine = -torch.log1p(-rows.negative_mass[part.active])
-        left.append(mine)
-        collateral.append((rows.kl[part.active] - mine).clamp(min=0))  # below 0 by rounding alone
+        for parts, values in zip((left, collateral), kl_parts(rows), strict=True):
+            parts.append(values[part.active])
     return torch.cat(left).mean().item(), torch.cat(collateral).mean().item()
 
 
@@ -106,28 +125,22 @@ def measure(task: Task, model: Any, of: Yardstick, greedy: Tensor | None = None)
     if greedy is None:
         torch.manual_seed(1)
         greedy = task.generate(model, of.prompts, sampled=False)
-        said = task.generate(model, of.prompts, sampled=True)
-        figures["sampled"] = _unwanted(task, of.prompts, said).float().mean().item()
+        sampled = task.generate(model, of.prompts, sampled=True)
+        figures["sampled"] = _unwanted(task, of.prompts, sampled).float().mean().item()
         figures["left"], figures["collateral"] = divergence(task, model, of.prefixes)
         if of.clean is not None:
             texts, before = of.clean
             gap = (before - _log_probabilities(model, texts)).mean().item()
             figures["sequence_kl"] = gap - of.log_clean
-    first = _unwanted(task, of.prompts, of.greedy)
     same = (greedy == of.greedy).all(dim=1)
-    mine, originals = (task.words(of.prompts, ids) for ids in (greedy, of.greedy))
+    said = task.words(of.prompts, greedy)
     figures["rate"] = _unwanted(task, of.prompts, greedy).float().mean().item()
-    figures["bleu"] = sacrebleu.corpus_bleu(mine, [originals], force=True).score / 100
+    figures["bleu"] = sacrebleu.corpus_bleu(said, [of.words], force=True).score / 100
     figures["identical"] = same.float().mean().item()
-    figures["identical_clean"] = same[~first].float().mean().item()
+    figures["identical_clean"] = same[~of.unwanted].float().mean().item()
     changed = ~same
-    more = task.disfluencies(of.prompts, greedy) > task.disfluencies(of.prompts, of.greedy)
-    counts = {
-        "broken": more[:, 0],
-        "repeats": more[:, 1],
-        "disfluent": more.any(dim=1),
-    }
+    more = task.disfluencies(of.prompts, greedy) > of.disfluencies
+    counts = {"broken": more[:, 0], "repeats": more[:, 1], "disfluent": more.any(dim=1)}
     for name, flags in counts.items():
-        share = flags[changed].float().mean().item() if changed.any() else 0.0
-        figures[name] = share
+        figures[name] = flags[changed].float().mean().item() if changed.any() else 0.0
     return figures

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks.report import with_block
+from benchmarks.report import PLOT_STYLE, ROOT, with_block
+from benchmarks.report import table as render
 from benchmarks.study import grid
+from benchmarks.study.finetune import ANNOTATIONS
 
 README = Path(__file__).with_name("README.md")
 REDUCTIONS = (0.25, 0.5, 0.75, 0.9)
+_MARKED = {"set": "all unwanted tokens", "token": "the sampled token"}
 BASELINES = ("nl+ll", "ul+ll")
 _TNT = tuple(m for m in grid.METHODS if m not in BASELINES)
 _SETTINGS = tuple(itertools.product(grid.TASKS[:2], ("token", "set")))
 _COLOURS = dict(zip(grid.METHODS, plt.get_cmap("tab10").colors, strict=False))
-_PLOT_STYLE = {"svg.hashsalt": "tnt_kernels", "svg.fonttype": "none", "font.size": 9}
 
 
 def frame(path: Path) -> pd.DataFrame:
@@ -93,11 +94,6 @@ def matched(table: pd.DataFrame) -> pd.DataFrame:
 # --- tables -----------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
-
-
 def _seeds(values: pd.Series, digits: int = 2, scale: float = 1.0) -> str:
     """The mean, with every seed behind it; a dash for a seed that did not get there."""
     known = values.dropna() * scale
@@ -133,7 +129,7 @@ def originals_table(table: pd.DataFrame) -> str:
             else [f"{masking.bleu:.2f}", f"{masking.identical:.0%}", f"{masking.disfluent:.0%}"]
         )
         rows.append(cells)
-    return _table(head, rows, 2)
+    return render(head, rows, 2)
 
 
 def matched_table(points: pd.DataFrame, task: str, annotation: str) -> str:
@@ -157,7 +153,7 @@ def matched_table(points: pd.DataFrame, task: str, annotation: str) -> str:
                 _matched(half, "collateral", 1, 1000),
             ]
         )
-    return _table(head, rows)
+    return render(head, rows)
 
 
 def best(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -193,7 +189,7 @@ def kl_table(table: pd.DataFrame, task: str) -> str:
                     f"{mine.bleu.mean():.2f}",
                 ]
             )
-    return _table(head, rows, 2)
+    return render(head, rows, 2)
 
 
 def spread_table(table: pd.DataFrame) -> str:
@@ -213,7 +209,7 @@ def spread_table(table: pd.DataFrame) -> str:
             ["annotation", "method", "alpha"], sort=False
         )
     ]
-    return _table(head, sorted(rows, key=lambda r: (r[1] == "set", r[0], float(r[2]))), 2)
+    return render(head, sorted(rows, key=lambda r: (r[1] == "set", r[0], float(r[2]))), 2)
 
 
 def sequence_table(table: pd.DataFrame) -> str:
@@ -221,7 +217,7 @@ def sequence_table(table: pd.DataFrame) -> str:
     head += ["greedy rate, %", "sampled rate, %", "BLEU"]
     runs = best(table[table.task == "words"], "sequence_kl")
     rows = []
-    for annotation, method in itertools.product(grid.ANNOTATIONS, grid.METHODS):
+    for annotation, method in itertools.product(ANNOTATIONS, grid.METHODS):
         mine = runs[(runs.annotation == annotation) & (runs.method == method)].sort_values("seed")
         if len(mine):
             rows.append(
@@ -235,7 +231,7 @@ def sequence_table(table: pd.DataFrame) -> str:
                     f"{mine.bleu.mean():.2f}",
                 ]
             )
-    return _table(head, rows, 2)
+    return render(head, rows, 2)
 
 
 _FURTHER = (
@@ -276,7 +272,7 @@ def further_table(table: pd.DataFrame, task: str) -> str:
                     _seeds(mine.kl, 1, 1000),
                 ]
             )
-    return _table(head, rows, 2)
+    return render(head, rows, 2)
 
 
 # --- claims -----------------------------------------------------------------------------------------
@@ -326,7 +322,30 @@ def claims_table(table: pd.DataFrame, points: pd.DataFrame) -> str:
         rows.append(
             [*key, *(str(counts.get(o, 0)) for o in ("won", "lost", "open")), _verdict(counts)]
         )
-    return _table(head, sorted(rows), 3)
+    return render(head, sorted(rows), 3)
+
+
+def advice_table(table: pd.DataFrame) -> str:
+    """KL to the exact update of the methods that it comes to, in both tasks."""
+    runs = best(table, "kl")
+    chosen = (
+        ("set", "tnff"),
+        ("set", "ul+ll"),
+        ("token", "tnrr"),
+        ("token", "tnrf"),
+        ("token", "ul+ll"),
+    )
+    rows = []
+    for annotation, method in chosen:
+        mine = runs[(runs.annotation == annotation) & (runs.method == method)]
+        means = [mine[mine.task == task].kl.mean() for task in grid.TASKS[:2]]
+        rows.append([f"`{method}`", _MARKED[annotation], *(f"{kl * 1000:.1f}" for kl in means)])
+    start = table[(table.method == "original") & (table["size"] == "base")]
+    lefts = [start[start.task == task].kl.mean() for task in grid.TASKS[:2]]
+    rows.append(["the original", "", *(f"{kl * 1000:.1f}" for kl in lefts)])
+    return render(
+        ["KL to the exact update, thousandths of a nat a token", "marked", *grid.TASKS[:2]], rows, 2
+    )
 
 
 # --- all of it --------------------------------------------------------------------------------------
@@ -351,16 +370,20 @@ def blocks(path: Path) -> dict[str, str]:
     return found
 
 
-def rendered(path: Path, text: str) -> str:
+def pages(path: Path) -> dict[Path, str]:
+    """The READMEs that show the results, as they should be."""
+    text = README.read_text()
     for name, block in blocks(path).items():
         text = with_block(text, f"study-{name}", block, README.name)
-    return text
+    front = ROOT / "README.md"
+    advice = advice_table(frame(path))
+    return {README: text, front: with_block(front.read_text(), "study-advice", advice, front.name)}
 
 
 def plot_trade_off(table: pd.DataFrame, path: Path) -> None:
     """BLEU over the reduction: a line through the means of the seeds over alpha, a point for each run."""
     runs = _main(table)
-    with plt.rc_context(_PLOT_STYLE):
+    with plt.rc_context(PLOT_STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained", sharex=True)
         for axis, (task, annotation) in zip(axes.flat, _SETTINGS, strict=True):
             here = runs[(runs.task == task) & (runs.annotation == annotation)]
@@ -393,7 +416,7 @@ def plot_trade_off(table: pd.DataFrame, path: Path) -> None:
 def plot_kl(table: pd.DataFrame, path: Path) -> None:
     """KL to the exact update at each method's best alpha, as its two parts; the original's as a line."""
     runs = best(table, "kl")
-    with plt.rc_context(_PLOT_STYLE):
+    with plt.rc_context(PLOT_STYLE):
         figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
         for axis, (task, annotation) in zip(axes, _SETTINGS, strict=True):
             here = runs[(runs.task == task) & (runs.annotation == annotation)]
@@ -418,11 +441,12 @@ def plot_kl(table: pd.DataFrame, path: Path) -> None:
         plt.close(figure)
 
 
-def write(path: Path, readme: Path | None) -> None:
-    """The plots beside ``path``, a file of runs, its matched points as a CSV file, and the README's tables."""
+def write(path: Path, publish: bool) -> None:
+    """The plots and the matched points beside ``path``, a file of runs; the READMEs' tables, if it is theirs."""
     table = frame(path)
     matched(table).to_csv(path.with_name("matched.csv"), index=False, float_format="%.4g")
     plot_trade_off(table, path.with_name("trade_off.svg"))
     plot_kl(table, path.with_name("kl.svg"))
-    if readme is not None:
-        readme.write_text(rendered(path, readme.read_text()))
+    if publish:
+        for file, text in pages(path).items():
+            file.write_text(text)

@@ -33,7 +33,7 @@ class Texts:
         inputs: keywords of the model, each (B, ...).
         labels: (B, T) token ids.
         active: (B, T) bool, True where the label is of the completion.
-        unwanted: (B, T) bool, True where the label is the unwanted one.
+        unwanted: (B, T) bool, True where the label is active and unwanted.
         sets: (B,) or (B, T), what ``Task.negative_ids`` looks the unwanted tokens of a prefix up with.
         ref_logits: (B, T, V) of the original model, or None.
     """
@@ -69,9 +69,8 @@ class Task(Protocol):
     """A task. Prompts are (B, P) ids and completions (B, L) ids, padded behind their end where they have one."""
 
     name: str
-    sequence_truth: (
-        bool  # whether what is unwanted of a sequence is estimated by rejection sampling
-    )
+    #: Whether the original given a clean sequence is estimated, by rejection sampling.
+    sequence_truth: bool
     learning_rates: tuple[float, ...]  # to tune over
 
     def scale(self, quick: bool) -> Scale: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from benchmarks.study.task import Scale, Texts, generate
 from tnt_kernels import demo
 
 _PHRASES = ["for example", "as well as", "can be used"]
+_WORD = re.compile("[a-z]+")
 _VOCABULARY = 768
 _PROMPT, _LENGTH = 24, 64
 _WIDTHS = {"small": 64, "base": 128, "large": 224}
@@ -35,7 +35,7 @@ class Words:
             name: torch.tensor(self.tokenizer.encode(text).ids)
             for name, text in (("train", train), ("held out", held_out))
         }
-        self.lexicon = {*re.findall(r"[a-z]+", f"{train} {held_out}".lower())}
+        self.lexicon = {*_WORD.findall(f"{train} {held_out}".lower())}
         self.blocklist = tnt.negative_ids_from_phrases(
             self.tokenizer, demo.UNWANTED + _PHRASES, ignore_case=True, word_start=True
         )
@@ -94,10 +94,6 @@ class Words:
     def words(self, prompts: Tensor, completions: Tensor) -> list[str]:
         return self.tokenizer.decode_batch(completions.tolist())
 
-    @cached_property
-    def _word(self) -> re.Pattern[str]:
-        return re.compile(r"[a-z]+")
-
     def disfluencies(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """Words that are nowhere in the text, the one cut off at the end left out; 4-grams of words said before."""
         counts = []
@@ -105,7 +101,7 @@ class Words:
         beginnings = self.tokenizer.decode_batch(prompts.tolist())
         for text, beginning in zip(whole, beginnings, strict=True):
             # From the word on that the prompt's last token may have begun.
-            said = self._word.findall(text[max(beginning.rfind(" "), 0) :].lower())[1:-1]
+            said = _WORD.findall(text[max(beginning.rfind(" "), 0) :].lower())[1:-1]
             broken = sum(word not in self.lexicon for word in said)
             grams = Counter(zip(*(said[i:] for i in range(4)), strict=False))
             counts.append((broken, sum(grams.values()) - len(grams)))
