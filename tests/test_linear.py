@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import tnt_kernels as tnt
-from tnt_kernels import _linear_chunks, _linear_ops
+from tnt_kernels import _linear_chunks, _linear_matmul, _linear_ops
 
 ROWS, HIDDEN, REF_HIDDEN, VOCAB = 13, 6, 4, 37
 
@@ -209,24 +209,41 @@ def error_near_the_fixed_point(dtype: torch.dtype, device: str) -> float:
     return ((found[1] - found[0]).norm() / found[0].norm()).item()
 
 
+def play_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, adds: bool = True
+) -> list[tuple[int, ...] | tuple[tuple[int, ...], float]]:
+    """Its matmuls of 16-bit matrices with float32 results, by those of float32 matrices; returns the calls' shapes,
+    with their beta if they add to what is there."""
+    shapes: list[Any] = []
+
+    def wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+        assert a.dtype == b.dtype != out.dtype == F32
+        shapes.append(tuple(out.shape))
+        torch.mm(a.float(), b.float(), out=out)
+
+    def wide_addmm_(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
+        assert a.dtype == b.dtype != out.dtype == F32
+        shapes.append((tuple(out.shape), beta))
+        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+
+    for module in (_linear_chunks, _linear_matmul):
+        monkeypatch.setattr(module, "keeps_float32", lambda device_type: True)
+    monkeypatch.setattr(_linear_matmul, "adds_to_float32", lambda device_type: adds)
+    monkeypatch.setattr(_linear_matmul, "_wide_mm", wide_mm)
+    monkeypatch.setattr(_linear_matmul, "_wide_addmm_", wide_addmm_)
+    return shapes
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_what_matmuls_sum_in_float32_stays_so(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a GPU does it, with its matmul played by one of float32 matrices: far closer next to p = q."""
     rounded = error_near_the_fixed_point(dtype, "cpu")
-    shapes = []
-
-    def played(a: Tensor, b: Tensor, out: Tensor) -> None:
-        assert a.dtype == b.dtype == dtype
-        assert out.dtype == F32
-        shapes.append(tuple(out.shape))
-        torch.mm(a.float(), b.float(), out=out)
-
-    monkeypatch.setattr(_linear_chunks, "keeps_float32", lambda device_type: True)
-    monkeypatch.setattr(_linear_chunks, "_wide_mm", played)
+    shapes = play_a_gpu(monkeypatch)
     kept = error_near_the_fixed_point(dtype, "cpu")
-    assert shapes == [(24, 500)] * 2 + [(24, 64)]  # logits, reference, hidden's gradient
+    # logits, reference; hidden's gradient, which is rounded in the end, only where it is scaled before
+    assert shapes == [(24, 500)] * 2 + [(24, 64)] * (dtype == F16)
     assert kept < 4 * torch.finfo(dtype).eps < rounded / 4
     x = heads(dtype)
     exact = Heads(*(v.to(F64) if v.is_floating_point() else v for v in x))
@@ -245,18 +262,24 @@ def test_what_matmuls_sum_in_float32_stays_so(
 def test_where_matmuls_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(device: str, cuda: str | None) -> bool:
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        return _linear_chunks.keeps_float32.__wrapped__(device)
+        return _linear_matmul.keeps_float32.__wrapped__(device)
 
     assert found("cuda", "13.0") == hasattr(torch.ops.aten.mm, "dtype_out")
     assert not found("cuda", None)  # ROCm
     assert not found("cpu", "13.0")
+    for keeps, version, adds in (
+        (True, "2.9.1", False), (True, "2.10.0", True), (True, "2.11.0+cu130", True), (False, "2.13.0", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(_linear_matmul, "keeps_float32", lambda device_type, keeps=keeps: keeps)
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        assert _linear_matmul.adds_to_float32.__wrapped__("cuda") == adds
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_matmuls_of_a_gpu_keep_float32(dtype: torch.dtype) -> None:
-    if not _linear_chunks.keeps_float32("cuda"):
+    if not _linear_matmul.keeps_float32("cuda"):
         pytest.skip("needs torch 2.8 and CUDA")
     assert error_near_the_fixed_point(dtype, "cuda") < 4 * torch.finfo(dtype).eps
 
@@ -269,9 +292,78 @@ def test_chunks_do_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert_close([loss, *grads], [want[0], *want[1]], 1e-14)
     for budget in (1, 3000):
         monkeypatch.setitem(_linear_chunks.CHUNK_BYTES, "cpu", budget)
-        for dtype, tolerance in ((F64, 1e-14), (F16, 3e-3)):
+        for dtype, tolerance in ((F64, 1e-14), (F16, 3e-3), (BF16, 3e-2)):
             loss, grads = gradients(linear, heads(dtype), method="tnrll", backend=backend)
             assert_close([loss, *grads], [want[0], *want[1]], tolerance)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gradients_wait_for_large_matmuls(
+    dtype: torch.dtype, adds: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few or many rows of 16 bits wait for a matmul: the same gradients, of no more matmuls than must be."""
+    shapes = play_a_gpu(monkeypatch, adds)
+    x = heads(dtype)
+    exact = Heads(*(v.to(F64) if v.is_floating_point() else v for v in x))
+    keywords = {"method": "tnrll", "logit_scale": 0.5, "max_active_rows": 10}
+    want, want_grads = gradients(whole, exact, method="tnrll", logit_scale=0.5)
+    of_weight = {(VOCAB, HIDDEN), ((VOCAB, HIDDEN), 0.0), ((VOCAB, HIDDEN), 1.0)}
+    for waiting, matmuls in ((0, 4), (3, 4), (6, 2), (11, 1)):  # chunks of 3, 3, 3 and 1 rows
+
+        def sizes(*_: Any, waiting: int = waiting) -> _linear_chunks.Sizes:
+            return _linear_chunks.Sizes(3, max(waiting, 3), 10)
+
+        monkeypatch.setattr(_linear_chunks, "sizes_of", sizes)
+        shapes.clear()
+        loss, grads = gradients(linear, x, backend=backend, **keywords)
+        assert_close([loss], [want], 1e-5)
+        assert_close(grads, want_grads, 2 * torch.finfo(dtype).eps)
+        found = [shape for shape in shapes if shape in of_weight]
+        if dtype == F16:
+            assert found == [(VOCAB, HIDDEN)] * matmuls
+        elif matmuls == 1:
+            assert found == []  # no float32 sum
+        elif adds:
+            assert found == [((VOCAB, HIDDEN), 0.0)] + [((VOCAB, HIDDEN), 1.0)] * (matmuls - 1)
+        else:
+            assert found == [(VOCAB, HIDDEN)] * matmuls
+
+
+def test_what_fits_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: chunks are whole tiles of a matmul, and nothing is larger than it may be."""
+    for module in (_linear_chunks, _linear_matmul):
+        monkeypatch.setattr(module, "keeps_float32", lambda device_type: True)
+    width, vocab, budget = 4096, 128256, _linear_chunks.CHUNK_BYTES_ELSEWHERE
+
+    def sizes(
+        rows: int, wanted: tuple[bool, ...] = (True, True, False), dtype: torch.dtype = BF16
+    ) -> _linear_chunks.Sizes:
+        with torch.device("meta"):
+            hidden, weight = (torch.empty(n, width, dtype=dtype) for n in (rows, vocab))
+            index = torch.empty(rows, dtype=torch.int64)
+        t = _linear_chunks.LinearTensors(
+            hidden, weight, None, hidden, weight, None, index, None, None, None, None
+        )
+        scalars = _linear_chunks.LinearScalars(None, None, 1.0, 1.0, vocab, None, None)
+        group = _linear_chunks.RowGroup(index, True, True)
+        found = _linear_chunks.sizes_of(t, scalars, [group], wanted, vocab)
+        assert found.total == rows
+        itemsize = 0 if dtype == F32 else 2
+        used = found.chunk * vocab * 8 + found.waiting * (vocab + width) * itemsize
+        assert used <= budget + (4 * vocab * width if found.waiting == rows else 0)
+        assert found.chunk % 128 == 0 or found.chunk == rows < 128
+        return found
+
+    assert sizes(8192) == (512, 8192, 8192)  # one matmul, as rows are 2 H at most
+    assert sizes(100) == (100, 100, 100)
+    many = sizes(1 << 20)
+    assert many.chunk == 384
+    assert many.waiting == 4 * many.chunk
+    assert sizes(8192, (True, False, False)) == (640, 640, 8192)  # a frozen head
+    assert sizes(8192, (False, False, False)).waiting == 0
+    assert sizes(8192, dtype=F16).waiting < 8192  # whose gradient stays float32 until backward
+    assert sizes(8192, dtype=F32) == (768, 0, 8192)
 
 
 def test_a_fixed_point(backend: str) -> None:

@@ -146,6 +146,7 @@ def bad_input(rank: int, world: int) -> None:
         "chunk_size": {"chunk_size": 3 + last},
         "softcap": {"softcap": 2.0 + last},
         "hidden.requires_grad": {"hidden": trained[0].detach().requires_grad_(not last)},
+        "weight.requires_grad": {"weight": trained[1][mine].clone().requires_grad_(not last)},
         "ref_hidden": {}
         if not last
         else {n: good[n].double() for n in ("ref_hidden", "ref_weight")},
@@ -158,6 +159,32 @@ def bad_input(rank: int, world: int) -> None:
         (call if last else partial(tnt.linear_tnt_loss, **good))()
 
 
+def without_memory(rank: int, world: int) -> None:
+    """A rank that finds no room for its buffers or gradients does not leave the others waiting."""
+    from tnt_kernels import _linear_chunks
+
+    trained, rest, options = inputs(F32)
+    mine = columns(sizes_of(world), rank)
+    call = partial(
+        tnt.linear_tnt_loss, trained[0].requires_grad_(), trained[1][mine].clone().requires_grad_(), rest[0],
+        rest[1][mine], *rest[2:], chunk_size=2, group=dist.group.WORLD, **options,
+    )  # fmt: skip
+    assert torch.isfinite(call())
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    gradients, last = _linear_chunks.Gradients, rank == world - 1
+    _linear_chunks.Gradients = refuse if last else gradients
+    error, match = (
+        (MemoryError, "no room") if last else (RuntimeError, f"rank {world - 1} of group")
+    )
+    with pytest.raises(error, match=match):
+        call()
+    _linear_chunks.Gradients = gradients
+    assert torch.isfinite(call())
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_weights(world: int, tmp_path: Path, cpu: str) -> None:
-    run_cases(world, tmp_path, [agrees, counts, default_chunks, bad_input])
+    run_cases(world, tmp_path, [agrees, counts, default_chunks, bad_input, without_memory])

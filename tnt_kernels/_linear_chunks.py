@@ -1,39 +1,34 @@
 """Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
 
 A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.chunk_losses_``), and that is
-multiplied back. Chunks are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. It buys a
-gradient that is rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of
-any dtype.
-
-Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the device offers nothing else (a CPU), which
-near p = q is most of the gradient's error: there, the logits pass through a 16-bit buffer, and chunks cost two passes
-and 4 bytes more per entry than logits in the parameters' dtype would. CUDA leaves the sums as they are
-(:func:`keeps_float32`): one pass less than that, as nothing is copied from the 16-bit buffer, which the gradient alone
-still needs, and the same bytes per entry. What the matmul writes is twice as wide.
+multiplied back, at once or, of 16-bit parameters, together with that of other chunks (``_linear_matmul``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tnt_kernels import _shards
-from tnt_kernels._groups import Shard, all_reduce_, place
+from tnt_kernels._groups import Shard, all_reduce_, join_as_failed, place
+from tnt_kernels._linear_matmul import Gradients, Head, held_dtype, keeps_float32
 from tnt_kernels._ops import RowTensors
-from tnt_kernels.backends.call import Scalars, real_dtype
+from tnt_kernels.backends.call import Scalars, loss_needs_totals, real_dtype
 from tnt_kernels.objectives import RowLoss
 
-#: What a chunk's buffers may take. Every chunk reads all of the weight and reads and writes all of its gradient: at V =
-#: 32000 and H = 512, 170 float32 rows at a time take a CPU some 15 % longer than 500. A GPU wants 1000.
+#: What a call's buffers may take. Every chunk reads all of the weight, and every matmul of gradients reads and writes
+#: all of the weight's: at V = 32000 and H = 512, 170 float32 rows at a time take a CPU some 15 % longer than 500. A GPU
+#: wants 1000.
 CHUNK_BYTES = {"cpu": 64 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
 #: An eighth of them is left to matmuls: to a CPU's copies of their operands (some 10 MiB), and to the 16-bit parts of
 #: the weight's gradient on their way to its float32 sum.
 _MATMUL_SHARE = 8
+#: Rows of a tile of a GPU's matmuls: chunks of 683 rows would cost as much as 768.
+_TILE_ROWS = 128
 
 
 class LinearTensors(NamedTuple):
@@ -62,32 +57,6 @@ class LinearScalars(NamedTuple):
     vocab_size: int
     chunk_size: int | None  # rows; None: what fits into the budget
     max_active_rows: int | None  # None: as many as there are
-
-
-def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient until the upstream factor arrives: a mean's would underflow in float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-@cache
-def keeps_float32(device_type: str) -> bool:
-    """Whether matmuls of 16-bit matrices can leave their float32 sums unrounded: cuBLAS can, from torch 2.8 on."""
-    cublas = device_type == "cuda" and torch.version.cuda is not None
-    return cublas and hasattr(torch.ops.aten.mm, "dtype_out")
-
-
-def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
-    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, float32 where nothing needs to be rounded."""
-    if a.dtype.itemsize > 2 or not keeps_float32(a.device.type):
-        return torch.mm(a, b)
-    out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32)
-    _wide_mm(a, b, out)
-    return out
 
 
 def _budget(device: torch.device) -> int:
@@ -152,212 +121,184 @@ def plan(
     return [group for group in groups if len(group.rows)], count
 
 
-class _Head:
-    """``softcap(scale * (hidden @ weight.T + bias))`` of one model, in buffers for a chunk of rows."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        scale: float,
-        vocab: int,
-    ) -> None:
-        self.hidden, self.weight = hidden, weight[:vocab]
-        self.bias = None if bias is None else bias[:vocab]
-        self.softcap, self.scale = softcap, scale
-
-    def logits(self, rows: Tensor, out: Tensor, narrow: Tensor | None, tanh: Tensor | None) -> None:
-        """Writes to ``out``, by way of ``narrow`` if the matmul rounds to its dtype. ``tanh`` keeps softcap's."""
-        scale = self.scale if self.softcap is None else self.scale / self.softcap
-        wide = out if tanh is None else tanh
-        if narrow is None and rows.dtype != wide.dtype:
-            # mm, as addmm's bias would have to be 16-bit in some versions and float32 in others
-            _wide_mm(rows, self.weight.t(), wide)
-            if scale != 1.0:
-                wide.mul_(scale)
-            if self.bias is not None:
-                wide.add_(self.bias, alpha=scale)
-        else:
-            raw = wide if narrow is None else narrow
-            beta, addend = (0.0, raw) if self.bias is None else (scale, self.bias)
-            torch.addmm(addend, rows, self.weight.t(), beta=beta, alpha=scale, out=raw)
-            if narrow is not None:
-                wide.copy_(narrow)
-        if self.softcap is not None:
-            torch.mul(wide.tanh_(), self.softcap, out=out)
+def _waits(t: LinearTensors, wanted: Sequence[bool]) -> bool:
+    """Whether gradients of logits are to be rounded to 16 bits, and then wait for a matmul of many rows."""
+    return (wanted[0] or wanted[1]) and t.hidden.dtype != real_dtype(t.hidden)
 
 
-class Gradients:
-    """Of hidden, weight and bias, None where not wanted; chunk after chunk is added."""
-
-    def __init__(
-        self,
-        t: LinearTensors,
-        vocab: int,
-        real: torch.dtype,
-        wanted: tuple[bool, ...],
-        shard: Shard | None,
-    ) -> None:
-        self.dtype, self.real, self.vocab, self.shard = t.hidden.dtype, real, vocab, shard
-        hidden, weight, bias = wanted
-        # A shard's part of the hidden states' gradient is rounded when all parts are summed.
-        dtype = held_dtype(self.dtype) if shard is None else real
-        self.hidden = t.hidden.new_zeros(t.hidden.shape, dtype=dtype) if hidden else None
-        # new_zeros, not zeros_like: contiguous, whatever the parameter's strides
-        self.weight = t.weight.new_zeros(t.weight.shape, dtype=real) if weight else None
-        self.bias = (
-            t.bias.new_zeros(t.bias.shape, dtype=real) if bias and t.bias is not None else None
-        )
-
-    def add(
-        self, head: _Head, index: Tensor, rows: Tensor, gradient: Tensor, narrow: Tensor | None
-    ) -> None:
-        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten."""
-        if self.bias is not None:
-            self.bias[: self.vocab].add_(gradient.sum(0), alpha=head.scale)
-        exponent = None
-        if self.dtype == torch.float16:
-            # Each row is brought to a largest entry of 1/2 to 1 by a power of two, which the product with the weight
-            # gives back, as does the hidden state where rows are summed. Undefined rows stay what they are.
-            largest = torch.linalg.vector_norm(gradient, torch.inf, dim=1, keepdim=True)
-            exponent = torch.frexp(largest).exponent.clamp_min(-100)
-            exponent = exponent.where(largest.isfinite() & (largest > 0), -100)
-            gradient.mul_(_exp2(-exponent))
-        matrix = gradient if narrow is None else narrow.copy_(gradient)
-        if self.hidden is not None:
-            product = _mm(matrix, head.weight).to(self.real).mul_(head.scale)
-            if exponent is not None:
-                product.mul_(_exp2(exponent))
-            self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
-        if self.weight is None:
-            return
-        if narrow is None:
-            self.weight[: self.vocab].addmm_(matrix.t(), rows, alpha=head.scale)
-            return
-        # The product has to be somewhere before it is added to the float32 sum.
-        factor = None
-        if exponent is not None:
-            top = exponent.max()
-            rows, factor = (rows * _exp2(exponent - top)).to(self.dtype), _exp2(top)
-        entry = self.real.itemsize
-        if not keeps_float32(rows.device.type):
-            entry += matrix.element_size()
-        step = max(1, _budget(rows.device) // _MATMUL_SHARE // (rows.size(1) * entry))
-        for begin in range(0, self.vocab, step):
-            end = min(begin + step, self.vocab)
-            part = _mm(matrix[:, begin:end].t(), rows)
-            if factor is not None:
-                part = part.to(self.real).mul_(factor)
-            self.weight[begin:end].add_(part, alpha=head.scale)
-
-    def results(self) -> list[Tensor]:
-        if self.shard is not None and self.hidden is not None:
-            all_reduce_(self.hidden, self.shard.group)
-        return [
-            x.to(held_dtype(self.dtype))
-            for x in (self.hidden, self.weight, self.bias)
-            if x is not None
-        ]
+#: By "logits", "ref_logits" and "tanh" (of softcap), or by the dtype that a matmul of logits rounds to.
+_Buffers = dict[str | torch.dtype, Tensor]
 
 
-def _exp2(exponent: Tensor) -> Tensor:
-    """float32; exact."""
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+def _buffers_of(
+    t: LinearTensors, linear: LinearScalars, groups: list[RowGroup], wanted: Sequence[bool]
+) -> dict[str | torch.dtype, torch.dtype]:
+    """The buffers of a chunk, by name, and their dtypes."""
+    real, reads = real_dtype(t.hidden), any(group.reads_reference for group in groups)
+    names = ["logits"] + ["ref_logits"] * reads
+    if linear.softcap is not None and any(wanted):
+        names.append("tanh")
+    buffers: dict[str | torch.dtype, torch.dtype] = dict.fromkeys(names, real)
+    if not keeps_float32(t.hidden.device.type):
+        dtypes = {x.dtype for x in (t.hidden, t.ref_hidden if reads else None) if x is not None}
+        # Where rows wait for the gradient's matmuls, that of the logits may use their room.
+        dtypes -= {real, t.hidden.dtype if _waits(t, wanted) else real}
+        buffers |= {dtype: dtype for dtype in dtypes}
+    return buffers
+
+
+class Sizes(NamedTuple):
+    """In rows."""
+
+    chunk: int  # whose logits exist at once
+    waiting: int  # whose gradients wait for a matmul at most, 0 where none does
+    total: int
+
+
+def sizes_of(
+    t: LinearTensors,
+    linear: LinearScalars,
+    groups: list[RowGroup],
+    wanted: Sequence[bool],
+    widest: int,
+) -> Sizes:
+    """What the budget holds. ``widest`` is V, of the largest shard, as all ranks have chunks of the same rows.
+
+    The float32 sum of a 16-bit weight's gradient takes as much as the gradients of 2 H rows of logits. Where those of
+    all rows fit into the budget and the place of that sum, they wait for one matmul, and there is no sum.
+    """
+    hidden, real, total = t.hidden, real_dtype(t.hidden), sum(len(x.rows) for x in groups)
+    width, bytes_ = hidden.size(1), hidden.element_size()
+    budget = _budget(hidden.device)
+    budget -= budget // _MATMUL_SHARE
+    buffers = _buffers_of(t, linear, groups, wanted)
+    row = widest * sum(dtype.itemsize for dtype in buffers.values())
+    row += width * (bytes_ + real.itemsize)  # gathered; multiplied back
+    if "ref_logits" in buffers and t.ref_hidden is not None:
+        row += t.ref_hidden.size(1) * t.ref_hidden.element_size()
+    waiting_row = widest * bytes_ + width * (2 * bytes_ + real.itemsize)
+
+    def chunk(available: int, row: int = row) -> int:
+        most, tile = max(1, linear.chunk_size or available // row), 1
+        if linear.chunk_size is None and hidden.device.type != "cpu" and most >= _TILE_ROWS:
+            tile = _TILE_ROWS
+        most -= most % tile
+        even = -(-total // max(1, -(-total // most)))
+        return max(1, min(total, -(-even // tile) * tile))
+
+    if not _waits(t, wanted):
+        return Sizes(chunk(budget), 0, total)
+    if not wanted[1]:  # a row's gradient has nothing to gain from other rows
+        rows = chunk(budget, row + waiting_row)
+        return Sizes(rows, rows, total)
+    sum_bytes = widest * width * real.itemsize if held_dtype(hidden.dtype) != real else 0
+    left, half = budget + sum_bytes - total * waiting_row, chunk(budget // 2)
+    if left >= half * row:
+        return Sizes(chunk(left), total, total)
+    chunks = (budget - half * row) // (half * waiting_row)
+    return Sizes(half, half * max(1, chunks), total)
 
 
 def _unless_it_reads(row_loss: int) -> int:
     return int(RowLoss.NONE if RowLoss(row_loss).reads_reference else row_loss)
 
 
-class _Buffers:
-    """For one chunk of ``rows`` rows, as many as ``chunk_size`` says or the budget holds."""
+class Chunks:
+    """The chunks of a call whose ranks have agreed: buffers, gradients, and the way through.
+
+    Args:
+        t: with flat rows.
+        wanted: whether the gradients of hidden, weight and bias are.
+    """
 
     def __init__(
         self,
         t: LinearTensors,
         linear: LinearScalars,
-        group: RowGroup,
-        real: torch.dtype,
-        with_gradient: bool,
-        widest: int,
+        s: Scalars,
+        groups: list[RowGroup],
+        wanted: Sequence[bool],
+        shard: Shard | None,
     ) -> None:
-        policy, reference = t.hidden, t.ref_hidden if group.reads_reference else None
-        wide = {"logits", *(["ref_logits"] if reference is not None else [])}
-        if linear.softcap is not None and with_gradient:
-            wide.add("tanh")
-        # Narrow are the logits where matmuls round them, and the gradient that goes into matmuls.
-        self.rounds = not keeps_float32(policy.device.type)
-        dtypes = {x.dtype for x in (policy, reference) if x is not None and self.rounds} - {real}
-        if with_gradient:
-            dtypes |= {policy.dtype} - {real}
-        n, budget = len(group.rows), _budget(policy.device)
-        budget -= budget // _MATMUL_SHARE
-        row = widest * (len(wide) * real.itemsize + sum(x.itemsize for x in dtypes))
-        row += policy.size(1) * (2 * policy.element_size() + 2 * real.itemsize)
-        row += 0 if reference is None else reference.size(1) * reference.element_size()
-        most = max(1, linear.chunk_size or budget // row)
-        self.rows = -(-n // -(-n // most))  # chunks of even size
-        shape = (self.rows, linear.vocab_size)
-        self.wide = {name: policy.new_empty(shape, dtype=real) for name in sorted(wide)}
-        self.narrow = {dtype: policy.new_empty(shape, dtype=dtype) for dtype in dtypes}
+        self._t, self._linear, self._s, self._groups, self._shard = t, linear, s, groups, shard
+        vocab = linear.vocab_size
+        widest = vocab if shard is None else place(shard, vocab).widest
+        self.sizes = sizes_of(t, linear, groups, wanted, widest)
+        self._policy = Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
+        self.gradients: Gradients | None = None
+        try:
+            self._buffers: _Buffers = {
+                name: t.hidden.new_empty((self.sizes.chunk, vocab), dtype=dtype)
+                for name, dtype in _buffers_of(t, linear, groups, wanted).items()
+            }
+            if any(wanted):
+                self.gradients = Gradients(
+                    self._policy, t.weight, t.bias, real_dtype(t.hidden), wanted, shard,
+                    self.sizes.waiting, self.sizes.total, _budget(t.hidden.device) // _MATMUL_SHARE,
+                )  # fmt: skip
+        except Exception:
+            self._join_as_failed(wanted)
+            raise
 
-    def first(self, n: int, name: str) -> Tensor | None:
-        return self.wide[name][:n] if name in self.wide else None
+    def _join_as_failed(self, wanted: Sequence[bool]) -> None:
+        """Takes part in all collectives of the other ranks, which on a CPU raise in the first chunk."""
+        if self._shard is None:
+            return
+        hidden = self._t.hidden
+        for group, index in self._indices():
+            totals = loss_needs_totals(self._settings(group))
+            join_as_failed(self._shard, hidden[: len(index)], twice=totals)
+            if hidden.device.type == "cpu":
+                return
+        if wanted[0]:
+            all_reduce_(hidden.new_zeros(hidden.shape, dtype=real_dtype(hidden)), self._shard.group)
 
-    def for_logits(self, n: int, dtype: torch.dtype) -> Tensor | None:
-        """What a matmul of this dtype rounds to; None where it does not."""
-        return self.for_gradient(n, dtype) if self.rounds else None
+    def _indices(self) -> Iterator[tuple[RowGroup, Tensor]]:
+        for group in self._groups:
+            for index in group.rows.split(self.sizes.chunk):
+                yield group, index
 
-    def for_gradient(self, n: int, dtype: torch.dtype) -> Tensor | None:
-        """The gradient as matmuls of this dtype take it; None: as it is."""
-        return self.narrow[dtype][:n] if dtype in self.narrow else None
+    def _settings(self, group: RowGroup) -> Scalars:
+        s = self._s
+        if group.reads_reference:
+            return s
+        # None of these rows is of a side that reads it, but a backend asks for it if one side might.
+        sides = _unless_it_reads(s.positive_loss), _unless_it_reads(s.negative_loss)
+        return s._replace(positive_loss=sides[0], negative_loss=sides[1])
 
+    def losses(
+        self, with_stats: bool, upstream: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Chunk after chunk: its rows' indices, their loss and statistics. Adds to the gradients.
 
-def compute(
-    t: LinearTensors,
-    linear: LinearScalars,
-    s: Scalars,
-    groups: list[RowGroup],
-    gradients: Gradients | None,
-    with_stats: bool,
-    upstream: Tensor | None,
-    shard: Shard | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Chunk after chunk, what it yields: its rows' indices, their loss and statistics. Adds to ``gradients``.
-
-    ``t`` has flat rows. ``upstream`` (N,) multiplies the gradient of every row.
-    """
-    real, vocab = real_dtype(t.hidden), linear.vocab_size
-    # all ranks have chunks of the same rows, whatever their shards' sizes
-    widest = vocab if shard is None else place(shard, vocab).widest
-    policy = _Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
-    for group in groups:
-        buffers = _Buffers(t, linear, group, real, gradients is not None, widest)
-        reference, settings = None, s
-        if not group.reads_reference:
-            # None of these rows is of a side that reads it, but a backend asks for it if one side might.
-            sides = _unless_it_reads(s.positive_loss), _unless_it_reads(s.negative_loss)
-            settings = s._replace(positive_loss=sides[0], negative_loss=sides[1])
-        elif t.ref_hidden is not None and t.ref_weight is not None:
+        ``upstream`` (N,) multiplies the gradient of every row.
+        """
+        t, linear, policy, gradients = self._t, self._linear, self._policy, self.gradients
+        reference = None
+        if t.ref_hidden is not None and t.ref_weight is not None:
             softcap, scale = linear.ref_softcap, linear.ref_logit_scale
-            reference = _Head(t.ref_hidden, t.ref_weight, t.ref_bias, softcap, scale, vocab)
-        for index in group.rows.split(buffers.rows):
+            vocab = linear.vocab_size
+            reference = Head(t.ref_hidden, t.ref_weight, t.ref_bias, softcap, scale, vocab)
+        for group, index in self._indices():
             n = len(index)
-            rows, labels = policy.hidden[index], t.labels[index]
+            buffers = {name: x[:n] for name, x in self._buffers.items()}
+            room = None if gradients is None else gradients.room(n)
+            if room is not None:
+                buffers.setdefault(room.logits.dtype, room.logits)
+            rows = torch.index_select(
+                policy.hidden, 0, index, out=None if room is None else room.rows
+            )
+            labels = t.labels[index]
             weights = None if t.weights is None else t.weights[index]
             if not group.all_active:
                 # 0 · NaN is NaN: a row of weight 0 must not reach the gradient of the weight
-                rows.masked_fill_(~active_rows(labels, weights, s.ignore_index)[:, None], 0.0)
-            logits, ref_logits, tanh = (
-                buffers.first(n, x) for x in ("logits", "ref_logits", "tanh")
-            )
-            assert logits is not None
-            policy.logits(rows, logits, buffers.for_logits(n, rows.dtype), tanh)
-            if reference is not None and ref_logits is not None:
-                ref_rows = reference.hidden[index]
-                reference.logits(ref_rows, ref_logits, buffers.for_logits(n, ref_rows.dtype), None)
+                inactive = ~active_rows(labels, weights, self._s.ignore_index)
+                rows.masked_fill_(inactive[:, None], 0.0)
+            logits, tanh, ref_logits = buffers["logits"], buffers.get("tanh"), None
+            policy.logits(rows, logits, self._rounded(buffers, rows), tanh)
+            if group.reads_reference and reference is not None:
+                ref_rows, ref_logits = reference.hidden[index], buffers["ref_logits"]
+                reference.logits(ref_rows, ref_logits, self._rounded(buffers, ref_rows), None)
             alpha, ids = t.alpha, t.negative_ids
             tensors = RowTensors(
                 ref_logits,
@@ -367,7 +308,7 @@ def compute(
                 ids if ids is None or ids.dim() == 1 else ids[index],
                 t.normalizer,
             )
-            arguments = (logits, tensors, settings, shard, with_stats)
+            arguments = (logits, tensors, self._settings(group), self._shard, with_stats)
             if gradients is None:
                 yield index, *_shards.chunk_losses(*arguments)
                 continue
@@ -376,5 +317,10 @@ def compute(
                 logits.mul_(upstream[index][:, None])
             if tanh is not None:
                 logits.addcmul_(logits, tanh.square_(), value=-1)  # softcap's derivative, 1 - tanh²
-            gradients.add(policy, index, rows, logits, buffers.for_gradient(n, rows.dtype))
+            gradients.add(index, rows, logits, room)
             yield index, loss, stats
+
+    @staticmethod
+    def _rounded(buffers: _Buffers, rows: Tensor) -> Tensor | None:
+        """Where a matmul of these rows writes to if it rounds."""
+        return None if keeps_float32(rows.device.type) else buffers.get(rows.dtype)

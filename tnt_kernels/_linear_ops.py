@@ -15,15 +15,13 @@ from torch import Tensor
 from tnt_kernels import _ops
 from tnt_kernels._groups import Facts, Shard, announcing, facts_of, place, settle
 from tnt_kernels._linear_chunks import (
-    Gradients,
+    Chunks,
     LinearScalars,
     LinearTensors,
-    RowGroup,
-    compute,
     flatten_rows,
-    held_dtype,
     plan,
 )
+from tnt_kernels._linear_matmul import held_dtype
 from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends import eager
 from tnt_kernels.backends.call import Scalars, real_dtype
@@ -79,14 +77,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
     shape, t = shaped.labels.shape, flatten_rows(shaped)
     real = real_dtype(t.hidden)
     with _undisturbed(t.hidden.device):
-
-        def prepare() -> tuple[list[RowGroup], Tensor, Gradients | None]:
-            groups, count = plan(t, s, linear.max_active_rows)
-            if not any(wanted):
-                return groups, count, None
-            return groups, count, Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
-
-        groups, count, gradients = announcing(shard, t.hidden, prepare)
+        groups, count = announcing(shard, t.hidden, lambda: plan(t, s, linear.max_active_rows))
         vocab_size = linear.vocab_size
         if shard is not None:
             settle(shard, vocab_size, t.hidden.device, lambda: _facts(t, linear, s, wanted))
@@ -100,9 +91,8 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         if with_stats:
             stats = t.hidden.new_full((5, len(t.labels)), torch.nan, dtype=real)
             stats[0] = 0.0
-        for index, chunk_loss, chunk_stats in compute(
-            t, linear, s, groups, gradients, with_stats, None, shard
-        ):
+        chunks = Chunks(t, linear, s, groups, wanted, shard)
+        for index, chunk_loss, chunk_stats in chunks.losses(with_stats, None):
             if per_row:
                 loss.index_copy_(0, index, chunk_loss)
             else:
@@ -114,7 +104,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         outputs = [loss.view(shape) if per_row else loss]
         if stats is not None:
             outputs.append(stats.view(5, *shape))
-        return outputs + _shaped(gradients, shaped)
+        return outputs + _gradients(chunks, shaped)
 
 
 def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[bool]) -> Facts:
@@ -124,7 +114,8 @@ def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[boo
         for name, x in (("hidden", t.hidden), ("ref_hidden", t.ref_hidden))
     }
     settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
-    more = {**inputs, **settings, "hidden.requires_grad": wanted[0], "requires_grad": any(wanted)}
+    needed = {f"{name}.requires_grad": wanted[i] for i, name in enumerate(("hidden", "weight"))}
+    more = {**inputs, **settings, **needed, "requires_grad": any(wanted)}
     rows = RowTensors(None, t.labels, t.weights, t.alpha, t.negative_ids, t.normalizer)
     return facts_of("linear_tnt_loss", rows, s, more)
 
@@ -137,11 +128,10 @@ def _linear_gradients(*arguments: Any) -> list[Tensor]:
     t = flatten_rows(shaped)
     with _undisturbed(t.hidden.device):
         groups, _ = plan(t, s, linear.max_active_rows)
-        real = real_dtype(t.hidden)
-        gradients = Gradients(t, linear.vocab_size, real, tuple(wanted), shard)
-        for _ in compute(t, linear, s, groups, gradients, False, upstream.reshape(-1), shard):
+        chunks = Chunks(t, linear, s, groups, wanted, shard)
+        for _ in chunks.losses(False, upstream.reshape(-1)):
             pass
-        return _shaped(gradients, shaped)
+        return _gradients(chunks, shaped)
 
 
 def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:
@@ -153,12 +143,13 @@ def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:
     return loss.masked_fill(count > most, torch.nan)
 
 
-def _shaped(gradients: Gradients | None, t: LinearTensors) -> list[Tensor]:
-    if gradients is None:
+def _gradients(chunks: Chunks, t: LinearTensors) -> list[Tensor]:
+    if chunks.gradients is None:
         return []
-    if gradients.hidden is not None:
-        gradients.hidden = gradients.hidden.view(t.hidden.shape)
-    return gradients.results()
+    found = chunks.gradients.results()
+    if chunks.gradients.hidden is not None:
+        found[0] = found[0].view(t.hidden.shape)
+    return found
 
 
 def _new_linear_losses(*arguments: Any) -> list[Tensor]:

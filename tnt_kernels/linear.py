@@ -137,6 +137,10 @@ def linear_tnt_loss(
     before a GradScaler's factor. A matmul of 16-bit parameters rounds its result to 16 bits on a CPU, as ``F.linear``
     does, which next to p = q is most of the gradient's error; with CUDA and torch 2.8 it does not.
 
+    Memory, beyond the arguments and their gradients: what ``chunk_size`` says, and where a bfloat16 weight needs a
+    gradient, 4 bytes an entry for its float32 sum, or in their place the rounded gradients of all rows' logits where
+    these take no more, which one matmul then sums up.
+
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
     and the gradient of ``hidden``, which every rank gets as a whole, one all-reduce in float32. On a GPU, after a
@@ -160,8 +164,8 @@ def linear_tnt_loss(
         logit_scale: factor on logits, before softcap (Cohere; Granite: 1 / ``logits_scaling``; T5: ``d_model**-0.5``).
         ref_logit_scale: the same of the reference.
         vocab_size: V, if the parameters are padded to more rows. None: as many as ``weight`` has.
-        chunk_size: rows per chunk. None: as many as fit into 64 MiB on a CPU and 1 GiB elsewhere. Results depend on
-            it by rounding only.
+        chunk_size: rows whose logits exist at once. None: as many as fit into 64 MiB on a CPU and 1 GiB elsewhere.
+            Results depend on it by rounding only.
         max_active_rows: how many rows can have a non-zero weight. Given, this many rows are computed, all with their
             reference, and a GPU is never waited for; with more active rows the loss is NaN (on a CPU an error). None:
             just the active ones, whose number is read from the device, once.

@@ -1,0 +1,257 @@
+"""The matmuls of ``linear_tnt_loss``: hidden states to logits (``Head``), their gradient back (``Gradients``).
+
+Logits are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. It buys a gradient that is
+rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of any dtype.
+
+Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the device offers nothing else (a CPU), which
+near p = q is most of the gradient's error: there, the logits pass through a 16-bit buffer, at two passes over them.
+CUDA leaves the sums as they are (:func:`keeps_float32`).
+
+The gradient of 16-bit logits waits until there are rows enough for one large matmul. A matmul of few rows spends its
+time on the (V, H) sum that it adds to: 8 bytes an entry, read and written, are 1.3 ms of an H100 at 128256 x 4096,
+where 700 rows are 1 ms of arithmetic. Best of all is one matmul, which needs no sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnt_kernels._groups import Shard, all_reduce_
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the upstream factor arrives: a mean's would underflow in float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@cache
+def keeps_float32(device_type: str) -> bool:
+    """Whether matmuls of 16-bit matrices can leave their float32 sums unrounded: cuBLAS can, from torch 2.8 on."""
+    cublas = device_type == "cuda" and torch.version.cuda is not None
+    return cublas and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+@cache
+def adds_to_float32(device_type: str) -> bool:
+    """Whether they can add to a float32 matrix: from torch 2.10 on (pytorch/pytorch#167931)."""
+    return keeps_float32(device_type) and torch.__version__ >= "2.10"
+
+
+def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
+    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+
+
+def _wide_addmm_(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
+    """``out = beta * out + alpha * a @ b`` of 16-bit matrices, float32, where ``adds_to_float32``."""
+    torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=alpha, out=out)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, float32 where nothing needs to be rounded."""
+    if a.dtype.itemsize > 2 or not keeps_float32(a.device.type):
+        return torch.mm(a, b)
+    out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32)
+    _wide_mm(a, b, out)
+    return out
+
+
+def _exp2(exponent: Tensor) -> Tensor:
+    """float32; exact."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
+class Head:
+    """``softcap(scale * (hidden @ weight.T + bias))`` of one model, in buffers for a chunk of rows."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        scale: float,
+        vocab: int,
+    ) -> None:
+        self.hidden, self.weight = hidden, weight[:vocab]
+        self.bias = None if bias is None else bias[:vocab]
+        self.softcap, self.scale = softcap, scale
+
+    def logits(self, rows: Tensor, out: Tensor, narrow: Tensor | None, tanh: Tensor | None) -> None:
+        """Writes to ``out``, by way of ``narrow`` if the matmul rounds to its dtype. ``tanh`` keeps softcap's."""
+        scale = self.scale if self.softcap is None else self.scale / self.softcap
+        wide = out if tanh is None else tanh
+        if narrow is None and rows.dtype != wide.dtype:
+            # mm, as addmm's bias would have to be 16-bit in some versions and float32 in others
+            _wide_mm(rows, self.weight.t(), wide)
+            if scale != 1.0:
+                wide.mul_(scale)
+            if self.bias is not None:
+                wide.add_(self.bias, alpha=scale)
+        else:
+            raw = wide if narrow is None else narrow
+            beta, addend = (0.0, raw) if self.bias is None else (scale, self.bias)
+            torch.addmm(addend, rows, self.weight.t(), beta=beta, alpha=scale, out=raw)
+            if narrow is not None:
+                wide.copy_(narrow)
+        if self.softcap is not None:
+            torch.mul(wide.tanh_(), self.softcap, out=out)
+
+
+class Waiting(NamedTuple):
+    """Room for rows that wait for the matmuls of the gradient."""
+
+    logits: Tensor  # (n, V): their gradient; before that, anybody's
+    rows: Tensor  # (n, H): hidden states
+
+
+class Gradients:
+    """Of hidden, weight and bias, None where not wanted; chunk after chunk is added.
+
+    Args:
+        head: the policy's, over flat rows.
+        weight, bias: the parameters, which may have more rows than the vocabulary.
+        wanted: whether those of hidden, weight and bias are.
+        waiting: rows whose gradient waits for a common matmul; 0: none, it is in the parameters' dtype already.
+        total: rows in all.
+        part_bytes: for products on their way to a float32 sum.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        weight: Tensor,
+        bias: Tensor | None,
+        real: torch.dtype,
+        wanted: Sequence[bool],
+        shard: Shard | None,
+        waiting: int,
+        total: int,
+        part_bytes: int,
+    ) -> None:
+        hidden = head.hidden
+        self.head, self.dtype, self.real, self.shard = head, hidden.dtype, real, shard
+        self.part_bytes = part_bytes
+        # A shard's part of the hidden states' gradient is rounded when all parts are summed.
+        held = held_dtype(self.dtype)
+        to_sum = held if shard is None else real
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=to_sum) if wanted[0] else None
+        self.weight = None
+        self._is_first = True  # what self.weight holds is to be overwritten
+        if wanted[1]:
+            # new_empty, not empty_like: contiguous, whatever the parameter's strides
+            of_one_matmul = held if waiting >= total else real
+            self.weight = weight.new_empty(weight.shape, dtype=of_one_matmul)
+            self.weight[len(head.weight) :].zero_()
+        self.bias = (
+            bias.new_zeros(bias.shape, dtype=real) if wanted[2] and bias is not None else None
+        )
+        self._logits = self._rows = None
+        if waiting:
+            self._logits = hidden.new_empty((waiting, len(head.weight)))
+            self._rows = hidden.new_empty((waiting, hidden.size(1)))
+        self._filled = 0
+        self._indices: list[Tensor] = []
+        self._exponents: list[Tensor] = []
+
+    def room(self, n: int) -> Waiting | None:
+        """For the next chunk, of n rows; None where no rows wait."""
+        if self._logits is None or self._rows is None:
+            return None
+        if self._filled + n > len(self._logits):
+            self._multiply_waiting()
+        place = slice(self._filled, self._filled + n)
+        return Waiting(self._logits[place], self._rows[place])
+
+    def add(self, index: Tensor, rows: Tensor, gradient: Tensor, room: Waiting | None) -> None:
+        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten."""
+        if self.bias is not None:
+            vocab = gradient.size(1)
+            self.bias[:vocab].add_(gradient.sum(0), alpha=self.head.scale)
+        if room is None:
+            self._multiply(index, rows, gradient, None)
+            return
+        if self.dtype == torch.float16:
+            # Each row is brought to a largest entry of 1/2 to 1 by a power of two, which the product with the weight
+            # gives back, as does the hidden state where rows are summed. Undefined rows stay what they are.
+            # (A CPU's vector_norm takes ten times as long as the two reductions.)
+            largest = gradient.amax(1, keepdim=True).maximum(gradient.amin(1, keepdim=True).neg_())
+            exponent = torch.frexp(largest).exponent.clamp_min(-100)
+            exponent = exponent.where(largest.isfinite() & (largest > 0), -100)
+            gradient.mul_(_exp2(-exponent))
+            self._exponents.append(exponent)
+        room.logits.copy_(gradient)
+        self._indices.append(index)
+        self._filled += len(index)
+
+    def results(self) -> list[Tensor]:
+        self._multiply_waiting()
+        self._logits = self._rows = None
+        if self.shard is not None and self.hidden is not None:
+            all_reduce_(self.hidden, self.shard.group)
+        if self.weight is not None and self._is_first:
+            self.weight.zero_()
+        return [
+            x.to(held_dtype(self.dtype))
+            for x in (self.hidden, self.weight, self.bias)
+            if x is not None
+        ]
+
+    def _multiply_waiting(self) -> None:
+        if self._logits is None or self._rows is None or not self._filled:
+            return
+        exponent = torch.cat(self._exponents) if self._exponents else None
+        rows, logits = self._rows[: self._filled], self._logits[: self._filled]
+        self._multiply(torch.cat(self._indices), rows, logits, exponent)
+        self._filled = 0
+        self._indices, self._exponents = [], []
+
+    def _multiply(
+        self, index: Tensor, rows: Tensor, gradient: Tensor, exponent: Tensor | None
+    ) -> None:
+        """Rows (n, H) and the gradient (n, V) of their logits, both in the parameters' dtype, the latter times
+        2^-exponent (n, 1)."""
+        if self.hidden is not None:
+            if self.hidden.dtype == gradient.dtype:
+                product = gradient.new_empty(rows.shape)
+                product.addmm_(gradient, self.head.weight, beta=0, alpha=self.head.scale)
+            else:
+                product = _mm(gradient, self.head.weight).to(self.real).mul_(self.head.scale)
+            if exponent is not None:
+                product.mul_(_exp2(exponent))
+            self.hidden.index_copy_(0, index, product)
+            del product
+        if self.weight is not None:
+            factor = None
+            if exponent is not None:
+                top = exponent.max()
+                rows, factor = (rows * _exp2(exponent - top)).to(self.dtype), _exp2(top)
+            self._add_to_weight(self.weight[: gradient.size(1)], gradient.t(), rows, factor)
+            self._is_first = False
+
+    def _add_to_weight(self, out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+        """``out += scale * factor * a @ b``, or ``=`` for the first."""
+        beta, scale = 0.0 if self._is_first else 1.0, self.head.scale
+        if factor is None and out.dtype == a.dtype:
+            out.addmm_(a, b, beta=beta, alpha=scale)
+            return
+        if factor is None and adds_to_float32(a.device.type):
+            _wide_addmm_(out, a, b, beta, scale)
+            return
+        # The product has to be somewhere before it is added to the float32 sum.
+        if self._is_first:
+            out.zero_()
+        entry = self.real.itemsize
+        if not keeps_float32(a.device.type):
+            entry += a.element_size()
+        step = max(1, self.part_bytes // (b.size(1) * entry))
+        for part_of_a, part_of_out in zip(a.split(step), out.split(step), strict=True):
+            part = _mm(part_of_a, b)
+            if factor is not None:
+                part = part.to(self.real).mul_(factor)
+            part_of_out.add_(part, alpha=scale)
