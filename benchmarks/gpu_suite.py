@@ -36,7 +36,7 @@ log = logging.getLogger("gpu_suite")
 MAIN = Size(8192, 128256, "bfloat16")
 VOCABULARIES = (32000, 151936, 262144, 50257)
 ROWS = (64, 256, 1024, 4096, 16384)
-LINEAR = linear.LinearSize(8192, 4096, 128256)
+LINEAR = linear.LinearSize(8192, 4096, 128256, "bfloat16")
 LINEAR_ROWS = (1024, 2048, 4096, 16384)
 LIBRARY = ("in place", "fresh", "forward")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -149,22 +149,23 @@ class Suite:
         if case.peers:
             yield from peers.steps(self.loaded, case.method)
 
-    def run_linear(self, rows: int, contenders: Sequence[str], share: float = 1.0) -> None:
+    def run_linear(
+        self, rows: int, contenders: Sequence[str], share: float = 1.0, with_peers: bool = True
+    ) -> None:
         """``linear_tnt_loss`` against its matmuls, and what there is besides."""
         if self.over(f"linear, {rows} rows, {share:.0%} active"):
             return
         size = LINEAR._replace(rows=rows)
-        size = linear.LinearSize(min(rows, 48), 32, 2000) if self.tiny else size
+        size = size._replace(rows=min(rows, 48), hidden=32, vocab=2000) if self.tiny else size
         self._problem = None
         torch._dynamo.reset()
-        dtype = torch.bfloat16
-        problem = linear.make_problem(size, self.device, dtype).with_active_share(share)
+        problem = linear.make_problem(size, self.device).with_active_share(share)
         backends = library_backends(torch.empty(1, 1, device=self.device))
         todo: list[tuple[str, str | None, str, Callable[[], Any]]] = []
         for name in contenders:
             for backend in backends if name == "fused" else [None]:
                 todo.append((name, backend, "", lambda n=name, b=backend: linear.make_step(n, b)))
-        if share == 1:
+        if with_peers and share == 1:
             for peer in peers.LINEAR_PEERS:
                 if peer.name in self.loaded:
                     todo.append((peer.name, None, peer.work, lambda n=peer.name: self.loaded[n]))
@@ -173,7 +174,7 @@ class Suite:
                 continue
             record = {
                 "contender": name, "backend": backend, "work": work, "active_share": share,
-                "dtype": "bfloat16", **size._asdict(),
+                **size._asdict(),
             }  # fmt: skip
             try:
                 record |= self.measure_linear(make(), name, problem)
@@ -264,6 +265,8 @@ class Suite:
             self.run_linear(rows, ("floor", "fused", "naive"))
         for case in LATE:
             self.run_case(case)
+        for rows in LINEAR_ROWS:
+            self.run_linear(rows, ("compiled",), with_peers=False)
 
 
 def _check_linear_jsd(gradients: Sequence[torch.Tensor], p: linear.LinearProblem) -> float:

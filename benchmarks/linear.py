@@ -27,13 +27,15 @@ class LinearSize(NamedTuple):
     rows: int
     hidden: int
     vocab: int
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.hidden}x{self.vocab}"
+        return f"{self.rows}x{self.hidden}x{self.vocab}-{self.dtype}"
 
 
 SIZE = LinearSize(512, 512, 32000)
-QUICK_SIZE = LinearSize(16, 32, 5000)
+SIZES = (SIZE, SIZE._replace(dtype="bfloat16"))
+QUICK_SIZES = (LinearSize(16, 32, 5000), LinearSize(16, 32, 5000, "bfloat16"))
 #: Over the tokens of a batch. At a vocabulary of 128256, 16k tokens take a CPU minutes a step, hence this smaller head.
 SWEEP = tuple(LinearSize(n, 256, 8192) for n in (1024, 4096, 16384))
 QUICK_SWEEP = (LinearSize(24, 16, 3000),)
@@ -63,11 +65,9 @@ class LinearProblem(NamedTuple):
         return list((self.weights != 0).nonzero()[:, 0].split(rows))
 
 
-def make_problem(
-    size: LinearSize, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LinearProblem:
+def make_problem(size: LinearSize, device: torch.device | str = "cpu") -> LinearProblem:
     """Logits of a standard deviation of 3, the policy a little away from the reference, one row in four pushed down."""
-    rows, hidden, vocab = size
+    rows, hidden, vocab, dtype = size
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def make_problem(
     labels = torch.randint(vocab, (rows,), generator=generator, device=device)
     pushed = torch.rand(rows, generator=generator, device=device) < 0.25
     policy = ref_hidden + 0.05 * normal(rows, hidden)
-    tensors = [x.to(dtype) for x in (policy, weight, ref_hidden, ref_weight)]
+    tensors = [x.to(getattr(torch, dtype)) for x in (policy, weight, ref_hidden, ref_weight)]
     for x in tensors[:2]:
         x.requires_grad_()
     return LinearProblem(*tensors, labels, torch.where(pushed, -1.0, 1.0))
@@ -169,15 +169,15 @@ def check(gradients: tuple[Tensor, ...], p: LinearProblem, method: str = "tnff")
 def measure_memory(contender: str, size: LinearSize) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     step = make_step(contender)
-    step(make_problem(size if contender == "compiled" else size._replace(rows=2)))
+    # Matmuls of some size, so that the packing buffers which MKL keeps for a process (22 MiB on one machine) are there.
+    step(make_problem(size if contender == "compiled" else size._replace(rows=min(size.rows, 256))))
     problem = make_problem(size)
     known = peak_beyond(lambda: torch.empty(KNOWN, dtype=torch.uint8).fill_(1))
     return {
         "contender": contender,
         **size._asdict(),
         "bytes_beyond_inputs": peak_beyond(lambda: step(problem)),
-        "gradient_bytes": 4 * (problem.hidden.numel() + problem.weight.numel()),
-        "logits_bytes": 4 * size.rows * size.vocab,
+        "gradient_bytes": sum(x.numel() * x.element_size() for x in problem[:2]),
         "known_bytes": KNOWN,
         "known_bytes_measured": known,
     }
@@ -193,8 +193,9 @@ def main() -> None:
     parser.add_argument("rows", type=int, nargs="?", default=SIZE.rows)
     parser.add_argument("hidden", type=int, nargs="?", default=SIZE.hidden)
     parser.add_argument("vocab", type=int, nargs="?", default=SIZE.vocab)
+    parser.add_argument("dtype", nargs="?", default=SIZE.dtype)
     a = parser.parse_args()
-    print(json.dumps(measure_memory(a.contender, LinearSize(a.rows, a.hidden, a.vocab))))
+    print(json.dumps(measure_memory(a.contender, LinearSize(a.rows, a.hidden, a.vocab, a.dtype))))
 
 
 if __name__ == "__main__":

@@ -213,26 +213,27 @@ def linear_table(results: dict[str, Any]) -> str:
     cases = pd.DataFrame(results["linear"]["cases"])
     memory = pd.DataFrame(results["linear"]["memory"])
     cases = cases[cases.active_share == 1]
-    on = ["rows", "hidden", "vocab", "contender"]
+    on = ["rows", "hidden", "vocab", "dtype", "contender"]
     frame = memory[[*on, "bytes_beyond_gradients"]].merge(
         cases[[*on, "ms_min", "times_floor"]], on=on, how="outer"
     )
     rows = []
-    for (vocab, hidden, tokens), group in frame.groupby(["vocab", "hidden", "rows"]):
+    by_size = frame.groupby(["vocab", "hidden", "dtype", "rows"], sort=False)
+    for (vocab, hidden, dtype, tokens), group in by_size:
         group = group.set_index("contender")
         for contender, label in LINEAR_CONTENDERS.items():
             if contender in group.index:
                 c = group.loc[contender]
                 rows.append(
                     [
-                        f"{tokens} × {hidden} × {vocab}: {label}",
+                        f"{tokens} × {hidden} × {vocab}, {dtype}: {label}",
                         _number(c.ms_min),
                         _number(c.times_floor, "×"),
                         _mebibytes(c.bytes_beyond_gradients),
                     ]
                 )
     head = [
-        "tokens × H × V, float32, CPU: loss and gradients",
+        "tokens × H × V, CPU: loss and gradients",
         "ms",
         "the matmuls",
         "MiB beyond inputs and gradients",

@@ -89,16 +89,15 @@ def overhead(t: pd.DataFrame) -> dict[str, float]:
 def linear(t: pd.DataFrame, memory: pd.DataFrame) -> dict[str, Any]:
     """``linear_tnt_loss``: the steps as multiples of their matmuls, and its memory beyond inputs and gradients."""
     steps = t[t.kind == "linear"].dropna(axis="columns", how="all").drop(columns="kind")
-    keys = ["rows", "hidden", "vocab", "active_share"]
+    size = ["rows", "hidden", "vocab", "dtype"]
+    keys = [*size, "active_share"]
     ms = steps.set_index([*keys, "contender"]).ms_min
     floors = ms.xs("floor", level="contender")
     steps["times_floor"] = (
         steps.ms_min / floors.reindex(pd.MultiIndex.from_frame(steps[keys])).to_numpy()
     )
     whole = ms[ms.index.get_level_values("active_share") == 1].droplevel("active_share")
-    all_rows = whole.reindex(
-        pd.MultiIndex.from_frame(steps[["rows", "hidden", "vocab", "contender"]])
-    )
+    all_rows = whole.reindex(pd.MultiIndex.from_frame(steps[[*size, "contender"]]))
     steps["share_of_all_rows"] = steps.ms_min / all_rows.to_numpy()
     memory = memory.assign(
         bytes_beyond_gradients=memory.bytes_beyond_inputs - memory.gradient_bytes

@@ -80,7 +80,7 @@ def measure_memory(quick: bool) -> list[dict[str, Any]]:
 
 
 def measure_linear_memory(quick: bool) -> list[dict[str, Any]]:
-    sizes = (linear.QUICK_SIZE, *linear.QUICK_SWEEP) if quick else (linear.SIZE, *linear.SWEEP)
+    sizes = (*linear.QUICK_SIZES, *linear.QUICK_SWEEP) if quick else (*linear.SIZES, *linear.SWEEP)
     jobs = [(contender, size) for size in sizes for contender in linear.MEMORY_CONTENDERS]
     return _in_pairs("memory, linear", jobs, lambda job: linear.measure_memory_in_process(*job))
 

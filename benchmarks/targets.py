@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from benchmarks import linear
 from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
+from tnt_kernels._linear_chunks import CHUNK_BYTES
 
 MIB = 1 << 20
 
@@ -82,6 +84,37 @@ def targets(results: dict[str, Any]) -> list[Target]:
         value = calls[contender] - calls["empty"] if contender in calls else None
         found.append(
             Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 30, False)
+        )
+    return found + _of_linear(results.get("linear", {"cases": [], "memory": []}))
+
+
+def _of_linear(results: dict[str, Any]) -> list[Target]:
+    found = []
+    for c in results["cases"]:
+        if c["contender"] != "fused" or c["dtype"] != "float32":
+            continue
+        where = f"{c['rows']} × {c['hidden']} × {c['vocab']}"
+        if c["active_share"] == 1:
+            what = "linear_tnt_loss, times its matmuls"
+            found.append(Target(what, where, c["times_floor"], 1.3, False))
+        else:
+            assert c["active_share"] == linear.SPARSE
+            what = (
+                f"linear_tnt_loss with {linear.SPARSE:.0%} of rows active, share of the time of all"
+            )
+            found.append(Target(what, where, c["share_of_all_rows"], 0.35, False))
+    for m in results["memory"]:
+        if m["contender"] != "fused":
+            continue
+        where = f"{m['rows']} × {m['hidden']} × {m['vocab']}, {m['dtype']}"
+        bound = CHUNK_BYTES["cpu"] + MIB + 64 * m["rows"]
+        if m["dtype"] == "bfloat16":  # the float32 sum of the weight's gradient
+            bound += 4 * m["hidden"] * m["vocab"]
+        value = m["bytes_beyond_gradients"] / MIB
+        found.append(
+            Target(
+                "linear_tnt_loss, MiB beyond inputs and gradients", where, value, bound / MIB, False
+            )
         )
     return found
 

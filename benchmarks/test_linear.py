@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.linear import (
     CONTENDERS,
-    QUICK_SIZE,
+    QUICK_SIZES,
     QUICK_SWEEP,
-    SIZE,
+    SIZES,
     SPARSE,
     SWEEP,
     SWEEP_CONTENDERS,
@@ -23,9 +23,10 @@ from benchmarks.linear import (
 Measure = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=range(len(SIZES)), ids=[size.dtype for size in SIZES])
 def linear_problem(request: pytest.FixtureRequest) -> LinearProblem:
-    return make_problem(QUICK_SIZE if request.config.getoption("--quick") else SIZE)
+    sizes = QUICK_SIZES if request.config.getoption("--quick") else SIZES
+    return make_problem(sizes[request.param])
 
 
 def measure_step(measure: Measure, p: LinearProblem, contender: str, share: float) -> None:
@@ -43,7 +44,7 @@ def measure_step(measure: Measure, p: LinearProblem, contender: str, share: floa
         rows=len(p.labels),
         hidden=p.weight.size(1),
         vocab=p.weight.size(0),
-        dtype="float32",
+        dtype=str(p.weight.dtype).removeprefix("torch."),
     )
 
 

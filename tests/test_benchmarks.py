@@ -197,6 +197,7 @@ def results(report: Any) -> dict[str, Any]:
             "rows": n,
             "hidden": 8,
             "vocab": 1000,
+            "dtype": "float32",
             "bytes_beyond_inputs": 9 << 20,
             "gradient_bytes": 1 << 20,
         }
@@ -410,7 +411,7 @@ def test_gpu_suite_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     results = json.loads((out / "gpu.json").read_text())
     assert results["cases"] == []
     cases = (*gpu_suite.CASES, *gpu_suite.SWEEPS, *gpu_suite.LATE)
-    assert len(results["left_out"]) == len(cases) + 4 + len(gpu_suite.LINEAR_ROWS)
+    assert len(results["left_out"]) == len(cases) + 4 + 2 * len(gpu_suite.LINEAR_ROWS)
 
 
 def test_gpu_suite_checks_the_kernels_first(
