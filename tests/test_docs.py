@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +59,28 @@ def test_readme_shows_the_demo_s_results() -> None:
             same = f"{float(row['identical']):.1%}".replace("%", " %") if row["identical"] else ""
             cells = [row["method"], *shares, *nats, same]
             assert " ".join(f"| {' | '.join(cells)} |".split()) in readme
+
+
+def test_readme_s_python_runs() -> None:
+    """Block after block, as one program; the training loop with models of its kind. That of Hugging Face has tests of
+    its own: it loads a model by name."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    mine = [block for block in blocks if "from_pretrained" not in block]
+    assert len(mine) == len(blocks) - 1 == 3
+    embedding = torch.nn.Embedding(50, 50)
+
+    def model(ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=embedding(ids) * 2)
+
+    names: dict[str, Any] = {
+        "model": model,
+        "original": model,
+        "optimizer": torch.optim.SGD(embedding.parameters(), 1.0),
+        "loader": [{"input_ids": torch.randint(50, (2, 6)), "weights": -torch.ones(2, 6)}],
+    }
+    before = embedding.weight.detach().clone()
+    for block in mine:
+        exec(compile(block, "README.md", "exec"), names)
+    assert not torch.equal(embedding.weight, before)
+    assert names["loss"].isfinite()
+    assert not torch.equal(names["lm_head"].weight, names["original_head"])
