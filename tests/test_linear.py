@@ -347,7 +347,8 @@ def test_what_fits_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         scalars = _linear_chunks.LinearScalars(None, None, 1.0, 1.0, vocab, None, None)
         group = _linear_chunks.RowGroup(index, True, True)
-        found = _linear_chunks.sizes_of(t, scalars, [group], wanted, vocab)
+        layout = _linear_chunks._layout(t, scalars, [group], wanted, with_upstream=False)
+        found = _linear_chunks.sizes_of(t, scalars, [group], wanted, vocab, layout)
         assert found.total == rows
         itemsize = 0 if dtype == F32 else 2
         used = found.chunk * vocab * 8 + found.waiting * (vocab + width) * itemsize

@@ -130,21 +130,40 @@ def _waits(t: LinearTensors, wanted: Sequence[bool]) -> bool:
 _Buffers = dict[str | torch.dtype, Tensor]
 
 
-def _buffers_of(
-    t: LinearTensors, linear: LinearScalars, groups: list[RowGroup], wanted: Sequence[bool]
-) -> dict[str | torch.dtype, torch.dtype]:
-    """The buffers of a chunk, by name, and their dtypes."""
-    real, reads = real_dtype(t.hidden), any(group.reads_reference for group in groups)
+class _Layout(NamedTuple):
+    """Of a chunk."""
+
+    buffers: dict[str | torch.dtype, torch.dtype]
+    in_room: bool  # the logits become their gradient where that waits for its matmuls
+
+
+def _layout(
+    t: LinearTensors,
+    linear: LinearScalars,
+    groups: list[RowGroup],
+    wanted: Sequence[bool],
+    with_upstream: bool,
+) -> _Layout:
+    """Logits are ``real``, unless their matmul has rounded them and their gradient is to be rounded at once, too."""
+    hidden, real = t.hidden, real_dtype(t.hidden)
+    reads = any(group.reads_reference for group in groups)
+    ref_hidden, waits = t.ref_hidden if reads else None, _waits(t, wanted)
+    dtypes = {x.dtype for x in (hidden, ref_hidden) if x is not None}
+    rounds = not keeps_float32(hidden.device.type)
+    changes = with_upstream or held_dtype(hidden.dtype) != hidden.dtype  # the gradient, afterwards
+    capped = linear.softcap is not None or linear.ref_softcap is not None
+    if rounds and dtypes == {hidden.dtype} and not capped and not (any(wanted) and changes):
+        names = ["logits"] * (not waits) + ["ref_logits"] * reads
+        return _Layout(dict.fromkeys(names, hidden.dtype), waits)
     names = ["logits"] + ["ref_logits"] * reads
     if linear.softcap is not None and any(wanted):
         names.append("tanh")
     buffers: dict[str | torch.dtype, torch.dtype] = dict.fromkeys(names, real)
-    if not keeps_float32(t.hidden.device.type):
-        dtypes = {x.dtype for x in (t.hidden, t.ref_hidden if reads else None) if x is not None}
+    if rounds:
         # Where rows wait for the gradient's matmuls, that of the logits may use their room.
-        dtypes -= {real, t.hidden.dtype if _waits(t, wanted) else real}
+        dtypes -= {real, hidden.dtype if waits else real}
         buffers |= {dtype: dtype for dtype in dtypes}
-    return buffers
+    return _Layout(buffers, False)
 
 
 class Sizes(NamedTuple):
@@ -161,6 +180,7 @@ def sizes_of(
     groups: list[RowGroup],
     wanted: Sequence[bool],
     widest: int,
+    layout: _Layout,
 ) -> Sizes:
     """What the budget holds. ``widest`` is V, of the largest shard, as all ranks have chunks of the same rows.
 
@@ -171,10 +191,9 @@ def sizes_of(
     width, bytes_ = hidden.size(1), hidden.element_size()
     budget = _budget(hidden.device)
     budget -= budget // _MATMUL_SHARE
-    buffers = _buffers_of(t, linear, groups, wanted)
-    row = widest * sum(dtype.itemsize for dtype in buffers.values())
+    row = widest * sum(dtype.itemsize for dtype in layout.buffers.values())
     row += width * (bytes_ + real.itemsize)  # gathered; multiplied back
-    if "ref_logits" in buffers and t.ref_hidden is not None:
+    if "ref_logits" in layout.buffers and t.ref_hidden is not None:
         row += t.ref_hidden.size(1) * t.ref_hidden.element_size()
     waiting_row = widest * bytes_ + width * (2 * bytes_ + real.itemsize)
 
@@ -209,6 +228,7 @@ class Chunks:
     Args:
         t: with flat rows.
         wanted: whether the gradients of hidden, weight and bias are.
+        upstream: (N,), multiplies the gradient of every row.
     """
 
     def __init__(
@@ -218,18 +238,23 @@ class Chunks:
         s: Scalars,
         groups: list[RowGroup],
         wanted: Sequence[bool],
+        upstream: Tensor | None,
         shard: Shard | None,
     ) -> None:
         self._t, self._linear, self._s, self._groups, self._shard = t, linear, s, groups, shard
-        vocab = linear.vocab_size
+        self._upstream, vocab = upstream, linear.vocab_size
         widest = vocab if shard is None else place(shard, vocab).widest
-        self.sizes = sizes_of(t, linear, groups, wanted, widest)
+        layout = _layout(t, linear, groups, wanted, upstream is not None)
+        self.sizes, self._in_room = (
+            sizes_of(t, linear, groups, wanted, widest, layout),
+            layout.in_room,
+        )
         self._policy = Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
         self.gradients: Gradients | None = None
         try:
             self._buffers: _Buffers = {
                 name: t.hidden.new_empty((self.sizes.chunk, vocab), dtype=dtype)
-                for name, dtype in _buffers_of(t, linear, groups, wanted).items()
+                for name, dtype in layout.buffers.items()
             }
             if any(wanted):
                 self.gradients = Gradients(
@@ -266,13 +291,8 @@ class Chunks:
         sides = _unless_it_reads(s.positive_loss), _unless_it_reads(s.negative_loss)
         return s._replace(positive_loss=sides[0], negative_loss=sides[1])
 
-    def losses(
-        self, with_stats: bool, upstream: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Chunk after chunk: its rows' indices, their loss and statistics. Adds to the gradients.
-
-        ``upstream`` (N,) multiplies the gradient of every row.
-        """
+    def losses(self, with_stats: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Chunk after chunk: its rows' indices, their loss and statistics. Adds to the gradients."""
         t, linear, policy, gradients = self._t, self._linear, self._policy, self.gradients
         reference = None
         if t.ref_hidden is not None and t.ref_weight is not None:
@@ -284,7 +304,7 @@ class Chunks:
             buffers = {name: x[:n] for name, x in self._buffers.items()}
             room = None if gradients is None else gradients.room(n)
             if room is not None:
-                buffers.setdefault(room.logits.dtype, room.logits)
+                buffers.setdefault("logits" if self._in_room else room.logits.dtype, room.logits)
             rows = torch.index_select(
                 policy.hidden, 0, index, out=None if room is None else room.rows
             )
@@ -295,10 +315,11 @@ class Chunks:
                 inactive = ~active_rows(labels, weights, self._s.ignore_index)
                 rows.masked_fill_(inactive[:, None], 0.0)
             logits, tanh, ref_logits = buffers["logits"], buffers.get("tanh"), None
-            policy.logits(rows, logits, self._rounded(buffers, rows), tanh)
+            policy.logits(rows, logits, self._rounded(buffers, rows, logits), tanh)
             if group.reads_reference and reference is not None:
                 ref_rows, ref_logits = reference.hidden[index], buffers["ref_logits"]
-                reference.logits(ref_rows, ref_logits, self._rounded(buffers, ref_rows), None)
+                narrow = self._rounded(buffers, ref_rows, ref_logits)
+                reference.logits(ref_rows, ref_logits, narrow, None)
             alpha, ids = t.alpha, t.negative_ids
             tensors = RowTensors(
                 ref_logits,
@@ -313,14 +334,16 @@ class Chunks:
                 yield index, *_shards.chunk_losses(*arguments)
                 continue
             loss, stats = _shards.chunk_losses_(*arguments)
-            if upstream is not None:
-                logits.mul_(upstream[index][:, None])
+            if self._upstream is not None:
+                logits.mul_(self._upstream[index][:, None])
             if tanh is not None:
                 logits.addcmul_(logits, tanh.square_(), value=-1)  # softcap's derivative, 1 - tanh²
             gradients.add(index, rows, logits, room)
             yield index, loss, stats
 
     @staticmethod
-    def _rounded(buffers: _Buffers, rows: Tensor) -> Tensor | None:
-        """Where a matmul of these rows writes to if it rounds."""
-        return None if keeps_float32(rows.device.type) else buffers.get(rows.dtype)
+    def _rounded(buffers: _Buffers, rows: Tensor, logits: Tensor) -> Tensor | None:
+        """Where a matmul of these rows writes to if it rounds and the logits are not to be what it rounds to."""
+        if rows.dtype == logits.dtype or keeps_float32(rows.device.type):
+            return None
+        return buffers[rows.dtype]

@@ -4,8 +4,10 @@ Logits are float32 (float64 for float64 hidden states), whatever the dtype of th
 rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of any dtype.
 
 Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the device offers nothing else (a CPU), which
-near p = q is most of the gradient's error: there, the logits pass through a 16-bit buffer, at two passes over them.
-CUDA leaves the sums as they are (:func:`keeps_float32`).
+near p = q is most of the gradient's error. There bfloat16 logits stay as they are, as nothing is lost any more: the
+kernels compute in float32 and round the gradient, which takes their place. Where something is yet to happen to the
+gradient (softcap, float16, a factor for every row) they are float32. CUDA leaves the sums unrounded
+(:func:`keeps_float32`).
 
 The gradient of 16-bit logits waits until there are rows enough for one large matmul. A matmul of few rows spends its
 time on the (V, H) sum that it adds to: 8 bytes an entry, read and written, are 1.3 ms of an H100 at 128256 x 4096,
@@ -169,10 +171,11 @@ class Gradients:
         return Waiting(self._logits[place], self._rows[place])
 
     def add(self, index: Tensor, rows: Tensor, gradient: Tensor, room: Waiting | None) -> None:
-        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten."""
+        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten, unless
+        it is in ``room`` already."""
         if self.bias is not None:
             vocab = gradient.size(1)
-            self.bias[:vocab].add_(gradient.sum(0), alpha=self.head.scale)
+            self.bias[:vocab].add_(gradient.sum(0, dtype=self.real), alpha=self.head.scale)
         if room is None:
             self._multiply(index, rows, gradient, None)
             return
@@ -185,7 +188,8 @@ class Gradients:
             exponent = exponent.where(largest.isfinite() & (largest > 0), -100)
             gradient.mul_(_exp2(-exponent))
             self._exponents.append(exponent)
-        room.logits.copy_(gradient)
+        if gradient is not room.logits:
+            room.logits.copy_(gradient)
         self._indices.append(index)
         self._filled += len(index)
 

@@ -91,8 +91,8 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         if with_stats:
             stats = t.hidden.new_full((5, len(t.labels)), torch.nan, dtype=real)
             stats[0] = 0.0
-        chunks = Chunks(t, linear, s, groups, wanted, shard)
-        for index, chunk_loss, chunk_stats in chunks.losses(with_stats, None):
+        chunks = Chunks(t, linear, s, groups, wanted, None, shard)
+        for index, chunk_loss, chunk_stats in chunks.losses(with_stats):
             if per_row:
                 loss.index_copy_(0, index, chunk_loss)
             else:
@@ -128,8 +128,8 @@ def _linear_gradients(*arguments: Any) -> list[Tensor]:
     t = flatten_rows(shaped)
     with _undisturbed(t.hidden.device):
         groups, _ = plan(t, s, linear.max_active_rows)
-        chunks = Chunks(t, linear, s, groups, wanted, shard)
-        for _ in chunks.losses(False, upstream.reshape(-1)):
+        chunks = Chunks(t, linear, s, groups, wanted, upstream.reshape(-1), shard)
+        for _ in chunks.losses(False):
             pass
         return _gradients(chunks, shaped)
 
