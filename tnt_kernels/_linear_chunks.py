@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tnt_kernels import _shards
 from tnt_kernels._groups import Shard, all_reduce_, join_as_failed, place
-from tnt_kernels._linear_matmul import Gradients, Head, held_dtype, keeps_float32
+from tnt_kernels._linear_matmul import Gradients, Head, held_dtype, keeps_float32, padded
 from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends.call import Scalars, loss_needs_totals, real_dtype
 from tnt_kernels.objectives import RowLoss
@@ -191,11 +191,11 @@ def sizes_of(
     width, bytes_ = hidden.size(1), hidden.element_size()
     budget = _budget(hidden.device)
     budget -= budget // _MATMUL_SHARE
-    row = widest * sum(dtype.itemsize for dtype in layout.buffers.values())
+    row = padded(widest) * sum(dtype.itemsize for dtype in layout.buffers.values())
     row += width * (bytes_ + real.itemsize)  # gathered; multiplied back
     if "ref_logits" in layout.buffers and t.ref_hidden is not None:
         row += t.ref_hidden.size(1) * t.ref_hidden.element_size()
-    waiting_row = widest * bytes_ + width * (2 * bytes_ + real.itemsize)
+    waiting_row = padded(widest) * bytes_ + width * (2 * bytes_ + real.itemsize)
 
     def chunk(available: int, row: int = row) -> int:
         most, tile = max(1, linear.chunk_size or available // row), 1
@@ -253,7 +253,7 @@ class Chunks:
         self.gradients: Gradients | None = None
         try:
             self._buffers: _Buffers = {
-                name: t.hidden.new_empty((self.sizes.chunk, vocab), dtype=dtype)
+                name: t.hidden.new_empty((self.sizes.chunk, padded(vocab)), dtype=dtype)[:, :vocab]
                 for name, dtype in layout.buffers.items()
             }
             if any(wanted):

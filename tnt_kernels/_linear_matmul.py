@@ -44,6 +44,12 @@ def adds_to_float32(device_type: str) -> bool:
     return keeps_float32(device_type) and torch.__version__ >= "2.10"
 
 
+def padded(columns: int) -> int:
+    """Columns from row to row of a buffer whose rows begin at whole cache lines: matmuls of 16-bit rows at odd addresses
+    find no fast kernel on a GPU."""
+    return -(-columns // 64) * 64
+
+
 def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
     torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
@@ -155,7 +161,8 @@ class Gradients:
         )
         self._logits = self._rows = None
         if waiting:
-            self._logits = hidden.new_empty((waiting, len(head.weight)))
+            vocab = len(head.weight)
+            self._logits = hidden.new_empty((waiting, padded(vocab)))[:, :vocab]
             self._rows = hidden.new_empty((waiting, hidden.size(1)))
         self._filled = 0
         self._indices: list[Tensor] = []
@@ -171,8 +178,8 @@ class Gradients:
         return Waiting(self._logits[place], self._rows[place])
 
     def add(self, index: Tensor, rows: Tensor, gradient: Tensor, room: Waiting | None) -> None:
-        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten, unless
-        it is in ``room`` already."""
+        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten,
+        unless it is in ``room`` already."""
         if self.bias is not None:
             vocab = gradient.size(1)
             self.bias[:vocab].add_(gradient.sum(0, dtype=self.real), alpha=self.head.scale)
