@@ -26,7 +26,7 @@ void bind_rows(pybind11::module_& m, const char* name, void (*run)(RowParams&, E
                     int reduction, Address normalizer, bool has_normalizer, double normalizer_value, Address statistics,
                     Address gathered, int64_t gathered_stride, int64_t shards, Address parts, Address totals,
                     Address loss, Address row_stats, Address coefficients, Address grad, int64_t grad_stride,
-                    Address upstream, int64_t upstream_stride, Extra... extra) {
+                    int grad_dtype, Address upstream, int64_t upstream_stride, Extra... extra) {
     RowParams p{};
     p.dtype = static_cast<DType>(dtype);
     p.rows = rows;
@@ -67,6 +67,7 @@ void bind_rows(pybind11::module_& m, const char* name, void (*run)(RowParams&, E
     p.coefficients = address<void>(coefficients);
     p.grad = address<void>(grad);
     p.grad_stride = grad_stride;
+    p.grad_dtype = static_cast<DType>(grad_dtype);
     p.upstream = address<const void>(upstream);
     p.upstream_stride = upstream_stride;
     pybind11::gil_scoped_release release;

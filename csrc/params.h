@@ -51,8 +51,9 @@ struct RowParams {
   void* row_stats;     // (5, N) Real: loss, kl, negative_mass, ref_negative_mass, entropy; may be null
   void* coefficients;  // (N, ROW_COEFFICIENTS) Real: written by a call without `grad`, read where `upstream` is set;
                        // may be null
-  void* grad;          // (N, V) dtype of the logits, may be the logits themselves; null: no gradient
+  void* grad;          // (N, V), may be the logits themselves; null: no gradient
   int64_t grad_stride;
+  DType grad_dtype;  // that of the logits, or BFLOAT16 where these are FLOAT32
   // Gradient-only call: d(final loss)/d(loss), Real, with stride 0 (one number) or 1 (one a row). It comes with
   // `coefficients`, or with `gathered` and `totals`.
   const void* upstream;

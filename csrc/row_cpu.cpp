@@ -403,7 +403,7 @@ void stream_zeros(void* to, size_t bytes) {
 
 // -------------------------------------------------------------------------------------------------------- one row
 
-template <class Logit>
+template <class Logit, class Gradient>
 class Row {
  public:
   using Real = RealOf<Logit>;
@@ -426,7 +426,7 @@ class Row {
     next_ = next;
     z_ = static_cast<const Logit*>(p_.logits) + index * p_.logits_stride;
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index * p_.ref_logits_stride : nullptr;
-    g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index * p_.grad_stride : nullptr;
+    g_ = p_.grad ? static_cast<Gradient*>(p_.grad) + index * p_.grad_stride : nullptr;
     label_ = p_.labels[index];
     label_policy_ = label_reference_ = 0;
     const double weight = p_.weights ? static_cast<const Real*>(p_.weights)[index] : 1.0;
@@ -481,7 +481,7 @@ class Row {
 
  private:
   double inactive() {
-    if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Logit));
+    if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Gradient));
     if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0;
     if (p_.statistics) pack(RowStatistics(), packed(p_.statistics));
     if (p_.parts) write_parts(0, 0);
@@ -959,7 +959,7 @@ class Row {
   }
 
   void fill(double value) {
-    if (value == 0) return stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Logit));
+    if (value == 0) return stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Gradient));
     for (int64_t i = 0; i < p_.vocab; ++i) store(g_ + i, Real(value));
   }
 
@@ -1020,7 +1020,7 @@ class Row {
   double label_policy_ = 0, label_reference_ = 0;  // its logits
   bool label_pushed_ = false;
   const Logit *z_ = nullptr, *r_ = nullptr;
-  Logit* g_ = nullptr;
+  Gradient* g_ = nullptr;
 };
 
 // ------------------------------------------------------------------------------------------------------- all rows
@@ -1034,7 +1034,7 @@ std::vector<int32_t> sorted_set(const int64_t* ids, int64_t count) {
   return set;
 }
 
-template <class Logit>
+template <class Logit, class Gradient = Logit>
 void run(const RowParams& p) {
   using Real = RealOf<Logit>;
   int64_t active = 0;
@@ -1060,7 +1060,7 @@ void run(const RowParams& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = std::make_unique<Scratch<Real>>();
-    Row<Logit> row(p, shared_ids, *scratch);
+    Row<Logit, Gradient> row(p, shared_ids, *scratch);
     for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
       next = taken.fetch_add(block);
       const int64_t end = std::min(begin + block, p.rows);
@@ -1078,7 +1078,7 @@ void run(const RowParams& p) {
 
 void run_rows(const RowParams& p) {
   switch (p.dtype) {
-    case DType::FLOAT32: return run<float>(p);
+    case DType::FLOAT32: return p.grad_dtype == DType::BFLOAT16 ? run<float, BFloat16>(p) : run<float>(p);
     case DType::BFLOAT16: return run<BFloat16>(p);
     case DType::FLOAT16: return run<Float16>(p);
     case DType::FLOAT64: return run<double>(p);

@@ -17,13 +17,13 @@ namespace tnt {
 inline namespace TNT_ISA {
 namespace {
 
-template <class Logit, bool ON_CHIP>
+template <class Logit, class Gradient, bool ON_CHIP>
 __global__ void __launch_bounds__(ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS, ON_CHIP ? 2 : 1)
     row_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  RowBlock<Logit, ON_CHIP>(p, launch).run();
+  RowBlock<Logit, Gradient, ON_CHIP>(p, launch).run();
 #else
-  if constexpr (!ON_CHIP) RowBlock<Logit, ON_CHIP>(p, launch).run();
+  if constexpr (!ON_CHIP) RowBlock<Logit, Gradient, ON_CHIP>(p, launch).run();
 #endif
 }
 
@@ -111,13 +111,14 @@ Plan plan_of(bool on_chip, int cluster, int64_t vocab, int element_bytes) {
   return plan;
 }
 
-template <class Logit>
+template <class Logit, class Gradient>
 Plan choose(int64_t vocab, int device, bool on_chip) {
   const device::Properties properties = device::properties(device);
   const auto fits = [&](const Plan& plan, int limit) {
     return plan.shared_bytes <= limit &&
-           device::active_clusters(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, plan.cluster,
-                                   plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
+           device::active_clusters(
+               plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>, plan.cluster,
+               plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
   };
   if (properties.clusters && on_chip) {
     // Two blocks on a multiprocessor hide each other's loads, merges and coefficients (three would need 80 registers,
@@ -146,39 +147,39 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
   throw std::runtime_error("logits: a vocabulary of " + std::to_string(vocab) + " is too large for this device");
 }
 
-std::map<std::tuple<int64_t, int, DType, bool>, Plan> known_plans;
+std::map<std::tuple<int64_t, int, DType, DType, bool>, Plan> known_plans;
 std::mutex known_plans_mutex;
 
 // Asking the runtime costs more than a launch. A shard's passes are launches of their own: nothing stays on chip.
-template <class Logit>
+template <class Logit, class Gradient>
 Plan plan_for(const RowParams& p, int device) {
   const bool on_chip = !p.statistics && !p.gathered;
   const std::lock_guard<std::mutex> lock(known_plans_mutex);
-  const auto key = std::make_tuple(p.vocab, device, p.dtype, on_chip);
+  const auto key = std::make_tuple(p.vocab, device, p.dtype, p.grad_dtype, on_chip);
   auto at = known_plans.find(key);
-  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit>(p.vocab, device, on_chip)).first;
+  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit, Gradient>(p.vocab, device, on_chip)).first;
   return at->second;
 }
 
-template <class Logit>
+template <class Logit, class Gradient = Logit>
 void load_rows(int device) {
-  if (device::properties(device).clusters) device::load(row_kernel<Logit, true>);
-  device::load(row_kernel<Logit, false>);
+  if (device::properties(device).clusters) device::load(row_kernel<Logit, Gradient, true>);
+  device::load(row_kernel<Logit, Gradient, false>);
 }
 
-template <class Logit>
+template <class Logit, class Gradient = Logit>
 void run(const RowParams& p, const CudaCall& call) {
   // Statistics need no normaliser, and coefficients have it in them.
   const bool mean = p.reduction == Reduction::MEAN && !p.statistics && !(p.upstream && p.coefficients);
   if (mean) device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p, call.workspace);
   const double* const inverse = mean ? call.workspace : nullptr;
   if (p.rows > 0) {
-    Plan plan = plan_for<Logit>(p, call.device);
+    Plan plan = plan_for<Logit, Gradient>(p, call.device);
     plan.launch.inverse_normalizer = const_cast<double*>(inverse);
     plan.launch.losses = call.workspace ? call.workspace + 1 : nullptr;
-    device::launch(plan.on_chip ? row_kernel<Logit, true> : row_kernel<Logit, false>, p.rows * plan.cluster,
-                   plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes,
-                   call.stream, p, plan.launch);
+    device::launch(plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>,
+                   p.rows * plan.cluster, plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS,
+                   plan.shared_bytes, call.stream, p, plan.launch);
   }
   if (p.loss && p.reduction != Reduction::NONE)
     device::launch(loss_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream,
@@ -203,7 +204,7 @@ void scale(void* x, int64_t rows, int64_t columns, int64_t stride, const void* f
 void run_rows_cuda(const RowParams& p, const CudaCall& call) {
   const device::Guard guard(call.device);
   switch (p.dtype) {
-    case DType::FLOAT32: return run<float>(p, call);
+    case DType::FLOAT32: return p.grad_dtype == DType::BFLOAT16 ? run<float, BFloat16>(p, call) : run<float>(p, call);
     case DType::BFLOAT16: return run<BFloat16>(p, call);
     case DType::FLOAT16: return run<Float16>(p, call);
     case DType::FLOAT64: unsupported();
@@ -225,6 +226,7 @@ std::string why_not_cuda(int device) {
   try {
     const device::Guard guard(device);
     load_rows<float>(device);
+    load_rows<float, BFloat16>(device);
     load_rows<BFloat16>(device);
     load_rows<Float16>(device);
     device::load(normalizer_kernel);

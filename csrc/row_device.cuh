@@ -72,6 +72,9 @@ __device__ __forceinline__ Vector load_vector(const void* from) {
 __device__ __forceinline__ void store_vector(void* to, const Vector& x) {
   __stcs(static_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
 }
+__device__ __forceinline__ void store_half_vector(void* to, uint32_t low, uint32_t high) {
+  __stcs(static_cast<uint2*>(to), make_uint2(low, high));
+}
 
 // ---- clusters. Without them (before sm_90) a block is a cluster of its own.
 

@@ -5,6 +5,8 @@
 // sharded vocabulary (params.h) are steps of the latter kind: between its passes the devices exchange what they found.
 #pragma once
 
+#include <type_traits>
+
 #include "row_cuda.h"
 #include "row_cuda_math.cuh"
 
@@ -37,7 +39,7 @@ constexpr int SHARED_HEADER = (sizeof(RowShared) + 127) / 128 * 128;
 
 enum RowFlags : uint32_t { HAS_IDS = 1, ID_OUTSIDE = 2, LABEL_AMONG_IDS = 4 };
 
-template <class Logit, bool ON_CHIP>
+template <class Logit, class Gradient, bool ON_CHIP>
 class RowBlock {
  public:
   static constexpr int THREADS = ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS;
@@ -58,7 +60,7 @@ class RowBlock {
     end_ = begin_ + l_.slice < p_.vocab ? begin_ + l_.slice : p_.vocab;
     z_ = static_cast<const Logit*>(p_.logits) + index_ * p_.logits_stride;
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index_ * p_.ref_logits_stride : nullptr;
-    g_ = p_.grad ? static_cast<Logit*>(p_.grad) + index_ * p_.grad_stride : nullptr;
+    g_ = p_.grad ? static_cast<Gradient*>(p_.grad) + index_ * p_.grad_stride : nullptr;
     t_ = {exponent_scale<float>(1 / p_.temperature), float(1 / p_.temperature)};
   }
 
@@ -110,8 +112,7 @@ class RowBlock {
     float x[GROUP];
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) x[i] = value;
-    const Vector all = Stored<Logit>::pack(x);
-    for (int64_t base = begin_; base < end_; base += THREADS * GROUP) store_group(base + thread_ * GROUP, all);
+    for (int64_t base = begin_; base < end_; base += THREADS * GROUP) store_group(base + thread_ * GROUP, x);
   }
 
   // ---- the row's set: bits of this block's columns
@@ -310,8 +311,10 @@ class RowBlock {
   // ---- writing. Neighbouring lanes hold neighbouring groups: where groups straddle the aligned vectors, a lane gets
   // the beginning of its vector from the lane below.
 
-  TNT_DEVICE void store_group(int64_t v, const Vector& x) {
-    const int offset = misalignment(g_ + begin_);
+  TNT_DEVICE void store_group(int64_t v, const float (&g)[GROUP]) {
+    if constexpr (!std::is_same_v<Gradient, Logit>) return store_narrow_group(v, g);
+    const Vector x = Stored<Logit>::pack(g);
+    const int offset = int(reinterpret_cast<uintptr_t>(g_ + begin_) & 15);
     if (offset == 0) {
       if (v + GROUP <= end_) return device::store_vector(g_ + v, x);
       return store_entries(v, x, 0, GROUP);
@@ -319,7 +322,7 @@ class RowBlock {
     Vector below;
 #pragma unroll
     for (int i = 0; i < 4; ++i) below.words[i] = device::shuffle_up(x.words[i]);
-    const int lane = thread_ % device::WARP, first = GROUP - offset / int(sizeof(Logit));
+    const int lane = thread_ % device::WARP, first = GROUP - offset / int(sizeof(Gradient));
     const bool whole = lane > 0 && v + first <= end_, next_whole = lane < device::WARP - 1 && v + GROUP + first <= end_;
     if (whole) device::store_vector(g_ + v + first - GROUP, join(below, x, 16 - offset));
     if (!whole) store_entries(v, x, 0, first);
@@ -329,11 +332,19 @@ class RowBlock {
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (i < from || i >= to || v + i >= end_) continue;
-      if constexpr (sizeof(Logit) == 4)
+      if constexpr (sizeof(Gradient) == 4)
         reinterpret_cast<uint32_t*>(g_)[v + i] = x.words[i];
       else
         reinterpret_cast<uint16_t*>(g_)[v + i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
     }
+  }
+  // bfloat16 of float32 logits. Rows that begin elsewhere than at a multiple of 8 bytes are not worth lanes that help
+  // each other: it is the library that makes room for these gradients.
+  TNT_DEVICE void store_narrow_group(int64_t v, const float (&g)[GROUP]) {
+    const uint32_t low = device::floats_to_bfloats(g[0], g[1]), high = device::floats_to_bfloats(g[2], g[3]);
+    if ((reinterpret_cast<uintptr_t>(g_ + v) & 7) == 0 && v + GROUP <= end_)
+      return device::store_half_vector(g_ + v, low, high);
+    store_entries(v, {{low, high, 0, 0}}, 0, GROUP);
   }
 
   // ---- first pass
@@ -544,7 +555,7 @@ class RowBlock {
           for (int k = 0; k < GROUP; ++k) g[k] = k == i ? g_i : g[k];
         }
       }
-      if (write) store_group(v, Stored<Logit>::pack(g));
+      if (write) store_group(v, g);
     });
     return loss;
   }
@@ -774,7 +785,7 @@ class RowBlock {
   const int thread_, rank_, blocks_;
   int64_t index_, begin_, end_;
   const Logit *z_, *r_;
-  Logit* g_;
+  Gradient* g_;
   Scales t_;
   int64_t label_ = 0;
   int64_t partial_ = -1;  // the column of a y with -1 < w < 0, if it lies in this shard

@@ -1,4 +1,5 @@
-"""A vocabulary cut into shards within one process: a backend's three launches, without a collective."""
+"""Launches of a backend: those of a vocabulary cut into shards within one process, without a collective, and those
+whose gradient has another dtype than the logits."""
 
 from __future__ import annotations
 
@@ -6,16 +7,18 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from oracle import F16, Batch, Result
+from oracle import BF16, F16, F32, Batch, Result, identical
 from torch import Tensor
 
 import tnt_kernels as tnt
+from tnt_kernels import _ops
 from tnt_kernels._checks import row_arguments
 from tnt_kernels.backends import BACKENDS
 from tnt_kernels.backends.call import (
     ROW_PARTS,
     ROW_STATISTICS,
     RowCall,
+    Scalars,
     gradient_needs_totals,
     real_dtype,
 )
@@ -30,6 +33,52 @@ def cuts(vocab: int) -> Iterator[tuple[int, ...]]:
     yield (first, second, vocab - first - second)
 
 
+def prepared(batch: Batch, backend: str, reduction: str) -> tuple[_ops.RowTensors, Scalars]:
+    options = {"method": "tnff", **batch.options}
+    objective = resolve_method(options.pop("method"))
+    known = {
+        "alpha": 1.0, "negative_ids": None, "eps": 1e-6, "smoothing": "negatives", "nl_floor": None,
+        "temperature": 1.0, "ignore_index": -100, "normalizer": None, **options,
+    }  # fmt: skip
+    return row_arguments(
+        batch.logits, batch.ref_logits, batch.labels, batch.weights, objective,
+        known["alpha"], known["negative_ids"], known["eps"], known["smoothing"], known["nl_floor"],
+        known["temperature"], known["ignore_index"], reduction, known["normalizer"], backend,
+        batch.labels.shape, "logits",
+    )  # fmt: skip
+
+
+def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0) -> None:
+    """Float32 logits, a bfloat16 gradient at any alignment: the one in float32, rounded, by each of the launches.
+
+    ``rounding``: what a simulator that truncates may be off by, relative.
+    """
+    z, vocab = batch.logits, batch.logits.size(-1)
+    assert z.dtype == F32
+    tensors, scalars = prepared(batch, backend, "sum")
+    exact = torch.empty_like(z)
+    loss, _ = _ops.row_losses_into(exact, z, *tensors, *scalars, False)
+
+    def check(got: Tensor, want: Tensor) -> None:
+        assert got.dtype == BF16
+        if rounding:
+            torch.testing.assert_close(got.float(), want, rtol=rounding, atol=0, equal_nan=True)
+        else:
+            assert identical(got, want.to(BF16))
+
+    for offset in (0, 1, 4):
+        wide = torch.full((len(z), vocab + 8 - vocab % 4), 7.0, dtype=BF16, device=z.device)
+        before, view = wide.clone(), wide[:, offset : offset + vocab]
+        again, _ = _ops.row_losses_into(view, z, *tensors, *scalars, False)
+        assert identical(again, loss)
+        check(view, exact)
+        view.copy_(before[:, offset : offset + vocab])
+        assert torch.equal(wide, before)
+    sizes = list(cuts(vocab))[-1]
+    want, got = (run_shards(batch, backend, sizes, gradient_dtype=dtype) for dtype in (F32, BF16))
+    check(got.gradient, want.gradient)
+
+
 def run_shards(
     batch: Batch,
     backend: str | Sequence[str],
@@ -38,28 +87,19 @@ def run_shards(
     reduction: str = "mean",
     upstream: Tensor | None = None,
     with_stats: bool = True,
+    gradient_dtype: torch.dtype | None = None,
 ) -> Result:
     """As ``oracle.run``; the gradients of the shards side by side. Each shard may have a backend of its own."""
     names = [backend] * len(sizes) if isinstance(backend, str) else backend
     z, vocab, n = batch.logits, batch.logits.size(-1), len(batch.labels)
-    real, options = real_dtype(z), {"method": "tnff", **batch.options}
-    objective = resolve_method(options.pop("method"))
-    known = {
-        "alpha": 1.0, "negative_ids": None, "eps": 1e-6, "smoothing": "negatives", "nl_floor": None,
-        "temperature": 1.0, "ignore_index": -100, "normalizer": None, **options,
-    }  # fmt: skip
-    tensors, scalars = row_arguments(
-        z, batch.ref_logits, batch.labels, batch.weights, objective,
-        known["alpha"], known["negative_ids"], known["eps"], known["smoothing"], known["nl_floor"],
-        known["temperature"], known["ignore_index"], reduction, known["normalizer"], names[0],
-        batch.labels.shape, "logits",
-    )  # fmt: skip
+    real = real_dtype(z)
+    tensors, scalars = prepared(batch, names[0], reduction)
     launchers, shards = [BACKENDS[name].launch for name in names], len(sizes)
     # a row more than there are: blocks at a distance, as the header of a real collective leaves them
     gathered = z.new_full((shards, n + 1, ROW_STATISTICS), torch.nan, dtype=real)
     parts = z.new_full((shards, n, ROW_PARTS), torch.nan, dtype=real)
     gradient, loss = (
-        torch.empty_like(z),
+        torch.empty_like(z, dtype=gradient_dtype),
         z.new_empty((n,) if reduction == "none" else (), dtype=real),
     )
     stats = z.new_empty((5, n), dtype=real) if with_stats else None

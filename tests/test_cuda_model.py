@@ -24,7 +24,7 @@ from oracle import (
     run,
     truth,
 )
-from shards import cuts, run_shards
+from shards import assert_rounds_its_gradient, cuts, run_shards
 
 import tnt_kernels as tnt
 from tnt_kernels.backends import cuda
@@ -113,6 +113,15 @@ def test_rows_of_any_alignment_in_place(
         again = run(Batch(plain.logits, *_rest(plain)), "cuda", inplace=True)
         assert torch.equal(fresh.gradient, again.gradient)
         assert torch.equal(fresh.loss, again.loss)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_gradient_in_bfloat16_of_float32_logits(model: ModuleType, machine: str) -> None:
+    model.machine(*MACHINES[machine], SCHEDULES["shuffled"], 0)
+    for objective, smoothing in itertools.product(OBJECTIVES, ("negatives", "uniform")):
+        options = {"method": objective, "smoothing": smoothing}
+        for vocab in (17, 803):
+            assert_rounds_its_gradient(mixed_batch(vocab).with_options(**options), "cuda")
 
 
 def _rest(batch: Batch) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from oracle import (
     negative_rows,
     truth,
 )
-from shards import cuts, run_shards
+from shards import assert_rounds_its_gradient, cuts, run_shards
 from test_edge_rows import masked_batch, rows_where, uneven_rows
 
 import tnt_kernels as tnt
@@ -179,3 +179,11 @@ def test_backends_understand_each_other(cpu: str) -> None:
         for backends in ((cpu, "torch"), ("torch", cpu)):
             result = run_shards(batch, backends, (100, 200), reduction="none", upstream=upstream)
             assert_agrees(result, expected, batch, reduction="none", upstream=upstream)
+
+
+@pytest.mark.parametrize("vocab", [1, 17, 2051])
+def test_a_gradient_in_bfloat16_of_float32_logits(vocab: int, backend: str) -> None:
+    """What ``linear_tnt_loss`` has where matmuls keep float32."""
+    for objective, smoothing in itertools.product(OBJECTIVES, ("negatives", "uniform")):
+        options = {"method": objective, "smoothing": smoothing}
+        assert_rounds_its_gradient(mixed_batch(vocab).with_options(**options), backend)

@@ -28,6 +28,7 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
+from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -286,6 +287,13 @@ def test_compiled(inplace: bool) -> None:
     loss.backward()
     want = run(batch, "triton")
     assert identical((loss.detach(), z.grad), want[:2])
+
+
+def test_a_gradient_in_bfloat16_of_float32_logits() -> None:
+    """The interpreter truncates what it stores."""
+    for method, smoothing in (("tnff", "negatives"), ("tnrr", "uniform"), ("ul+ll", "negatives")):
+        batch = on_device(mixed_batch(VOCAB)).with_options(method=method, smoothing=smoothing)
+        assert_rounds_its_gradient(batch, "triton", rounding=2**-7)
 
 
 # --- a sharded vocabulary: the three launches in one process ------------------------------------------------------

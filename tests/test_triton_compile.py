@@ -30,6 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Variant(NamedTuple):
     method: str = "tnff"
     dtype: str = "bf16"
+    gradient_dtype: str = ""  # that of the logits
     call: int = FUSED
     ids: int = 0
     uniform: bool = False
@@ -51,6 +52,7 @@ VARIANTS = (
     Variant(method="tnrr", uniform=True),
     Variant(method="tnrll", uniform=True, stats=True, ids=1, gradient=False),
     Variant(method="tnrf", dtype="fp32", ids=1),
+    Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1),
     Variant(method="tnrf", dtype="fp16", gradient=False),
     Variant(method="tnrf", aligned=False, ids=1),
     *(Variant(method="tnrf", call=BACKWARD, dtype=dtype, ids=1) for dtype in ("fp16", "fp32")),
@@ -101,7 +103,8 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "totals": call == FINISH,
     }
     types = {
-        **dict.fromkeys(("logits", "ref_logits", "gradient"), logits),
+        **dict.fromkeys(("logits", "ref_logits"), logits),
+        "gradient": f"*{variant.gradient_dtype or variant.dtype}",
         **dict.fromkeys(("labels",), "*i64"),
         **dict.fromkeys(("ids",), "*i32"),
         **dict.fromkeys(("id_map",), "*i8"),

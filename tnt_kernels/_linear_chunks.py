@@ -1,6 +1,6 @@
 """Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
 
-A chunk is multiplied out, the loss overwrites its logits with their gradient (``_shards.chunk_losses_``), and that is
+A chunk is multiplied out, the loss turns its logits into their gradient (``_shards.chunk_losses_into``), and that is
 multiplied back, at once or, of 16-bit parameters, together with that of other chunks (``_linear_matmul``).
 """
 
@@ -134,7 +134,8 @@ class _Layout(NamedTuple):
     """Of a chunk."""
 
     buffers: dict[str | torch.dtype, torch.dtype]
-    in_room: bool  # the logits become their gradient where that waits for its matmuls
+    logits_in_room: bool  # they become their gradient where that waits for its matmuls
+    gradient_in_room: bool  # that is where the loss writes it
 
 
 def _layout(
@@ -144,17 +145,20 @@ def _layout(
     wanted: Sequence[bool],
     with_upstream: bool,
 ) -> _Layout:
-    """Logits are ``real``, unless their matmul has rounded them and their gradient is to be rounded at once, too."""
+    """Logits are ``real``, unless their matmul has rounded them and their gradient is to be rounded, too, at once."""
     hidden, real = t.hidden, real_dtype(t.hidden)
     reads = any(group.reads_reference for group in groups)
     ref_hidden, waits = t.ref_hidden if reads else None, _waits(t, wanted)
     dtypes = {x.dtype for x in (hidden, ref_hidden) if x is not None}
     rounds = not keeps_float32(hidden.device.type)
-    changes = with_upstream or held_dtype(hidden.dtype) != hidden.dtype  # the gradient, afterwards
+    # The gradient, after the loss.
+    changes = (
+        linear.softcap is not None or with_upstream or held_dtype(hidden.dtype) != hidden.dtype
+    )
     capped = linear.softcap is not None or linear.ref_softcap is not None
     if rounds and dtypes == {hidden.dtype} and not capped and not (any(wanted) and changes):
         names = ["logits"] * (not waits) + ["ref_logits"] * reads
-        return _Layout(dict.fromkeys(names, hidden.dtype), waits)
+        return _Layout(dict.fromkeys(names, hidden.dtype), waits, waits)
     names = ["logits"] + ["ref_logits"] * reads
     if linear.softcap is not None and any(wanted):
         names.append("tanh")
@@ -163,7 +167,7 @@ def _layout(
         # Where rows wait for the gradient's matmuls, that of the logits may use their room.
         dtypes -= {real, hidden.dtype if waits else real}
         buffers |= {dtype: dtype for dtype in dtypes}
-    return _Layout(buffers, False)
+    return _Layout(buffers, False, waits and not changes)
 
 
 class Sizes(NamedTuple):
@@ -245,10 +249,8 @@ class Chunks:
         self._upstream, vocab = upstream, linear.vocab_size
         widest = vocab if shard is None else place(shard, vocab).widest
         layout = _layout(t, linear, groups, wanted, upstream is not None)
-        self.sizes, self._in_room = (
-            sizes_of(t, linear, groups, wanted, widest, layout),
-            layout.in_room,
-        )
+        self.sizes = sizes_of(t, linear, groups, wanted, widest, layout)
+        self._layout = layout
         self._policy = Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
         self.gradients: Gradients | None = None
         try:
@@ -304,7 +306,8 @@ class Chunks:
             buffers = {name: x[:n] for name, x in self._buffers.items()}
             room = None if gradients is None else gradients.room(n)
             if room is not None:
-                buffers.setdefault("logits" if self._in_room else room.logits.dtype, room.logits)
+                name = "logits" if self._layout.logits_in_room else room.logits.dtype
+                buffers.setdefault(name, room.logits)
             rows = torch.index_select(
                 policy.hidden, 0, index, out=None if room is None else room.rows
             )
@@ -333,12 +336,17 @@ class Chunks:
             if gradients is None:
                 yield index, *_shards.chunk_losses(*arguments)
                 continue
-            loss, stats = _shards.chunk_losses_(*arguments)
+            gradient = logits
+            if room is not None and self._layout.gradient_in_room:
+                gradient = room.logits
+            loss, stats = _shards.chunk_losses_into(gradient, *arguments)
             if self._upstream is not None:
-                logits.mul_(self._upstream[index][:, None])
+                gradient.mul_(self._upstream[index][:, None])
             if tanh is not None:
-                logits.addcmul_(logits, tanh.square_(), value=-1)  # softcap's derivative, 1 - tanh²
-            gradients.add(index, rows, logits, room)
+                gradient.addcmul_(
+                    gradient, tanh.square_(), value=-1
+                )  # softcap's derivative, 1 - tanh²
+            gradients.add(index, rows, gradient, room)
             yield index, loss, stats
 
     @staticmethod

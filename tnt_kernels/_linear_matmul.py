@@ -7,7 +7,7 @@ Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the d
 near p = q is most of the gradient's error. There bfloat16 logits stay as they are, as nothing is lost any more: the
 kernels compute in float32 and round the gradient, which takes their place. Where something is yet to happen to the
 gradient (softcap, float16, a factor for every row) they are float32. CUDA leaves the sums unrounded
-(:func:`keeps_float32`).
+(:func:`keeps_float32`); of float32 logits, too, the kernels round the gradient themselves where nothing happens to it.
 
 The gradient of 16-bit logits waits until there are rows enough for one large matmul. A matmul of few rows spends its
 time on the (V, H) sum that it adds to: 8 bytes an entry, read and written, are 1.3 ms of an H100 at 128256 x 4096,
@@ -45,8 +45,8 @@ def adds_to_float32(device_type: str) -> bool:
 
 
 def padded(columns: int) -> int:
-    """Columns from row to row of a buffer whose rows begin at whole cache lines: matmuls of 16-bit rows at odd addresses
-    find no fast kernel on a GPU."""
+    """Columns from row to row of a buffer whose rows begin at whole cache lines: a GPU has no fast matmul for 16-bit
+    rows at odd addresses."""
     return -(-columns // 64) * 64
 
 
@@ -179,7 +179,7 @@ class Gradients:
 
     def add(self, index: Tensor, rows: Tensor, gradient: Tensor, room: Waiting | None) -> None:
         """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten,
-        unless it is in ``room`` already."""
+        unless it is ``room.logits``."""
         if self.bias is not None:
             vocab = gradient.size(1)
             self.bias[:vocab].add_(gradient.sum(0, dtype=self.real), alpha=self.head.scale)

@@ -211,6 +211,11 @@ def new_row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and stats (empty unless asked for); the gradient lies where the logits were."""
+    return row_losses_into(logits, logits, *arguments)
+
+
+def row_losses_into(gradient: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """As ``row_losses_``, with the gradient elsewhere, perhaps in bfloat16. No operator, as one calls it."""
     loss, stats = new_row_losses_(logits, *arguments)
     tensors, scalars = arguments[:LAST_TENSOR], arguments[LAST_TENSOR:LAST_SCALAR]
     launch(
@@ -219,7 +224,7 @@ def _row_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         scalars,
         loss=loss,
         stats=stats if arguments[LAST_SCALAR] else None,
-        gradient=logits,
+        gradient=gradient,
     )
     return loss, stats
 

@@ -158,12 +158,14 @@ def _new_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and stats (empty unless asked for); the gradient lies where the logits were."""
     _settle(logits, arguments)
-    return _settled_losses_(logits, *arguments)
+    return _settled_losses_into(logits, logits, *arguments)
 
 
-def _settled_losses_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _settled_losses_into(
+    gradient: Tensor, logits: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     loss, stats = _new_losses_(logits, *arguments)
-    _compute(logits, arguments, loss, stats if arguments[_REST_AT] else None, logits)
+    _compute(logits, arguments, loss, stats if arguments[_REST_AT] else None, gradient)
     return loss, stats
 
 
@@ -230,14 +232,20 @@ def chunk_losses(
     return loss, more[0] if with_stats else None
 
 
-def chunk_losses_(
-    logits: Tensor, tensors: RowTensors, scalars: Scalars, shard: Shard | None, with_stats: bool
+def chunk_losses_into(
+    gradient: Tensor,
+    logits: Tensor,
+    tensors: RowTensors,
+    scalars: Scalars,
+    shard: Shard | None,
+    with_stats: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``chunk_losses``, with the gradient over the logits."""
+    """As ``chunk_losses``, with a gradient, over the logits or elsewhere, perhaps in bfloat16."""
     if shard is None:
-        loss, stats = _ops.row_losses_(logits, *tensors, *scalars, with_stats)
+        loss, stats = _ops.row_losses_into(gradient, logits, *tensors, *scalars, with_stats)
     else:
-        loss, stats = _settled_losses_(logits, *tensors, *scalars, *shard, with_stats)
+        arguments = (*tensors, *scalars, *shard, with_stats)
+        loss, stats = _settled_losses_into(gradient, logits, *arguments)
     return loss, stats if with_stats else None
 
 

@@ -122,8 +122,8 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, int bits) {
   return static_cast<uint32_t>((uint64_t(high) << 32 | low) >> bits);
 }
 
-inline void aligned(const void* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16) throw std::runtime_error("a vector at a misaligned address");
+inline void aligned(const void* at, int bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) throw std::runtime_error("a vector at a misaligned address");
 }
 inline Vector load_vector(const void* from) {
   aligned(from);
@@ -134,6 +134,11 @@ inline Vector load_vector(const void* from) {
 inline void store_vector(void* to, const Vector& x) {
   aligned(to);
   memcpy(to, &x, sizeof x);
+}
+inline void store_half_vector(void* to, uint32_t low, uint32_t high) {
+  aligned(to, 8);
+  memcpy(to, &low, sizeof low);
+  memcpy(static_cast<char*>(to) + sizeof low, &high, sizeof high);
 }
 
 inline int cluster_size() { return model::cluster(); }

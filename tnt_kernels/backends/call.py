@@ -62,7 +62,8 @@ class RowCall(NamedTuple):
     loss: Tensor | None  # () real, (N,) where the reduction is "none"
     stats: Tensor | None  # (5, N) real: loss, kl, negative_mass, ref_negative_mass, entropy
     coefficients: Tensor | None  # (N, ROW_COEFFICIENTS) real
-    gradient: Tensor | None  # (N, V) in the logits' dtype; may be the logits
+    #: (N, V) in the logits' dtype, or bfloat16 where that is float32; may be the logits
+    gradient: Tensor | None
     upstream: Tensor | None  # (1,) or (N,) real: the gradient of the loss
     vocab_offset: int  # the vocabulary id of column 0
     vocab_size: int  # of the whole vocabulary; V where it is not sharded

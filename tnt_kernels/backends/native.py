@@ -11,7 +11,7 @@ from torch import Tensor
 from tnt_kernels import _build_info
 from tnt_kernels.backends.call import RowCall
 
-_INTERFACE = 3  # of csrc/bind.cpp
+_INTERFACE = 4  # of csrc/bind.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -82,6 +82,7 @@ def row_arguments(call: RowCall) -> tuple[int | float, ...]:
         _address(call.coefficients),
         _address(gradient),
         0 if gradient is None else gradient.stride(0),
+        DTYPES[logits.dtype if gradient is None else gradient.dtype],
         _address(upstream),
         0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
     )
