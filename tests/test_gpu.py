@@ -19,7 +19,7 @@ from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels import _shards, backends
+from tnt_kernels import _linear_chunks, _shards, backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,6 +139,25 @@ def test_forward_and_backward_in_a_cuda_graph(
         static[name].copy_(x)
     graph.replay()
     assert_close(captured, want[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gradients_wait_for_large_matmuls(
+    dtype: torch.dtype, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matmul, or several that add to a float32 sum; a vocabulary that is no multiple of anything."""
+    x = inputs(dtype)
+    for name in ("weight", "ref_weight"):
+        x[name] = x[name][: VOCAB - 3]
+    x["labels"].clamp_(max=VOCAB - 4)
+    x["negative_ids"].clamp_(max=VOCAB - 4)
+    active, found = ROWS * 3 // 4, []
+    for waiting in (active, 14, 7):
+        sizes = _linear_chunks.Sizes(7, waiting, active)
+        monkeypatch.setattr(_linear_chunks, "sizes_of", lambda *_, sizes=sizes: sizes)
+        found.append(of_hidden(x, backend=gpu))
+    for other in found[1:]:
+        assert_close(other, found[0], dtype)
 
 
 def test_a_gradient_in_bfloat16_of_float32_logits(gpu: str) -> None:
