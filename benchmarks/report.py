@@ -430,7 +430,7 @@ def facts(results: dict[str, Any]) -> str:
     for what, values in by_kind.items():
         if "negative ids" in what:
             lines.append(f"In place with {what}: at most {_number(max(values))}.")
-        elif "rows active" in what:
+        elif what.endswith("share of its own floor"):
             lines.append(f"In place with {what}: at least {_number(min(values))}.")
     return "\n".join(f"- {line}" for line in [*lines, call_line(results)])
 

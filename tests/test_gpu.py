@@ -153,7 +153,7 @@ def test_gradients_wait_for_large_matmuls(
     x["negative_ids"].clamp_(max=VOCAB - 4)
     active, found = ROWS * 3 // 4, []
     for waiting in (active, 14, 7):
-        sizes = _linear_chunks.Sizes(7, waiting, active)
+        sizes = _linear_chunks.Sizes(7, waiting, waiting == active)
         monkeypatch.setattr(_linear_chunks, "sizes_of", lambda *_, sizes=sizes: sizes)
         found.append(of_hidden(x, backend=gpu))
     for other in found[1:]:

@@ -185,6 +185,39 @@ def without_memory(rank: int, world: int) -> None:
     assert torch.isfinite(call())
 
 
+def fails_later(rank: int, world: int) -> None:
+    """Nor one that fails between two chunks, or behind the last one, where the others have a gradient to share."""
+    from tnt_kernels._linear_matmul import Gradients
+
+    last, multiply = rank == world - 1, Gradients._multiply
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    for dtype in (F32, BF16):  # multiplied chunk by chunk; all at once, in the end
+        trained, rest, options = inputs(dtype)
+        mine = columns(sizes_of(world), rank)
+        hidden = trained[0].requires_grad_()
+        call = partial(
+            tnt.linear_tnt_loss, hidden, trained[1][mine].clone().requires_grad_(), rest[0], rest[1][mine],
+            *rest[2:], chunk_size=2, group=dist.group.WORLD, **options,
+        )  # fmt: skip
+        Gradients._multiply = refuse if last else multiply
+        if last:
+            with pytest.raises(MemoryError, match="no room"):
+                call()
+        elif dtype == F32:
+            with pytest.raises(RuntimeError, match=f"rank {world - 1} of group"):
+                call()
+        else:
+            call().backward()
+            assert hidden.grad.isnan().all()
+        Gradients._multiply = multiply
+        assert torch.isfinite(call())
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_weights(world: int, tmp_path: Path, cpu: str) -> None:
-    run_cases(world, tmp_path, [agrees, counts, default_chunks, bad_input, without_memory])
+    run_cases(
+        world, tmp_path, [agrees, counts, default_chunks, bad_input, without_memory, fails_later]
+    )

@@ -7,6 +7,7 @@ multiplied back, at once or, of 16-bit parameters, together with that of other c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from tnt_kernels import _shards
 from tnt_kernels._groups import Shard, all_reduce_, join_as_failed, place
-from tnt_kernels._linear_matmul import Gradients, Head, held_dtype, keeps_float32, padded
+from tnt_kernels._linear_matmul import (
+    Gradients,
+    Head,
+    Waiting,
+    held_dtype,
+    keeps_float32,
+    padded,
+)
 from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends.call import Scalars, loss_needs_totals, real_dtype
 from tnt_kernels.objectives import RowLoss
@@ -121,11 +129,6 @@ def plan(
     return [group for group in groups if len(group.rows)], count
 
 
-def _waits(t: LinearTensors, wanted: Sequence[bool]) -> bool:
-    """Whether gradients of logits are to be rounded to 16 bits, and then wait for a matmul of many rows."""
-    return (wanted[0] or wanted[1]) and t.hidden.dtype != real_dtype(t.hidden)
-
-
 #: By "logits", "ref_logits" and "tanh" (of softcap), or by the dtype that a matmul of logits rounds to.
 _Buffers = dict[str | torch.dtype, Tensor]
 
@@ -133,9 +136,11 @@ _Buffers = dict[str | torch.dtype, Tensor]
 class _Layout(NamedTuple):
     """Of a chunk."""
 
-    buffers: dict[str | torch.dtype, torch.dtype]
-    logits_in_room: bool  # they become their gradient where that waits for its matmuls
-    gradient_in_room: bool  # that is where the loss writes it
+    buffers: dict[
+        str | torch.dtype, torch.dtype
+    ]  # without logits: they are where their gradient waits
+    waits: bool  # the gradient of logits is to be rounded to 16 bits, and then waits for a matmul of many rows
+    gradient_in_room: bool  # the loss writes it where it waits
 
 
 def _layout(
@@ -148,26 +153,27 @@ def _layout(
     """Logits are ``real``, unless their matmul has rounded them and their gradient is to be rounded, too, at once."""
     hidden, real = t.hidden, real_dtype(t.hidden)
     reads = any(group.reads_reference for group in groups)
-    ref_hidden, waits = t.ref_hidden if reads else None, _waits(t, wanted)
-    dtypes = {x.dtype for x in (hidden, ref_hidden) if x is not None}
-    rounds = not keeps_float32(hidden.device.type)
-    # The gradient, after the loss.
-    changes = (
-        linear.softcap is not None or with_upstream or held_dtype(hidden.dtype) != hidden.dtype
-    )
-    capped = linear.softcap is not None or linear.ref_softcap is not None
-    if rounds and dtypes == {hidden.dtype} and not capped and not (any(wanted) and changes):
-        names = ["logits"] * (not waits) + ["ref_logits"] * reads
-        return _Layout(dict.fromkeys(names, hidden.dtype), waits, waits)
+    waits = (wanted[0] or wanted[1]) and hidden.dtype != real
+    dtypes = {x.dtype for x in (hidden, t.ref_hidden if reads else None) if x is not None}
+    rounds, capped = not keeps_float32(hidden.device.type), linear.softcap is not None
+    # Something is yet to happen to the gradient when the loss has written it. (On a CPU, PyTorch would copy a 16-bit
+    # one to sum it up for the bias.)
+    changes = with_upstream or held_dtype(hidden.dtype) != hidden.dtype or (rounds and wanted[2])
+    changes = capped or (any(wanted) and changes)
     names = ["logits"] + ["ref_logits"] * reads
-    if linear.softcap is not None and any(wanted):
-        names.append("tanh")
-    buffers: dict[str | torch.dtype, torch.dtype] = dict.fromkeys(names, real)
-    if rounds:
-        # Where rows wait for the gradient's matmuls, that of the logits may use their room.
-        dtypes -= {real, hidden.dtype if waits else real}
-        buffers |= {dtype: dtype for dtype in dtypes}
-    return _Layout(buffers, False, waits and not changes)
+    if rounds and dtypes == {hidden.dtype} and not changes and linear.ref_softcap is None:
+        buffers: dict[str | torch.dtype, torch.dtype] = dict.fromkeys(names, hidden.dtype)
+        if waits:
+            del buffers["logits"]
+    else:
+        if capped and any(wanted):
+            names.append("tanh")
+        buffers = dict.fromkeys(names, real)
+        if rounds:
+            # Where rows wait for the gradient's matmuls, that of the logits may use their room.
+            dtypes -= {real, hidden.dtype if waits else real}
+            buffers |= {dtype: dtype for dtype in dtypes}
+    return _Layout(buffers, waits, waits and not changes)
 
 
 class Sizes(NamedTuple):
@@ -175,7 +181,7 @@ class Sizes(NamedTuple):
 
     chunk: int  # whose logits exist at once
     waiting: int  # whose gradients wait for a matmul at most, 0 where none does
-    total: int
+    one_matmul: bool  # all of them fit
 
 
 def sizes_of(
@@ -209,17 +215,17 @@ def sizes_of(
         even = -(-total // max(1, -(-total // most)))
         return max(1, min(total, -(-even // tile) * tile))
 
-    if not _waits(t, wanted):
-        return Sizes(chunk(budget), 0, total)
+    if not layout.waits:
+        return Sizes(chunk(budget), 0, False)
     if not wanted[1]:  # a row's gradient has nothing to gain from other rows
         rows = chunk(budget, row + waiting_row)
-        return Sizes(rows, rows, total)
+        return Sizes(rows, rows, False)
     sum_bytes = widest * width * real.itemsize if held_dtype(hidden.dtype) != real else 0
     left, half = budget + sum_bytes - total * waiting_row, chunk(budget // 2)
     if left >= half * row:
-        return Sizes(chunk(left), total, total)
+        return Sizes(chunk(min(left, budget)), total, True)
     chunks = (budget - half * row) // (half * waiting_row)
-    return Sizes(half, half * max(1, chunks), total)
+    return Sizes(half, half * max(1, chunks), False)
 
 
 def _unless_it_reads(row_loss: int) -> int:
@@ -246,44 +252,49 @@ class Chunks:
         shard: Shard | None,
     ) -> None:
         self._t, self._linear, self._s, self._groups, self._shard = t, linear, s, groups, shard
-        self._upstream, vocab = upstream, linear.vocab_size
+        self._wanted, self._upstream, vocab = wanted, upstream, linear.vocab_size
         widest = vocab if shard is None else place(shard, vocab).widest
-        layout = _layout(t, linear, groups, wanted, upstream is not None)
-        self.sizes = sizes_of(t, linear, groups, wanted, widest, layout)
-        self._layout = layout
+        self._layout = _layout(t, linear, groups, wanted, upstream is not None)
+        self._sizes = sizes_of(t, linear, groups, wanted, widest, self._layout)
         self._policy = Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
-        self.gradients: Gradients | None = None
-        try:
-            self._buffers: _Buffers = {
-                name: t.hidden.new_empty((self.sizes.chunk, padded(vocab)), dtype=dtype)[:, :vocab]
-                for name, dtype in layout.buffers.items()
-            }
+        self._reference: Head | None = None
+        if t.ref_hidden is not None and t.ref_weight is not None:
+            softcap, scale = linear.ref_softcap, linear.ref_logit_scale
+            self._reference = Head(t.ref_hidden, t.ref_weight, t.ref_bias, softcap, scale, vocab)
+        self._gradients: Gradients | None = None
+        self._buffers: _Buffers = {}
+        self._chunks = [(x, index) for x in groups for index in x.rows.split(self._sizes.chunk)]
+        with self._joins(self._chunks):
+            for name, dtype in self._layout.buffers.items():
+                buffer = t.hidden.new_empty((self._sizes.chunk, padded(vocab)), dtype=dtype)
+                self._buffers[name] = buffer[:, :vocab]
             if any(wanted):
-                self.gradients = Gradients(
-                    self._policy, t.weight, t.bias, real_dtype(t.hidden), wanted, shard,
-                    self.sizes.waiting, self.sizes.total, _budget(t.hidden.device) // _MATMUL_SHARE,
+                self._gradients = Gradients(
+                    self._policy, t.weight, t.bias, wanted, shard, self._sizes.waiting, self._sizes.one_matmul,
+                    _budget(t.hidden.device) // _MATMUL_SHARE,
                 )  # fmt: skip
+
+    @contextmanager
+    def _joins(self, chunks: list[tuple[RowGroup, Tensor]]) -> Iterator[None]:
+        """Where this rank fails in here, it joins the collectives of the others, whose next chunks these are."""
+        try:
+            yield
         except Exception:
-            self._join_as_failed(wanted)
+            if self._shard is not None:
+                self._buffers, self._gradients = {}, None  # what fails may be for want of memory
+                self._join_as_failed(self._shard, chunks)
             raise
 
-    def _join_as_failed(self, wanted: Sequence[bool]) -> None:
-        """Takes part in all collectives of the other ranks, which on a CPU raise in the first chunk."""
-        if self._shard is None:
-            return
+    def _join_as_failed(self, shard: Shard, chunks: list[tuple[RowGroup, Tensor]]) -> None:
         hidden = self._t.hidden
-        for group, index in self._indices():
+        for group, index in chunks:
             totals = loss_needs_totals(self._settings(group))
-            join_as_failed(self._shard, hidden[: len(index)], twice=totals)
+            join_as_failed(shard, hidden[: len(index)], twice=totals)
             if hidden.device.type == "cpu":
-                return
-        if wanted[0]:
-            all_reduce_(hidden.new_zeros(hidden.shape, dtype=real_dtype(hidden)), self._shard.group)
-
-    def _indices(self) -> Iterator[tuple[RowGroup, Tensor]]:
-        for group in self._groups:
-            for index in group.rows.split(self.sizes.chunk):
-                yield group, index
+                return  # the others raise in this chunk
+        if self._wanted[0]:
+            nan = hidden.new_full(hidden.shape, torch.nan, dtype=real_dtype(hidden))
+            all_reduce_(nan, shard.group)
 
     def _settings(self, group: RowGroup) -> Scalars:
         s = self._s
@@ -295,43 +306,16 @@ class Chunks:
 
     def losses(self, with_stats: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Chunk after chunk: its rows' indices, their loss and statistics. Adds to the gradients."""
-        t, linear, policy, gradients = self._t, self._linear, self._policy, self.gradients
-        reference = None
-        if t.ref_hidden is not None and t.ref_weight is not None:
-            softcap, scale = linear.ref_softcap, linear.ref_logit_scale
-            vocab = linear.vocab_size
-            reference = Head(t.ref_hidden, t.ref_weight, t.ref_bias, softcap, scale, vocab)
-        for group, index in self._indices():
-            n = len(index)
-            buffers = {name: x[:n] for name, x in self._buffers.items()}
-            room = None if gradients is None else gradients.room(n)
-            if room is not None:
-                name = "logits" if self._layout.logits_in_room else room.logits.dtype
-                buffers.setdefault(name, room.logits)
-            rows = torch.index_select(
-                policy.hidden, 0, index, out=None if room is None else room.rows
-            )
-            labels = t.labels[index]
-            weights = None if t.weights is None else t.weights[index]
-            if not group.all_active:
-                # 0 · NaN is NaN: a row of weight 0 must not reach the gradient of the weight
-                inactive = ~active_rows(labels, weights, self._s.ignore_index)
-                rows.masked_fill_(inactive[:, None], 0.0)
-            logits, tanh, ref_logits = buffers["logits"], buffers.get("tanh"), None
-            policy.logits(rows, logits, self._rounded(buffers, rows, logits), tanh)
-            if group.reads_reference and reference is not None:
-                ref_rows, ref_logits = reference.hidden[index], buffers["ref_logits"]
-                narrow = self._rounded(buffers, ref_rows, ref_logits)
-                reference.logits(ref_rows, ref_logits, narrow, None)
-            alpha, ids = t.alpha, t.negative_ids
-            tensors = RowTensors(
-                ref_logits,
-                labels,
-                weights,
-                alpha if alpha is None or alpha.dim() == 0 else alpha[index],
-                ids if ids is None or ids.dim() == 1 else ids[index],
-                t.normalizer,
-            )
+        gradients = self._gradients
+        for i, (group, index) in enumerate(self._chunks):
+            with self._joins(self._chunks[i:]):
+                room = None if gradients is None else gradients.room(len(index))
+                buffers = {name: x[: len(index)] for name, x in self._buffers.items()}
+                if room is not None:
+                    buffers.setdefault("logits", room.logits)
+                    buffers.setdefault(room.logits.dtype, room.logits)
+                rows, tensors = self._multiply(group, index, buffers, room)
+                logits, tanh = buffers["logits"], buffers.get("tanh")
             arguments = (logits, tensors, self._settings(group), self._shard, with_stats)
             if gradients is None:
                 yield index, *_shards.chunk_losses(*arguments)
@@ -340,18 +324,54 @@ class Chunks:
             if room is not None and self._layout.gradient_in_room:
                 gradient = room.logits
             loss, stats = _shards.chunk_losses_into(gradient, *arguments)
-            if self._upstream is not None:
-                gradient.mul_(self._upstream[index][:, None])
-            if tanh is not None:
-                gradient.addcmul_(
-                    gradient, tanh.square_(), value=-1
-                )  # softcap's derivative, 1 - tanh²
-            gradients.add(index, rows, gradient, room)
+            with self._joins(self._chunks[i + 1 :]):
+                if self._upstream is not None:
+                    gradient.mul_(self._upstream[index][:, None])
+                if tanh is not None:
+                    # softcap's derivative, 1 - tanh²
+                    gradient.addcmul_(gradient, tanh.square_(), value=-1)
+                gradients.add(index, rows, gradient, room)
             yield index, loss, stats
 
-    @staticmethod
-    def _rounded(buffers: _Buffers, rows: Tensor, logits: Tensor) -> Tensor | None:
-        """Where a matmul of these rows writes to if it rounds and the logits are not to be what it rounds to."""
-        if rows.dtype == logits.dtype or keeps_float32(rows.device.type):
-            return None
-        return buffers[rows.dtype]
+    def gradients(self) -> list[Tensor]:
+        """Of hidden (N, H), weight and bias, those that are wanted, once all chunks have been through."""
+        if self._gradients is None:
+            return []
+        with self._joins([]):
+            self._gradients.multiply_waiting()
+        return self._gradients.results()
+
+    def _multiply(
+        self, group: RowGroup, index: Tensor, buffers: _Buffers, room: Waiting | None
+    ) -> tuple[Tensor, RowTensors]:
+        """Fills a chunk's logits; returns its hidden states and what else the loss takes."""
+        t = self._t
+        rows = torch.index_select(t.hidden, 0, index, out=None if room is None else room.rows)
+        labels = t.labels[index]
+        weights = None if t.weights is None else t.weights[index]
+        if not group.all_active:
+            # 0 · NaN is NaN: a row of weight 0 must not reach the gradient of the weight
+            inactive = ~active_rows(labels, weights, self._s.ignore_index)
+            rows.masked_fill_(inactive[:, None], 0.0)
+        logits, ref_logits = buffers["logits"], None
+        self._policy.logits(rows, logits, _rounded(buffers, rows, logits), buffers.get("tanh"))
+        if group.reads_reference and self._reference is not None:
+            ref_rows, ref_logits = self._reference.hidden[index], buffers["ref_logits"]
+            narrow = _rounded(buffers, ref_rows, ref_logits)
+            self._reference.logits(ref_rows, ref_logits, narrow, None)
+        alpha, ids = t.alpha, t.negative_ids
+        return rows, RowTensors(
+            ref_logits,
+            labels,
+            weights,
+            alpha if alpha is None or alpha.dim() == 0 else alpha[index],
+            ids if ids is None or ids.dim() == 1 else ids[index],
+            t.normalizer,
+        )
+
+
+def _rounded(buffers: _Buffers, rows: Tensor, logits: Tensor) -> Tensor | None:
+    """Where a matmul of these rows writes to if it rounds and the logits are not to be what it rounds to."""
+    if rows.dtype == logits.dtype or keeps_float32(rows.device.type):
+        return None
+    return buffers[rows.dtype]

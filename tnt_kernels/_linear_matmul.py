@@ -1,13 +1,9 @@
 """The matmuls of ``linear_tnt_loss``: hidden states to logits (``Head``), their gradient back (``Gradients``).
 
-Logits are float32 (float64 for float64 hidden states), whatever the dtype of the parameters. It buys a gradient that is
-rounded once, right before the matmuls that sum it up, room to scale it for float16, and references of any dtype.
-
-Of 16-bit parameters, a matmul's float32 sums are rounded to 16 bits where the device offers nothing else (a CPU), which
-near p = q is most of the gradient's error. There bfloat16 logits stay as they are, as nothing is lost any more: the
-kernels compute in float32 and round the gradient, which takes their place. Where something is yet to happen to the
-gradient (softcap, float16, a factor for every row) they are float32. CUDA leaves the sums unrounded
-(:func:`keeps_float32`); of float32 logits, too, the kernels round the gradient themselves where nothing happens to it.
+Logits are float32 (float64 for float64 hidden states), whatever the dtype of the parameters, as CUDA can leave a
+matmul's float32 sums unrounded (:func:`keeps_float32`); rounding them is most of the gradient's error near p = q.
+Elsewhere 16-bit parameters have 16-bit logits, which stay so where nothing but the loss happens to them. The gradient
+is rounded once, by the loss, unless something is yet to happen to it (softcap, float16, a factor for every row).
 
 The gradient of 16-bit logits waits until there are rows enough for one large matmul. A matmul of few rows spends its
 time on the (V, H) sum that it adds to: 8 bytes an entry, read and written, are 1.3 ms of an H100 at 128256 x 4096,
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tnt_kernels._groups import Shard, all_reduce_
+from tnt_kernels.backends.call import real_dtype
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,13 +57,13 @@ def _wide_addmm_(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -
     torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=alpha, out=out)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, float32 where nothing needs to be rounded."""
+def _mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale * a @ b``, float32 where nothing needs to be rounded."""
     if a.dtype.itemsize > 2 or not keeps_float32(a.device.type):
-        return torch.mm(a, b)
+        return a.new_empty((a.size(0), b.size(1))).addmm_(a, b, beta=0, alpha=scale)
     out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32)
     _wide_mm(a, b, out)
-    return out
+    return out if scale == 1.0 else out.mul_(scale)
 
 
 def _exp2(exponent: Tensor) -> Tensor:
@@ -126,7 +123,7 @@ class Gradients:
         weight, bias: the parameters, which may have more rows than the vocabulary.
         wanted: whether those of hidden, weight and bias are.
         waiting: rows whose gradient waits for a common matmul; 0: none, it is in the parameters' dtype already.
-        total: rows in all.
+        one_matmul: there are no more rows than that.
         part_bytes: for products on their way to a float32 sum.
     """
 
@@ -135,16 +132,15 @@ class Gradients:
         head: Head,
         weight: Tensor,
         bias: Tensor | None,
-        real: torch.dtype,
         wanted: Sequence[bool],
         shard: Shard | None,
         waiting: int,
-        total: int,
+        one_matmul: bool,
         part_bytes: int,
     ) -> None:
-        hidden = head.hidden
+        hidden, real = head.hidden, real_dtype(head.hidden)
         self.head, self.dtype, self.real, self.shard = head, hidden.dtype, real, shard
-        self.part_bytes = part_bytes
+        self._part_bytes = part_bytes
         # A shard's part of the hidden states' gradient is rounded when all parts are summed.
         held = held_dtype(self.dtype)
         to_sum = held if shard is None else real
@@ -153,8 +149,7 @@ class Gradients:
         self._is_first = True  # what self.weight holds is to be overwritten
         if wanted[1]:
             # new_empty, not empty_like: contiguous, whatever the parameter's strides
-            of_one_matmul = held if waiting >= total else real
-            self.weight = weight.new_empty(weight.shape, dtype=of_one_matmul)
+            self.weight = weight.new_empty(weight.shape, dtype=held if one_matmul else real)
             self.weight[len(head.weight) :].zero_()
         self.bias = (
             bias.new_zeros(bias.shape, dtype=real) if wanted[2] and bias is not None else None
@@ -173,7 +168,7 @@ class Gradients:
         if self._logits is None or self._rows is None:
             return None
         if self._filled + n > len(self._logits):
-            self._multiply_waiting()
+            self.multiply_waiting()
         place = slice(self._filled, self._filled + n)
         return Waiting(self._logits[place], self._rows[place])
 
@@ -201,7 +196,7 @@ class Gradients:
         self._filled += len(index)
 
     def results(self) -> list[Tensor]:
-        self._multiply_waiting()
+        """Once nothing waits any more."""
         self._logits = self._rows = None
         if self.shard is not None and self.hidden is not None:
             all_reduce_(self.hidden, self.shard.group)
@@ -213,7 +208,7 @@ class Gradients:
             if x is not None
         ]
 
-    def _multiply_waiting(self) -> None:
+    def multiply_waiting(self) -> None:
         if self._logits is None or self._rows is None or not self._filled:
             return
         exponent = torch.cat(self._exponents) if self._exponents else None
@@ -228,41 +223,38 @@ class Gradients:
         """Rows (n, H) and the gradient (n, V) of their logits, both in the parameters' dtype, the latter times
         2^-exponent (n, 1)."""
         if self.hidden is not None:
-            if self.hidden.dtype == gradient.dtype:
-                product = gradient.new_empty(rows.shape)
-                product.addmm_(gradient, self.head.weight, beta=0, alpha=self.head.scale)
-            else:
-                product = _mm(gradient, self.head.weight).to(self.real).mul_(self.head.scale)
+            product = _mm(gradient, self.head.weight, self.head.scale)
             if exponent is not None:
-                product.mul_(_exp2(exponent))
-            self.hidden.index_copy_(0, index, product)
+                product = product.to(self.real).mul_(_exp2(exponent))
+            self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
             del product
         if self.weight is not None:
-            factor = None
-            if exponent is not None:
-                top = exponent.max()
-                rows, factor = (rows * _exp2(exponent - top)).to(self.dtype), _exp2(top)
-            self._add_to_weight(self.weight[: gradient.size(1)], gradient.t(), rows, factor)
+            self._add_to_weight(self.weight[: gradient.size(1)], gradient.t(), rows, exponent)
             self._is_first = False
 
-    def _add_to_weight(self, out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
-        """``out += scale * factor * a @ b``, or ``=`` for the first."""
-        beta, scale = 0.0 if self._is_first else 1.0, self.head.scale
-        if factor is None and out.dtype == a.dtype:
-            out.addmm_(a, b, beta=beta, alpha=scale)
+    def _add_to_weight(self, out: Tensor, a: Tensor, rows: Tensor, exponent: Tensor | None) -> None:
+        """``out += scale * a @ (2^exponent * rows)``, or ``=`` for the first; a (V, n)."""
+        beta, scale, real = 0.0 if self._is_first else 1.0, self.head.scale, self.real
+        if exponent is None and out.dtype == a.dtype:
+            out.addmm_(a, rows, beta=beta, alpha=scale)
             return
-        if factor is None and adds_to_float32(a.device.type):
-            _wide_addmm_(out, a, b, beta, scale)
+        keeps = keeps_float32(a.device.type)
+        if exponent is None and adds_to_float32(a.device.type):
+            _wide_addmm_(out, a, rows, beta, scale)
             return
         # The product has to be somewhere before it is added to the float32 sum.
         if self._is_first:
             out.zero_()
-        entry = self.real.itemsize
-        if not keeps_float32(a.device.type):
-            entry += a.element_size()
-        step = max(1, self.part_bytes // (b.size(1) * entry))
+        entry, factor = rows.size(1) * (real.itemsize + (0 if keeps else a.element_size())), None
+        if exponent is not None and keeps:
+            top = exponent.max()
+            rows, factor = (rows * _exp2(exponent - top)).to(a.dtype), _exp2(top)
+        elif exponent is not None:
+            # Rounded to float16, a sum over many rows might overflow.
+            rows, entry = rows * _exp2(exponent), entry + len(rows) * real.itemsize
+        step = max(64, self._part_bytes // entry // 64 * 64)  # parts begin at whole cache lines
         for part_of_a, part_of_out in zip(a.split(step), out.split(step), strict=True):
-            part = _mm(part_of_a, b)
+            part = _mm(part_of_a.to(rows.dtype), rows, scale)
             if factor is not None:
-                part = part.to(self.real).mul_(factor)
-            part_of_out.add_(part, alpha=scale)
+                part.mul_(factor)
+            part_of_out.add_(part)

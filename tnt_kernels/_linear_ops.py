@@ -104,7 +104,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         outputs = [loss.view(shape) if per_row else loss]
         if stats is not None:
             outputs.append(stats.view(5, *shape))
-        return outputs + _gradients(chunks, shaped)
+        return outputs + _gradients(chunks, wanted, shaped)
 
 
 def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[bool]) -> Facts:
@@ -131,7 +131,7 @@ def _linear_gradients(*arguments: Any) -> list[Tensor]:
         chunks = Chunks(t, linear, s, groups, wanted, upstream.reshape(-1), shard)
         for _ in chunks.losses(False):
             pass
-        return _gradients(chunks, shaped)
+        return _gradients(chunks, wanted, shaped)
 
 
 def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:
@@ -143,11 +143,9 @@ def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:
     return loss.masked_fill(count > most, torch.nan)
 
 
-def _gradients(chunks: Chunks, t: LinearTensors) -> list[Tensor]:
-    if chunks.gradients is None:
-        return []
-    found = chunks.gradients.results()
-    if chunks.gradients.hidden is not None:
+def _gradients(chunks: Chunks, wanted: list[bool], t: LinearTensors) -> list[Tensor]:
+    found = chunks.gradients()
+    if wanted[0]:
         found[0] = found[0].view(t.hidden.shape)
     return found
 

@@ -132,14 +132,15 @@ def linear_tnt_loss(
     Rows of weight 0 are not multiplied, and rows whose loss needs no reference not with ``ref_weight``. The gradients
     of ``hidden``, ``weight`` and ``bias`` are computed in forward, chunk by chunk, each only if it is required; under
     reduction="none", where every row has its own upstream factor, in backward, which computes the chunks once more.
-    Logits and their gradients are float32 within a chunk (float64 for float64 hidden states), and the gradients of
-    16-bit parameters are summed in float32. Those of float16 ones stay float32 until backward, lest they underflow
-    before a GradScaler's factor. A matmul of 16-bit parameters rounds its result to 16 bits on a CPU, as ``F.linear``
-    does, which next to p = q is most of the gradient's error; with CUDA and torch 2.8 it does not.
+    The arithmetic between the matmuls is float32 (float64 for float64 hidden states), and so are the sums of gradients.
+    Those of float16 parameters stay float32 until backward, lest they underflow before a GradScaler's factor. Matmuls
+    of 16-bit parameters round the logits to 16 bits, as ``F.linear`` does, which next to p = q is most of the
+    gradient's error; with CUDA and torch 2.8 they do not.
 
-    Memory, beyond the arguments and their gradients: what ``chunk_size`` says, and where a bfloat16 weight needs a
-    gradient, 4 bytes an entry for its float32 sum, or in their place the rounded gradients of all rows' logits where
-    these take no more, which one matmul then sums up.
+    Memory, beyond the arguments and their gradients: 64 MiB on a CPU and 1 GiB elsewhere, for the logits of
+    ``chunk_size`` rows and, with 16-bit parameters, for the gradients of logits that wait, rounded, for a common
+    matmul; and where a bfloat16 weight needs a gradient, 4 bytes an entry for its float32 sum, or for the gradients of
+    all rows' logits, if they fit into both: then one matmul sums them up.
 
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
@@ -164,8 +165,8 @@ def linear_tnt_loss(
         logit_scale: factor on logits, before softcap (Cohere; Granite: 1 / ``logits_scaling``; T5: ``d_model**-0.5``).
         ref_logit_scale: the same of the reference.
         vocab_size: V, if the parameters are padded to more rows. None: as many as ``weight`` has.
-        chunk_size: rows whose logits exist at once. None: as many as fit into 64 MiB on a CPU and 1 GiB elsewhere.
-            Results depend on it by rounding only.
+        chunk_size: rows whose logits exist at once. None: as many as fit into the memory stated above. Results depend
+            on it by rounding only.
         max_active_rows: how many rows can have a non-zero weight. Given, this many rows are computed, all with their
             reference, and a GPU is never waited for; with more active rows the loss is NaN (on a CPU an error). None:
             just the active ones, whose number is read from the device, once.
