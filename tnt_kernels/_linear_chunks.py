@@ -337,6 +337,7 @@ class Chunks:
         """Of hidden (N, H), weight and bias, those that are wanted, once all chunks have been through."""
         if self._gradients is None:
             return []
+        self._buffers = {}
         with self._joins([]):
             self._gradients.multiply_waiting()
         return self._gradients.results()

@@ -145,12 +145,11 @@ class Gradients:
         held = held_dtype(self.dtype)
         to_sum = held if shard is None else real
         self.hidden = hidden.new_zeros(hidden.shape, dtype=to_sum) if wanted[0] else None
-        self.weight = None
+        self._parameter = weight if wanted[1] else None
+        self._sum_dtype = held if one_matmul else real
         self._is_first = True  # what self.weight holds is to be overwritten
-        if wanted[1]:
-            # new_empty, not empty_like: contiguous, whatever the parameter's strides
-            self.weight = weight.new_empty(weight.shape, dtype=held if one_matmul else real)
-            self.weight[len(head.weight) :].zero_()
+        # That of one matmul can wait until the room of the logits is free again.
+        self.weight = None if one_matmul else self._new_weight()
         self.bias = (
             bias.new_zeros(bias.shape, dtype=real) if wanted[2] and bias is not None else None
         )
@@ -162,6 +161,14 @@ class Gradients:
         self._filled = 0
         self._indices: list[Tensor] = []
         self._exponents: list[Tensor] = []
+
+    def _new_weight(self) -> Tensor | None:
+        if self._parameter is None:
+            return None
+        # new_empty, not empty_like: contiguous, whatever the parameter's strides
+        weight = self._parameter.new_empty(self._parameter.shape, dtype=self._sum_dtype)
+        weight[len(self.head.weight) :].zero_()
+        return weight
 
     def room(self, n: int) -> Waiting | None:
         """For the next chunk, of n rows; None where no rows wait."""
@@ -200,8 +207,10 @@ class Gradients:
         self._logits = self._rows = None
         if self.shard is not None and self.hidden is not None:
             all_reduce_(self.hidden, self.shard.group)
-        if self.weight is not None and self._is_first:
-            self.weight.zero_()
+        if self._is_first:  # there was no row
+            self.weight = self._new_weight()
+            if self.weight is not None:
+                self.weight.zero_()
         return [
             x.to(held_dtype(self.dtype))
             for x in (self.hidden, self.weight, self.bias)
@@ -228,6 +237,8 @@ class Gradients:
                 product = product.to(self.real).mul_(_exp2(exponent))
             self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
             del product
+        if self.weight is None:
+            self.weight = self._new_weight()
         if self.weight is not None:
             self._add_to_weight(self.weight[: gradient.size(1)], gradient.t(), rows, exponent)
             self._is_first = False
