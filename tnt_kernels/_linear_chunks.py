@@ -136,9 +136,8 @@ _Buffers = dict[str | torch.dtype, Tensor]
 class _Layout(NamedTuple):
     """Of a chunk."""
 
-    buffers: dict[
-        str | torch.dtype, torch.dtype
-    ]  # without logits: they are where their gradient waits
+    #: Without "logits": they are where their gradient waits.
+    buffers: dict[str | torch.dtype, torch.dtype]
     waits: bool  # the gradient of logits is to be rounded to 16 bits, and then waits for a matmul of many rows
     gradient_in_room: bool  # the loss writes it where it waits
 
