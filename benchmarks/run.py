@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import THREADS, accuracy, linear, report
+from benchmarks import THREADS, accuracy, linear, report, scale
 from benchmarks.results import assemble
 from benchmarks.sizes import QUICK_SIZES, QUICK_SWEEP, ROWS, SIZES, SWEEP
 from tnt_kernels.bench.memory import measure_in_process
@@ -120,6 +120,7 @@ def main() -> None:
     print(report.target_table(results))
     if out.resolve() == report.RESULTS.resolve():
         report.write(path)
+        scale.write()
     else:
         report.write_plots(path)
 

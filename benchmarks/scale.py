@@ -145,13 +145,17 @@ def filled(page: str) -> str:
     return page
 
 
+def write() -> None:
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
     page = PAGE.read_text()
     if parser.parse_args().check:
         sys.exit(f"{PAGE}: run python -m benchmarks.scale" if filled(page) != page else 0)
-    PAGE.write_text(filled(page))
+    write()
 
 
 if __name__ == "__main__":
