@@ -147,6 +147,7 @@ def bad_input(rank: int, world: int) -> None:
         "softcap": {"softcap": 2.0 + last},
         "hidden.requires_grad": {"hidden": trained[0].detach().requires_grad_(not last)},
         "weight.requires_grad": {"weight": trained[1][mine].clone().requires_grad_(not last)},
+        "bias.requires_grad": {"bias": trained[2][mine].clone().requires_grad_(not last)},
         "ref_hidden": {}
         if not last
         else {n: good[n].double() for n in ("ref_hidden", "ref_weight")},

@@ -114,8 +114,8 @@ def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[boo
         for name, x in (("hidden", t.hidden), ("ref_hidden", t.ref_hidden))
     }
     settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
-    needed = {f"{name}.requires_grad": wanted[i] for i, name in enumerate(("hidden", "weight"))}
-    more = {**inputs, **settings, **needed, "requires_grad": any(wanted)}
+    names = (f"{name}.requires_grad" for name in ("hidden", "weight", "bias"))
+    more = {**inputs, **settings, **dict(zip(names, wanted, strict=True))}
     rows = RowTensors(None, t.labels, t.weights, t.alpha, t.negative_ids, t.normalizer)
     return facts_of("linear_tnt_loss", rows, s, more)
 

@@ -145,7 +145,7 @@ def linear_tnt_loss(
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
     and the gradient of ``hidden``, which every rank gets as a whole, one all-reduce in float32. On a GPU, after a
-    group's first call, a rank that raises before its first chunk cannot tell the others.
+    group's first call, a rank whose arguments are wrong cannot tell the others.
 
     Follows autocast. Parameters that are DTensors (FSDP2) are gathered, and their gradient is averaged over the mesh.
 
