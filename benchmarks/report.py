@@ -57,6 +57,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) ->
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
+def _percent(x: float) -> str:
+    return f"{round(x, 2) + 0.0:.0%}"  # a difference within the noise may be less than 0: not "-0%"
+
+
 def _number(value: float | None, unit: str = "") -> str:
     """Three digits, or a dash where nothing was measured."""
     if value is None or value != value:
@@ -358,7 +362,7 @@ def machine_table(results: dict[str, Any]) -> str:
     rows = []
     for p in pd.DataFrame(results["page_faults"]).itertuples():
         b = bandwidth.loc[(p.rows, p.vocab, p.dtype)]
-        share = "–" if pd.isna(p.share_of_fresh_step) else f"{p.share_of_fresh_step:.0%}"
+        share = "–" if pd.isna(p.share_of_fresh_step) else _percent(p.share_of_fresh_step)
         rows.append(
             [
                 f"{p.vocab}, {p.dtype}",
@@ -418,8 +422,8 @@ def facts(results: dict[str, Any]) -> str:
     shares = [s for s in shares if s is not None]
     if shares:
         lines.append(
-            f"Page faults of the new gradient are {min(shares):.0%} to {max(shares):.0%} of a step that is not "
-            "in place."
+            f"Page faults of the new gradient are {_percent(min(shares))} to {_percent(max(shares))} of a step that "
+            "is not in place."
         )
     for h in results["huge_pages"]:
         if h["contender"] == "fresh":

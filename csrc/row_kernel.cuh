@@ -170,7 +170,7 @@ class RowBlock {
   // ---- reading. Element v belongs to a thread by v alone, wherever the row begins in memory: equal rows give equal
   // sums. A misaligned group is joined from the two aligned vectors that hold it.
 
-  TNT_DEVICE static int misalignment(const Logit* at) { return int(reinterpret_cast<uintptr_t>(at) & 15); }
+  TNT_DEVICE static int misalignment(const void* at) { return int(reinterpret_cast<uintptr_t>(at) & 15); }
 
   TNT_DEVICE char* slot(bool reference) const {
     return device::shared_memory() + SHARED_HEADER + l_.mask_bytes + (reference ? l_.row_bytes : 0);
@@ -314,7 +314,7 @@ class RowBlock {
   TNT_DEVICE void store_group(int64_t v, const float (&g)[GROUP]) {
     if constexpr (!std::is_same_v<Gradient, Logit>) return store_narrow_group(v, g);
     const Vector x = Stored<Logit>::pack(g);
-    const int offset = int(reinterpret_cast<uintptr_t>(g_ + begin_) & 15);
+    const int offset = misalignment(g_ + begin_);
     if (offset == 0) {
       if (v + GROUP <= end_) return device::store_vector(g_ + v, x);
       return store_entries(v, x, 0, GROUP);
@@ -342,8 +342,7 @@ class RowBlock {
   // each other: it is the library that makes room for these gradients.
   TNT_DEVICE void store_narrow_group(int64_t v, const float (&g)[GROUP]) {
     const uint32_t low = device::floats_to_bfloats(g[0], g[1]), high = device::floats_to_bfloats(g[2], g[3]);
-    if ((reinterpret_cast<uintptr_t>(g_ + v) & 7) == 0 && v + GROUP <= end_)
-      return device::store_half_vector(g_ + v, low, high);
+    if (misalignment(g_ + v) % 8 == 0 && v + GROUP <= end_) return device::store_half_vector(g_ + v, low, high);
     store_entries(v, {{low, high, 0, 0}}, 0, GROUP);
   }
 

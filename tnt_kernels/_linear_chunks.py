@@ -28,8 +28,7 @@ from tnt_kernels.backends.call import Scalars, loss_needs_totals, real_dtype
 from tnt_kernels.objectives import RowLoss
 
 #: What a call's buffers may take. Every chunk reads all of the weight, and every matmul of gradients reads and writes
-#: all of the weight's: at V = 32000 and H = 512, 170 float32 rows at a time take a CPU some 15 % longer than 500. A GPU
-#: wants 1000.
+#: all of the weight's: at V = 32000 and H = 512, 170 float32 rows at a time take a CPU some 15 % longer than 500.
 CHUNK_BYTES = {"cpu": 64 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
 #: An eighth of them is left to matmuls: to a CPU's copies of their operands (some 10 MiB), and to the 16-bit parts of
@@ -250,7 +249,7 @@ class Chunks:
         upstream: Tensor | None,
         shard: Shard | None,
     ) -> None:
-        self._t, self._linear, self._s, self._groups, self._shard = t, linear, s, groups, shard
+        self._t, self._s, self._shard = t, s, shard
         self._wanted, self._upstream, vocab = wanted, upstream, linear.vocab_size
         widest = vocab if shard is None else place(shard, vocab).widest
         self._layout = _layout(t, linear, groups, wanted, upstream is not None)

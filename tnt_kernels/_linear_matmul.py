@@ -148,7 +148,7 @@ class Gradients:
         self._parameter = weight if wanted[1] else None
         self._sum_dtype = held if one_matmul else real
         self._is_first = True  # what self.weight holds is to be overwritten
-        # That of one matmul can wait until the room of the logits is free again.
+        # That of one matmul can wait until the chunks' buffers are free again.
         self.weight = None if one_matmul else self._new_weight()
         self.bias = (
             bias.new_zeros(bias.shape, dtype=real) if wanted[2] and bias is not None else None
