@@ -114,13 +114,15 @@ Plan plan_of(bool on_chip, int cluster, int64_t vocab, int element_bytes) {
 template <class Logit, class Gradient>
 Plan choose(int64_t vocab, int device, bool on_chip) {
   const device::Properties properties = device::properties(device);
+  // A kernel knows of clusters, and of what stays on chip, if it was compiled for them too.
+  const auto clusters = [&](auto kernel) { return properties.clusters && device::architecture(kernel) >= 90; };
   const auto fits = [&](const Plan& plan, int limit) {
     return plan.shared_bytes <= limit &&
            device::active_clusters(
                plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>, plan.cluster,
                plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
   };
-  if (properties.clusters && on_chip) {
+  if (on_chip && clusters(row_kernel<Logit, Gradient, true>)) {
     // Two blocks on a multiprocessor hide each other's loads, merges and coefficients (three would need 80 registers,
     // and spill). 16 blocks are non-portable, and fewer, larger ones come before them.
     const int two = properties.shared_per_multiprocessor / 2 - properties.shared_reserved;
@@ -134,15 +136,16 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
   }
   // The rows in flight should fit half of the L2 cache, or the second pass finds nothing there: with clusters, fewer
   // rows are in flight. One block of STREAM_THREADS has a register budget that lets two share a multiprocessor.
+  const bool several = clusters(row_kernel<Logit, Gradient, false>);
   int cluster = 1;
-  if (properties.clusters)
+  if (several)
     while (cluster < 8 && int64_t(properties.multiprocessors) / cluster * 2 * vocab * int64_t(sizeof(Logit)) * 2 >
                               properties.l2_bytes / 2)
       cluster *= 2;
   for (; cluster <= 8; cluster *= 2) {
     const Plan plan = plan_of(false, cluster, vocab, sizeof(Logit));
     if (fits(plan, properties.shared_per_block)) return plan;
-    if (!properties.clusters) break;
+    if (!several) break;
   }
   throw std::runtime_error("logits: a vocabulary of " + std::to_string(vocab) + " is too large for this device");
 }

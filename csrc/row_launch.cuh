@@ -62,9 +62,17 @@ inline Properties properties(int device) {
 }
 
 template <class... Parameters>
-void load(void (*kernel)(Parameters...)) {
+cudaFuncAttributes load(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cannot load a kernel");
+  return attributes;
+}
+
+// __CUDA_ARCH__ / 10 of what the device runs, which may be less than its capability: a driver that compiles the PTX of
+// an older architecture leaves all of its #if as they were. (binaryVersion is what the driver compiled it for.)
+template <class... Parameters>
+int architecture(void (*kernel)(Parameters...)) {
+  return load(kernel).ptxVersion;
 }
 
 struct Shape {  // of a launch
@@ -89,9 +97,7 @@ struct Shape {  // of a launch
 // How many clusters (or blocks) of this shape the device holds; 0: it cannot run one. Lets the kernel use the memory.
 template <class... Parameters>
 int active_clusters(void (*kernel)(Parameters...), int cluster, int threads, int shared_bytes) {
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "cannot load a kernel");
-  if (shared_bytes > attributes.maxDynamicSharedSizeBytes)
+  if (shared_bytes > load(kernel).maxDynamicSharedSizeBytes)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           "cannot raise a kernel's shared memory");
   int count = 0;

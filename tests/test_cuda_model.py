@@ -30,12 +30,13 @@ import tnt_kernels as tnt
 from tnt_kernels.backends import cuda
 from tnt_kernels.backends.call import RowCall
 
-# Clusters or not, the largest, bytes of shared memory a block: which path V = 803 takes.
+# Clusters or not, the largest, bytes of shared memory a block, the architecture that the kernels were compiled for:
+# which path V = 803 takes.
 MACHINES = {
-    "two passes": (False, 1, 1 << 16),
-    "one block": (True, 1, 1 << 18),
-    "cluster": (True, 4, 4200),
-    "cluster, two passes": (True, 16, 1950),
+    "two passes": (False, 1, 1 << 16, 80),
+    "one block": (True, 1, 1 << 18, 90),
+    "cluster": (True, 4, 4200, 90),
+    "cluster, two passes": (True, 16, 1950, 90),
 }
 DTYPES = (F32, BF16, F16)
 
@@ -70,6 +71,16 @@ def test_every_loss(model: ModuleType, machine: str, dtype: torch.dtype) -> None
                     method=objective, smoothing=smoothing
                 )
                 check(batch, f"V={vocab} {smoothing}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ptx_of_an_older_architecture(model: ModuleType, dtype: torch.dtype) -> None:
+    """Compiled by the driver for a device with clusters, of which the kernels then know nothing."""
+    for machine in ("one block", "cluster, two passes"):
+        model.machine(*MACHINES[machine][:-1], 80, SCHEDULES["forward"], 0)
+        for objective in OBJECTIVES[:4]:
+            check(mixed_batch(803, dtype).with_options(method=objective), machine)
+            check_shards(mixed_batch(803, dtype).with_options(method=objective), machine, False)
 
 
 KEYWORDS: tuple[dict[str, Any], ...] = (

@@ -43,7 +43,7 @@ tnt_switch:
 
 namespace tnt::device::model {
 
-Machine machine{true, 16, 1 << 16};
+Machine machine{true, 16, 1 << 16, 90};
 Mutation mutation = Mutation::NONE;
 
 namespace {
@@ -326,9 +326,10 @@ void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int t
 PYBIND11_MODULE(TNT_MODULE, m) {
   namespace model = tnt::device::model;
   tnt::bind_cuda(m);
-  m.def("machine", [](bool clusters, int largest_cluster, int shared_per_block, int schedule, int mutation) {
+  m.def("machine", [](bool clusters, int largest_cluster, int shared_per_block, int architecture, int schedule,
+                      int mutation) {
     model::mutation = static_cast<model::Mutation>(mutation);
-    model::machine = {clusters, largest_cluster, shared_per_block};
+    model::machine = {clusters, largest_cluster, shared_per_block, architecture};
     model::schedule = static_cast<model::Schedule>(schedule);
     tnt::forget_plans();
   });

@@ -55,6 +55,7 @@ void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int t
 struct Machine {
   bool clusters;
   int largest_cluster, shared_per_block;
+  int architecture;  // that the kernels were compiled for: before 90 they know of no clusters, and of no bulk copies
 };
 extern Machine machine;
 
@@ -150,7 +151,10 @@ inline void cluster_wait() {
 }
 inline void store_remote(float* to, int rank, float x) { model::write_remote(to, rank, x); }
 
-inline void arrival_init(uint64_t* barrier, int arrivals) { model::barrier_init(barrier, arrivals); }
+inline void arrival_init(uint64_t* barrier, int arrivals) {
+  if (model::machine.architecture < 90) throw std::runtime_error("a kernel that was compiled without bulk copies");
+  model::barrier_init(barrier, arrivals);
+}
 inline void arrival_fence() {}
 inline void arrival_expect(uint64_t* barrier, uint32_t bytes) { model::barrier_expect(barrier, bytes); }
 inline void arrival_wait(uint64_t* barrier) {
@@ -179,12 +183,18 @@ inline Properties properties(int) {
 template <class... Parameters>
 void load(void (*)(Parameters...)) {}
 template <class... Parameters>
+int architecture(void (*)(Parameters...)) {
+  return model::machine.architecture;
+}
+template <class... Parameters>
 int active_clusters(void (*)(Parameters...), int, int, int) {
   return 1;
 }
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
             Arguments... arguments) {
+  if (cluster > 1 && model::machine.architecture < 90)
+    throw std::runtime_error("a cluster for a kernel that was compiled without");
   model::run([&] { kernel(static_cast<Parameters>(arguments)...); }, blocks, cluster, threads, shared_bytes);
 }
 
