@@ -1,13 +1,12 @@
 from __future__ import annotations
 
+import process
 import pytest
-import torch
 from oracle import BACKENDS, INTERPRETED, MISSING
 
 
 def pytest_configure() -> None:
-    """Small tensors, maybe several workers of pytest-xdist: threads would be in each other's way."""
-    torch.set_num_threads(1)
+    process.prepare()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

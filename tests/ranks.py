@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import process
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ Case = Callable[[int, int], None]
 
 
 def _worker(rank: int, world: int, folder: str, cases: Sequence[Case], backend: str) -> None:
-    torch.set_num_threads(1)
+    process.prepare()
     dist.init_process_group(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=world
     )

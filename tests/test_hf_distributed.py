@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+import process
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def models(kind: str):
 
 
 def worker(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+    process.prepare()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",

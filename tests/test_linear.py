@@ -133,6 +133,19 @@ def test_the_loss_of_the_whole(reduction: str, settings: str, method: str, backe
         assert_close([loss, *grads], [want, *want_grads], 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("vocab", [70, 1001, 32003, 50257])
+def test_columns_between_rows_are_not_read(vocab: int, dtype: torch.dtype, cpu: str) -> None:
+    """A buffer's rows begin at cache lines. A CPU's bfloat16 matmul of 33 rows looks at what lies between them."""
+    x = heads(dtype, rows=40, vocab=vocab)
+    exact = Heads(*(y.double() if y.is_floating_point() else y for y in x))
+    for reduction, chunk_size in itertools.product(("mean", "none"), (None, 39)):
+        upstream = 40.0 if reduction == "mean" else torch.linspace(-1, 2, 40)
+        loss, grads = gradients(linear, x, upstream, reduction=reduction, chunk_size=chunk_size)
+        want, want_grads = gradients(whole, exact, upstream, reduction=reduction)
+        assert_close([loss, *grads], [want, *want_grads], 3e-2)
+
+
 @pytest.mark.parametrize("method", tnt.METHODS)
 def test_gradcheck(method: str, backend: str) -> None:
     x = heads(rows=6, vocab=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import process
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def models() -> tuple[Model, Model]:
 def worker(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
+    process.prepare()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     for reduction in ("mean", "none"):

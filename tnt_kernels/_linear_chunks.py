@@ -21,6 +21,7 @@ from tnt_kernels._linear_matmul import (
     Waiting,
     held_dtype,
     keeps_float32,
+    new_rows,
     padded,
 )
 from tnt_kernels._ops import RowTensors
@@ -264,8 +265,7 @@ class Chunks:
         self._chunks = [(x, index) for x in groups for index in x.rows.split(self._sizes.chunk)]
         with self._joins(self._chunks):
             for name, dtype in self._layout.buffers.items():
-                buffer = t.hidden.new_empty((self._sizes.chunk, padded(vocab)), dtype=dtype)
-                self._buffers[name] = buffer[:, :vocab]
+                self._buffers[name] = new_rows(t.hidden, self._sizes.chunk, vocab, dtype)
             if any(wanted):
                 self._gradients = Gradients(
                     self._policy, t.weight, t.bias, wanted, shard, self._sizes.waiting, self._sizes.one_matmul,

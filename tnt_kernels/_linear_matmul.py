@@ -47,6 +47,18 @@ def padded(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
+def new_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) to be written, in such a buffer, on the device of ``like``.
+
+    The columns behind a row are 0, once and for all, because no matmul writes there. But one reads there: PyTorch's of
+    bfloat16 on a CPU with AMX takes the columns of its first factor four at a time. It multiplies the excess by 0,
+    which is NaN where the memory held an infinity or a NaN.
+    """
+    buffer = like.new_empty((rows, padded(columns)), dtype=dtype)
+    buffer[:, columns:].zero_()
+    return buffer[:, :columns]
+
+
 def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
     torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
@@ -155,8 +167,7 @@ class Gradients:
         )
         self._logits = self._rows = None
         if waiting:
-            vocab = len(head.weight)
-            self._logits = hidden.new_empty((waiting, padded(vocab)))[:, :vocab]
+            self._logits = new_rows(hidden, waiting, len(head.weight), hidden.dtype)
             self._rows = hidden.new_empty((waiting, hidden.size(1)))
         self._filled = 0
         self._indices: list[Tensor] = []
