@@ -21,6 +21,21 @@ def _keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As ``save_for_backward`` takes them: it refuses those that were made in ``torch.inference_mode()``, because it
+    could not notice that they are written to. Nobody can write to them out of that mode, and none needs a gradient: the
+    same memory under another tensor is kept. (A compiler keeps tensors itself, and refuses these.)
+    """
+    if torch.compiler.is_compiling():
+        return tensors
+    return tuple(x if x is None or not x.is_inference() else _alias(x) for x in tensors)
+
+
+def _alias(x: Tensor) -> Tensor:
+    """Not a view, which would be what its base is."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 class TNTLossFunction(torch.autograd.Function):
     """Loss and row statistics of logits that need a gradient.
 
@@ -46,7 +61,7 @@ class TNTLossFunction(torch.autograd.Function):
         if ctx.deferred:
             loss, *more = _shards.losses(logits, tensors, scalars, shard, False, with_stats, True)
             kept = more[with_stats:]
-            ctx.save_for_backward(logits, *tensors, *kept)
+            ctx.save_for_backward(logits, *_savable(*tensors), *kept)
         elif inplace:
             loss, stats = _shards.losses_(logits, tensors, scalars, shard, with_stats)
             # A mutable schema leaves the counter as it was, for a compiler that traces this too. With it, autograd
@@ -131,7 +146,7 @@ class LinearTNTLossFunction(torch.autograd.Function):
         now = (False, False, False) if ctx.recompute else wanted
         loss, *more = _linear_ops.linear_losses(*tensors, *ctx.settings, with_stats, *now)
         if ctx.recompute:
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*_savable(*tensors))
         else:
             ctx.save_for_backward(*more[with_stats:])
         if not with_stats:

@@ -118,8 +118,9 @@ def tnt_loss(
         logits: (..., V) float32, bfloat16 or float16 (float64 on a CPU): the policy's. Dense rows of any stride are
             read where they are (``logits[..., :V]`` of a padded vocabulary). Not shifted here: shift labels and
             weights, and give the last position weight 0.
-        ref_logits: (..., V), same dtype and device: the original model's, without gradient. None if no row's loss is a
-            KL.
+        ref_logits: (..., V), same dtype and device: the original model's, without gradient, as ``torch.no_grad`` or
+            ``torch.inference_mode`` leaves them (a compiler refuses the latter where backward reads them: under "none"
+            and in float16). None if no row's loss is a KL.
         labels: (...) integer, 0 <= label < V: the token at each position.
         weights: (...) real. > 0: keep, the row's loss counts this much. -1: remove the label. Between -1 and 0: leave
             1 + w of its probability. 0: leave the row out; it is not even read. None: all 1.
