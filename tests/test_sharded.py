@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import (
+    BF16,
     DTYPES,
     F16,
     F32,
@@ -240,6 +241,12 @@ def bad_input(rank: int, world: int) -> None:
         "normalizer": {"normalizer": 3.0 + last},
     }.items():
         raises(ValueError, f"{name}: not the same on rank 0 and rank {world - 1}", **changed)
+    for weights in (batch.weights, None):
+        for first, other in ((F32, F64), (BF16, F32)):
+            dtype = other if last else first
+            changed = {"logits": z.to(dtype), "ref_logits": r.to(dtype), "weights": weights}
+            match = f"logits: dtype {first} on rank 0 and {other} on rank {world - 1} of group"
+            raises(ValueError, match, **changed)
     fresh = [size + (1 if i == 0 else -1 if i == 1 else 0) for i, size in enumerate(sizes)]
     raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh)
     raises(ValueError, "shard_sizes: .* expected", shard_sizes=fresh if last else [1, *sizes[1:]])

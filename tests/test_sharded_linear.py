@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import BF16, F16, F32, OBJECTIVES
+from oracle import BF16, F16, F32, F64, OBJECTIVES
 from ranks import beside, collectives, columns, needs_gloo, run_cases
 from torch import Tensor
 
@@ -150,9 +150,18 @@ def bad_input(rank: int, world: int) -> None:
         "bias.requires_grad": {"bias": trained[2][mine].clone().requires_grad_(not last)},
         "ref_hidden": {}
         if not last
-        else {n: good[n].double() for n in ("ref_hidden", "ref_weight")},
+        else {n: good[n][..., 1:] for n in ("ref_hidden", "ref_weight")},
     }.items():
         raises(ValueError, f"{name}: not the same on rank 0 and rank {world - 1}", **changed)
+    for name, first, other in (
+        ("hidden", F32, F64), ("hidden", BF16, F32), ("ref_hidden", F32, F64), ("ref_hidden", BF16, F32)
+    ):  # fmt: skip
+        parameters = (name, name.replace("hidden", "weight"))
+        changed = {n: good[n].detach().to(other if last else first) for n in parameters}
+        match = f"^{name}: dtype {first} on rank 0 and {other} on rank {world - 1} of group"
+        raises(ValueError, match, **changed)
+        if name == "hidden":
+            raises(ValueError, match, **changed, weights=None)
     z = torch.zeros(ROWS, sizes[rank])
     of_logits = {"logits": z, "ref_logits": z, "labels": rest[2], "weights": rest[3], **options}
     call = partial(tnt.tnt_loss, **of_logits, group=dist.group.WORLD)

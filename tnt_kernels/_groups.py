@@ -19,6 +19,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from tnt_kernels._checks import LOGITS_DTYPES
 from tnt_kernels._ops import RowTensors
 from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS, Scalars, real_dtype
 
@@ -110,10 +111,15 @@ _ARGUMENTS = {
     "normalizer_value": "normalizer",
 }  # fmt: skip
 Facts = list[tuple[str, int]]
+_DTYPE = ".dtype"  # ends the name of a fact whose number says which
 
 
 def _digest(value: object) -> int:
     return crc32(repr(value).encode())
+
+
+def _number(value: object) -> int:
+    return LOGITS_DTYPES.index(value) if isinstance(value, torch.dtype) else _digest(value)
 
 
 def _checksum(x: Tensor | None) -> int:
@@ -127,13 +133,22 @@ def _checksum(x: Tensor | None) -> int:
 
 
 def facts_of(
-    function: str, rows: RowTensors, scalars: Scalars, more: Mapping[str, object]
+    function: str,
+    of: str,
+    dtype: torch.dtype,
+    rows: RowTensors,
+    scalars: Scalars,
+    more: Mapping[str, object],
 ) -> Facts:
-    """Argument and number, of all that must be the same on every rank."""
+    """Argument and number, of all that must be the same on every rank.
+
+    ``dtype`` is that of the argument ``of``. It decides over that of ``rows``, so it comes before their checksums.
+    """
     sizes = [None if x is None else tuple(x.shape) for x in (rows.alpha, rows.negative_ids)]
     facts = [
         ("rows", rows.labels.numel()),
         ("the function", _digest(function)),
+        (of + _DTYPE, _number(dtype)),
         ("labels", _checksum(rows.labels)),
         ("weights", _checksum(rows.weights) if rows.weights is not None else -1),
         ("alpha", _checksum(rows.alpha)),
@@ -144,9 +159,25 @@ def facts_of(
     ]
     settings = {**scalars._asdict(), **more}
     del settings["backend"]  # backends understand each other
-    facts += [(_ARGUMENTS.get(name, name), _digest(value)) for name, value in settings.items()]
+    facts += [(_ARGUMENTS.get(name, name), _number(value)) for name, value in settings.items()]
     assert len(facts) <= _FACTS
     return facts + [("", 0)] * (_FACTS - len(facts))
+
+
+def _mismatch(name: str, first: int, other: int, rank: int) -> str:
+    if name == "rows":
+        return (
+            f"labels: {first} rows on rank 0 and {other} on rank {rank} of group, expected the same rows on "
+            "every rank"
+        )
+    if name.endswith(_DTYPE):
+        return (
+            f"{name.removesuffix(_DTYPE)}: dtype {LOGITS_DTYPES[first]} on rank 0 and {LOGITS_DTYPES[other]} on rank "
+            f"{rank} of group, expected the same on every rank"
+        )
+    return (
+        f"{name}: not the same on rank 0 and rank {rank} of group, expected the same on every rank"
+    )
 
 
 def raise_for_others(sizes: Sequence[float], rank: int) -> None:
@@ -190,16 +221,8 @@ def settle(shard: Shard, vocab: int, device: torch.device, facts: Callable[[], F
         for name, mine, other in zip(
             names, answers[0][1 + count :], answer[1 + count :], strict=True
         ):
-            if mine == other:
-                continue
-            if name == "rows":
-                raise ValueError(
-                    f"labels: {mine} rows on rank 0 and {other} on rank {i} of group, expected the same rows on every "
-                    "rank"
-                )
-            raise ValueError(
-                f"{name}: not the same on rank 0 and rank {i} of group, expected the same on every rank"
-            )
+            if mine != other:
+                raise ValueError(_mismatch(name, mine, other, i))
     for i, (_, *rest) in enumerate(answers):
         told = rest[:count]
         if told not in (sizes, [-1] * count) or (told == sizes) != (given is not None):

@@ -109,15 +109,17 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
 
 def _facts(t: LinearTensors, linear: LinearScalars, s: Scalars, wanted: list[bool]) -> Facts:
     """What decides over the ranks' chunks and collectives, and their loss."""
+    reference = t.ref_hidden
     inputs = {
-        name: None if x is None else (x.dtype, x.size(-1))
-        for name, x in (("hidden", t.hidden), ("ref_hidden", t.ref_hidden))
+        "hidden": t.hidden.size(-1),
+        "ref_hidden": None if reference is None else reference.size(-1),
+        "ref_hidden.dtype": None if reference is None else reference.dtype,
     }
     settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
     names = (f"{name}.requires_grad" for name in ("hidden", "weight", "bias"))
     more = {**inputs, **settings, **dict(zip(names, wanted, strict=True))}
     rows = RowTensors(None, t.labels, t.weights, t.alpha, t.negative_ids, t.normalizer)
-    return facts_of("linear_tnt_loss", rows, s, more)
+    return facts_of("linear_tnt_loss", "hidden", t.hidden.dtype, rows, s, more)
 
 
 @torch.no_grad()

@@ -133,7 +133,9 @@ def _settle(logits: Tensor, arguments: tuple[Any, ...]) -> None:
         shard,
         logits.size(-1),
         logits.device,
-        lambda: facts_of("tnt_loss", RowTensors._make(tensors), scalars, {}),
+        lambda: facts_of(
+            "tnt_loss", "logits", logits.dtype, RowTensors._make(tensors), scalars, {}
+        ),
     )
 
 
