@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tnt_kernels import backends
-from tnt_kernels.backends import cuda
+from tnt_kernels.backends import cuda, triton, tuning
 from tnt_kernels.bench.steps import library_backends
 
 TOO_OLD = "CUDA: no device: CUDA driver version is insufficient for CUDA runtime version"
@@ -111,6 +111,16 @@ def test_what_cuda_does_not_serve_is_passed_on_without_a_word(
         monkeypatch.setattr(cuda, "_missing", "no nvcc at installation")
         assert backends.select(logits(), None) == "triton"
     assert machine.asked == 0
+
+
+def test_launch_options_of_every_kind_of_gpu() -> None:
+    """Triton refuses an option that its compiler for that GPU does not know, and only NVIDIA's knows this one."""
+    for architecture, expected in (
+        ("sm_90", {"num_warps": 8, "maxnreg": 255}),
+        ("gfx942", {"num_warps": 4}),
+        ("xpu", {"num_warps": 8}),
+    ):
+        assert triton.options(tuning.RowConfig(2048, 8, 1), architecture) == expected
 
 
 def test_one_device_that_serves_is_enough(

@@ -179,7 +179,28 @@ def test_broken_rows_are_nan_and_others_are_not(method: str) -> None:
     check(batch.with_options(negative_ids=torch.tensor([5])), reduction="none")
 
 
-def test_labels_and_ids_out_of_range_are_nan() -> None:
+@pytest.mark.skipif(not INTERPRETED, reason="asking a GPU would wait for it")
+def test_labels_and_ids_out_of_range_raise_on_a_cpu() -> None:
+    leaf, z = torch.randn(3, VOCAB, requires_grad=True), torch.randn(3, VOCAB)
+    hidden, weight = torch.randn(3, 4), torch.randn(VOCAB, 4)
+    labels, ids = torch.tensor([3, VOCAB, 1]), torch.tensor([[-1], [-1], [VOCAB]])
+    message = f"labels: row 1 has label {VOCAB}, expected 0 <= label < V"
+    for call, arguments in (
+        (tnt.tnt_loss, (leaf, z)),
+        (tnt.tnt_loss, (z, z)),
+        (tnt.linear_tnt_loss, (hidden, weight, hidden, weight)),
+    ):
+        for reduction in ("mean", "none"):
+            options = {"reduction": reduction, "backend": "triton"}
+            with pytest.raises(ValueError, match=message):
+                call(*arguments, labels, **options)
+            with pytest.raises(ValueError, match=f"negative_ids: row 2 has id {VOCAB}, expected"):
+                call(*arguments, labels % VOCAB, negative_ids=ids, **options)
+
+
+def test_labels_and_ids_out_of_range_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asks, as it would mean to wait for a GPU."""
+    monkeypatch.setattr(BACKENDS["triton"], "check_indices", lambda *_: None)
     z = torch.randn(5, VOCAB, device=DEVICE, requires_grad=True)
     labels = torch.tensor([3, VOCAB, -1, 2**40, 4], device=DEVICE)
     ids = torch.tensor([[1], [1], [1], [1], [VOCAB]], device=DEVICE)

@@ -132,7 +132,7 @@ def compiled(architecture: str, variant: Variant) -> Any:
         GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     )
     source = ASTSource(row_kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=backend.options(config, amd))
+    return triton.compile(source, target=target, options=backend.options(config, architecture))
 
 
 def resources(kernel: Any) -> dict[str, int]:

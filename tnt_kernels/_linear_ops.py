@@ -23,8 +23,7 @@ from tnt_kernels._linear_chunks import (
 )
 from tnt_kernels._linear_matmul import held_dtype
 from tnt_kernels._ops import RowTensors
-from tnt_kernels.backends import eager
-from tnt_kernels.backends.call import Scalars, real_dtype
+from tnt_kernels.backends.call import Scalars, check_indices, real_dtype
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
@@ -82,7 +81,7 @@ def _linear_losses(*arguments: Any) -> list[Tensor]:
         if shard is not None:
             settle(shard, vocab_size, t.hidden.device, lambda: _facts(t, linear, s, wanted))
             vocab_size = place(shard, vocab_size).vocab_size
-        eager.check_indices(t.labels, t.weights, t.negative_ids, vocab_size, s.ignore_index)
+        check_indices(t.labels, t.weights, t.negative_ids, vocab_size, s.ignore_index)
         if s.reduction == "mean" and t.normalizer is None and s.normalizer_value is None:
             t = t._replace(normalizer=count.to(real))
         per_row = s.reduction == "none"

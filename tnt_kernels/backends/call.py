@@ -72,6 +72,47 @@ class RowCall(NamedTuple):
     parts: Tensor | None  # (N, ROW_PARTS) real, out
     totals: Tensor | None  # (N, ROW_PARTS) real, in: parts, summed over the shards
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no launch of these rows came before."""
+        return self.upstream is None and self.gathered is None
+
+
+def check_indices(
+    labels: Tensor,
+    weights: Tensor | None,
+    negative_ids: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    """On the CPU, labels and ids outside the vocabulary are an error; elsewhere asking would wait for the device.
+
+    Rows are (N,).
+    """
+    if labels.device.type != "cpu":
+        return
+    active = labels != ignore_index
+    if weights is not None:
+        active &= weights != 0
+    outside = active & ((labels < 0) | (labels >= vocab))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels: row {row} has label {int(labels[row])}, expected 0 <= label < V "
+            f"(vocabulary size {vocab}) or ignore_index ({ignore_index})"
+        )
+    if negative_ids is not None:
+        outside = (negative_ids < -1) | (negative_ids >= vocab)
+        per_row = negative_ids.dim() == 2
+        if per_row:
+            outside &= active[:, None]
+        if outside.any() and len(active):
+            index = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"negative_ids: row {index[0] if per_row else 0} has id {int(negative_ids[tuple(index)])}, "
+                f"expected 0 <= id < V (vocabulary size {vocab}), or -1 as padding"
+            )
+
 
 def gradient_needs_totals(s: Scalars) -> bool:
     """Whether, for some row of the call, the gradient needs what all shards' second passes yield."""

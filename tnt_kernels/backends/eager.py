@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tnt_kernels.backends import eager_shards
-from tnt_kernels.backends.call import RowCall, real_dtype, scale_by_item
+from tnt_kernels.backends.call import RowCall, check_indices, real_dtype, scale_by_item
 from tnt_kernels.objectives import Objective, RowLoss
 from tnt_kernels.reference import row_gradients, row_terms
 
@@ -23,42 +23,6 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
         scale_by_item(gradient, scale)
     else:
         gradient.mul_(scale)
-
-
-def check_indices(
-    labels: Tensor,
-    weights: Tensor | None,
-    negative_ids: Tensor | None,
-    vocab: int,
-    ignore_index: int,
-) -> None:
-    """On the CPU, labels and ids outside the vocabulary are an error; elsewhere asking would wait for the device.
-
-    Rows are (N,).
-    """
-    if labels.device.type != "cpu":
-        return
-    active = labels != ignore_index
-    if weights is not None:
-        active &= weights != 0
-    outside = active & ((labels < 0) | (labels >= vocab))
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"labels: row {row} has label {int(labels[row])}, expected 0 <= label < V "
-            f"(vocabulary size {vocab}) or ignore_index ({ignore_index})"
-        )
-    if negative_ids is not None:
-        outside = (negative_ids < -1) | (negative_ids >= vocab)
-        per_row = negative_ids.dim() == 2
-        if per_row:
-            outside &= active[:, None]
-        if outside.any() and len(active):
-            index = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"negative_ids: row {index[0] if per_row else 0} has id {int(negative_ids[tuple(index)])}, "
-                f"expected 0 <= id < V (vocabulary size {vocab}), or -1 as padding"
-            )
 
 
 def _inverse_normalizer(call: RowCall) -> Tensor:
@@ -81,7 +45,7 @@ def _inverse_normalizer(call: RowCall) -> Tensor:
 
 def launch(call: RowCall) -> None:
     s = call.scalars
-    if call.upstream is None and call.gathered is None:  # in a call's first launch
+    if call.is_first:
         check_indices(call.labels, call.weights, call.negative_ids, call.vocab_size, s.ignore_index)
     if call.statistics is not None or call.gathered is not None:
         return eager_shards.launch(call, _inverse_normalizer(call))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnt_kernels.backends import tuning
-from tnt_kernels.backends.call import RowCall, describe
+from tnt_kernels.backends.call import RowCall, check_indices, describe
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
@@ -68,11 +68,14 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def options(config: tuning.RowConfig, amd: bool) -> dict[str, int]:
-    """Triton's launch options. Without a limit of its own, NVIDIA's assembler spills to reach the next occupancy."""
-    if amd:
-        return {"num_warps": max(1, config.warps // 2)}  # its large GPUs have 64 lanes
-    return {"num_warps": config.warps, "maxnreg": min(255, 65536 // (32 * config.warps))}
+def options(config: tuning.RowConfig, architecture: str) -> dict[str, int]:
+    """Triton's launch options."""
+    if architecture.startswith("gfx"):
+        return {"num_warps": max(1, config.warps // 2)}  # AMD's large GPUs have 64 lanes
+    if architecture.startswith("sm_"):
+        # Without a limit of its own, NVIDIA's assembler spills to reach the next occupancy. Others know no such option.
+        return {"num_warps": config.warps, "maxnreg": min(255, 65536 // (32 * config.warps))}
+    return {"num_warps": config.warps}
 
 
 def scale_(gradient: Tensor, scale: Tensor) -> None:
@@ -113,6 +116,8 @@ class _Ids:
 
 def launch(call: RowCall) -> None:
     logits, s = call.logits, call.scalars
+    if call.is_first:  # simulated on a CPU
+        check_indices(call.labels, call.weights, call.negative_ids, call.vocab_size, s.ignore_index)
     rows, vocab = logits.shape
     kernels = _kernels()
 
@@ -140,13 +145,9 @@ def launch(call: RowCall) -> None:
         losses = real(rows) if reduced else call.loss
         if rows:
             ids = _Ids(call.negative_ids, call.vocab_size)
-            config = tuning.row_config(
-                vocab,
-                logits.element_size(),
-                call.ref_logits is not None,
-                architecture(logits.device),
-            )
-            amd = torch.version.hip is not None
+            target = architecture(logits.device)
+            pair = call.ref_logits is not None
+            config = tuning.row_config(vocab, logits.element_size(), pair, target)
             uniform = s.uniform_smoothing and s.eps > 0
             gathered = call.gathered
             kernels.row_kernel[(rows,)](
@@ -163,7 +164,7 @@ def launch(call: RowCall) -> None:
                 POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=uniform, IDS=ids.kind, CALL=kind.value,
                 GRADIENT=call.gradient is not None, BLOCK=config.block, STAGES=config.stages,
                 SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
-                **({} if logits.device.type == "cpu" else options(config, amd)),
+                **options(config, target),
             )  # fmt: skip
         if reduced:
             kernels.sum_kernel[(1,)](losses, factors, call.loss, rows, BLOCK=_FACTOR_BLOCK)
