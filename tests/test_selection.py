@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine()
-    caches = (cuda._reason, cuda._warn_once, cuda._failure)
+    caches = (cuda._reason, cuda._failure)
     monkeypatch.delenv("TNT_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(cuda, "module", machine)
     monkeypatch.setattr(cuda, "_missing", "")
@@ -53,64 +52,58 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         cache.cache_clear()
 
 
+def test_triton_serves_gpus_without_being_asked_for(machine: Machine) -> None:
+    """And nobody asks the CUDA kernels, which no GPU has run."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert backends.select(logits(dtype), None) == "triton"
+    assert backends.select(logits(torch.float64), None) == "torch"
+    assert backends.select(logits(device="xpu:0"), None) == "triton"
+    assert machine.asked == 0
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-def test_cuda_comes_first_and_is_asked_once(machine: Machine, capability: tuple[int, int]) -> None:
+def test_cuda_by_name_is_asked_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
     machine.capability = capability
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert backends.select(logits(dtype), None) == "cuda"
+        assert backends.select(logits(dtype), "cuda") == "cuda"
+    monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
+    assert backends.select(logits(), None) == "cuda"
+    assert backends.select(logits(), "triton") == "triton"
     assert machine.asked == 1
 
 
 def test_both_gpu_backends_are_measured(machine: Machine) -> None:
-    """By the benchmarks, in one run; CUDA as the one that is taken."""
-    assert library_backends(logits()) == ["cuda", "triton"]
+    """By the benchmarks, in one run; Triton as the one that is taken."""
+    assert library_backends(logits()) == ["triton", "cuda"]
 
 
-def test_a_driver_too_old_is_said_once(machine: Machine) -> None:
-    machine.failure = TOO_OLD
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            assert backends.select(logits(), None) == "triton"
-    (warning,) = seen
-    assert "the CUDA kernels are built, but fail on cuda:0" in str(warning.message)
-    assert "driver version is insufficient" in str(warning.message)
-    assert machine.asked == 1
-
-
-def test_a_driver_too_old_fails_where_cuda_is_forced(
+def test_cuda_by_name_fails_where_it_cannot_serve(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine.failure = TOO_OLD
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match=r"^backend='cuda' cannot serve .*insufficient"):
-            backends.select(logits(), "cuda")
-        monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
-        with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cuda' cannot serve"):
-            backends.select(logits(), None)
-        assert backends.select(logits(), "triton") == "triton"
-
-
-def test_what_cuda_does_not_serve_is_passed_on_without_a_word(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backends.select(logits(torch.float64), None) == "torch"
-        assert backends.select(logits(vocab=2**19 + 1), None) == "triton"
-        assert backends.select(logits(device="xpu:0"), None) == "triton"
-        machine.capability = (7, 5)
+    def refused(why: str, **described: Any) -> None:
         cuda._reason.cache_clear()
-        assert backends.select(logits(), None) == "triton"
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert backends.select(logits(), None) == "triton"
-        assert "NVIDIA" in cuda.why_not(logits())
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert "NVIDIA" in cuda.why_not(None)
-        monkeypatch.setattr(cuda, "_missing", "no nvcc at installation")
-        assert backends.select(logits(), None) == "triton"
+        with pytest.raises(RuntimeError, match=rf"^backend='cuda' cannot serve .*{why}"):
+            backends.select(logits(**described), "cuda")
+
+    refused("float32, bfloat16 and float16", dtype=torch.float64)
+    refused("up to 524288 columns", vocab=2**19 + 1)
+    refused("NVIDIA", device="xpu:0")
+    machine.capability = (7, 5)
+    refused("capability 8.0 or later, cuda:0 has 7.5")
     assert machine.asked == 0
+    machine.capability, machine.failure = (8, 0), TOO_OLD
+    refused("driver version is insufficient")
+    monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cuda' cannot serve"):
+        backends.select(logits(), None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    refused("NVIDIA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "NVIDIA" in cuda.why_not(None)
+    monkeypatch.setattr(cuda, "_missing", "no nvcc at installation")
+    refused("no nvcc")
 
 
 def test_launch_options_of_every_kind_of_gpu() -> None:
@@ -136,7 +129,6 @@ def test_one_device_that_serves_is_enough(
     assert "compute capability" in cuda.why_not(None)
 
 
-@pytest.mark.filterwarnings("ignore:tnt_kernels. the CUDA kernels are built, but fail")
 def test_a_compiler_traces_the_question(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer comes from the kernels' own runtime: for fullgraph=True it has to be a constant."""
     native = pytest.importorskip("tnt_kernels._C")
@@ -144,7 +136,6 @@ def test_a_compiler_traces_the_question(machine: Machine, monkeypatch: pytest.Mo
         monkeypatch.setattr(cuda, "module", native)
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        cuda._warn_of_failure(0)
         return x + 1 if cuda._why_not_device(99) else x + 2
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)

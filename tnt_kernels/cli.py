@@ -13,7 +13,7 @@ import torch
 
 from . import _build_info
 from ._version import __version__
-from .backends import availability
+from .backends import AUTOMATIC, availability
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +51,13 @@ def info() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("Triton", _installed("triton")),
         ("GPU", _gpu()),
-        *((f"backend {name}", why or "available") for name, why in availability().items()),
+        *((f"backend {name}", why or _available(name)) for name, why in availability().items()),
         *_native(),
     ]
+
+
+def _available(backend: str) -> str:
+    return "available" if backend in AUTOMATIC else f'available, as backend="{backend}" alone'
 
 
 def _native() -> list[tuple[str, str]]:

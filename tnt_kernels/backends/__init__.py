@@ -9,8 +9,11 @@ from torch import Tensor
 
 from tnt_kernels.backends import cpu, cuda, eager, triton
 
-#: By name, the first that serves the tensors is taken. Importing one queries no device and loads no compiler.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": eager}
+#: By name. Importing one queries no device and loads no compiler.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
+#: Where none is asked for, the first of these that serves the tensors is taken. The CUDA kernels are not among them,
+#: because no GPU has run them yet, and Triton's are simpler.
+AUTOMATIC = ("cpu", "triton", "torch")
 
 
 def availability() -> dict[str, str]:
@@ -19,7 +22,7 @@ def availability() -> dict[str, str]:
 
 
 def select(logits: Tensor, requested: str | None) -> str:
-    """The backend for these logits: the requested one, ``TNT_KERNELS_BACKEND``, or the fastest that serves them.
+    """The backend for these logits: the requested one, ``TNT_KERNELS_BACKEND``, or the first that serves them.
 
     Raises:
         ValueError: a name that is not a backend's.
@@ -30,11 +33,7 @@ def select(logits: Tensor, requested: str | None) -> str:
         requested = os.environ.get("TNT_KERNELS_BACKEND") or None
         source = "TNT_KERNELS_BACKEND"
     if requested is None:
-        for name, backend in BACKENDS.items():
-            if not backend.why_not(logits):
-                return name
-            if backend is cuda:
-                cuda.warn_of_failure(logits)
+        return next(name for name in AUTOMATIC if not BACKENDS[name].why_not(logits))
     if requested not in BACKENDS:
         raise ValueError(
             f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}"
