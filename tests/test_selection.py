@@ -39,17 +39,14 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine()
-    caches = (cuda._reason, cuda._failure)
     monkeypatch.delenv("TNT_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(cuda, "module", machine)
     monkeypatch.setattr(cuda, "_missing", "")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: machine.capability)
-    for cache in caches:
-        cache.cache_clear()
+    cuda._reason.cache_clear()
     yield machine
-    for cache in caches:
-        cache.cache_clear()
+    cuda._reason.cache_clear()
 
 
 def test_triton_serves_gpus_without_being_asked_for(machine: Machine) -> None:
