@@ -63,7 +63,7 @@ struct RowParams {
 };
 
 constexpr int ROW_COEFFICIENTS = 16;
-constexpr int ROW_STATISTICS = 16;
+constexpr int ROW_STATISTICS = 15;
 constexpr int ROW_PARTS = 2;
 
 }  // namespace tnt

@@ -68,8 +68,8 @@ using RealOf = decltype(load(Logit{}));
 // Each runs over n <= TILE entries. Float sums stay within a tile; across tiles they are added in double. They are
 // functions of their own, not inlined: inside the large row functions the vectoriser gives up on some of them.
 //
-// Entries to leave out have a large negative number in `mask`, which is 0 elsewhere. Adding it costs a tenth of copying
-// the tile to overwrite them. Without MASKED there is no mask.
+// Entries to leave out have -inf in `mask`, which is 0 elsewhere. Added to their logits, it makes their exponentials 0,
+// and leaves a NaN NaN. It costs a tenth of copying the tile to overwrite them. Without MASKED there is no mask.
 //
 // A tile's loss, and what else grows with the vocabulary, is summed in blocks, so that its rounding error is small
 // where the compiler does not vectorise, too: one after the other, 1024 terms would lose 2e-6 of their sum, or more.
@@ -82,17 +82,18 @@ constexpr int64_t BLOCK = 128;
 #endif
 
 template <class Real>
-constexpr Real LOWEST = static_cast<Real>(-3.4028234663852886e38);  // where an ExpSum starts
+constexpr Real LOWEST = std::numeric_limits<Real>::lowest();  // where a maximum starts
 
 template <bool MASKED, class Real>
 TNT_FN Real masked(const Real* x, const Real* mask, int64_t i) {
   return MASKED ? x[i] + mask[i] : x[i];
 }
 
+// Relative to `zero`.
 template <class Logit, class Real>
-TNT_TILE void load_tile(const Logit* from, Real* to, int64_t n) {
+TNT_TILE void load_tile(const Logit* from, Real* to, int64_t n, Real zero) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]) - zero;
 }
 
 template <class Logit, class Real>
@@ -102,7 +103,8 @@ TNT_TILE void store_tile(const Real* from, Logit* to, int64_t n) {
 }
 
 // Σ e^{(x-max)/T} relative to a maximum that the tile may exceed, and the tile's own maximum, which tells whether the
-// sum is good: a float has room for e^{40} on either side of 1.
+// sum is good: the further its largest entries are from the maximum that they are taken relative to, the more their
+// exponents are rounded.
 template <class Real>
 struct TileSums {
   Real policy, reference, moment, policy_max, reference_max;
@@ -125,10 +127,10 @@ TNT_TILE TileSums<Real> tile_pair_sums(const Real* z, const Real* r, const Real*
   return {z_sum, r_sum, 0, z_top, r_top};
 }
 
-// As tile_pair_sums, and the moment of the reverse KL: Σ e^{(z-mz)/T} ((z - r - centre)/T).
+// As tile_pair_sums, and T times the moment of the reverse KL: Σ e^{(z-mz)/T} x, x being `difference`.
 template <bool MASKED, class Real>
 TNT_TILE TileSums<Real> tile_pair_moment(const Real* z, const Real* r, const Real* mask, int64_t n, Real z_max,
-                                         Real r_max, Real scale, Real centre, Real inverse_t) {
+                                         Real r_max, Real scale, Difference<Real> difference) {
   Real z_sum = 0, r_sum = 0, moment = 0, z_top = LOWEST<Real>, r_top = LOWEST<Real>;
 #pragma omp simd reduction(+ : z_sum, r_sum, moment) reduction(max : z_top, r_top)
   for (int64_t i = 0; i < n; ++i) {
@@ -137,7 +139,7 @@ TNT_TILE TileSums<Real> tile_pair_moment(const Real* z, const Real* r, const Rea
     const Real weight = exponential((z_i - z_max) * scale);
     z_sum += weight;
     r_sum += exponential((r_i - r_max) * scale);
-    moment += weight == Real(0) ? Real(0) : weight * ((z_i - r_i - centre) * inverse_t);
+    moment += weight == Real(0) ? Real(0) : weight * difference(z_i, r_i);
     z_top = z_i > z_top ? z_i : z_top;
     r_top = r_i > r_top ? r_i : r_top;
   }
@@ -185,7 +187,10 @@ TNT_TILE double tile_total(const Real* x, int64_t n, Real max, Real inverse_t) {
 template <class Real>
 struct TileCoefficients {
   Real scale, inverse_t;  // of exponents; of differences
-  Real p_max, p_inverse, p_log_sum, q_max, q_inverse, centre, offset, kl_centre, kept_max, weight, bias;
+  // What tiles are loaded relative to, and `kept_max` and `q_max` are: not 0 where the two rows are shifted against
+  // each other. Then x = z - r - centre is their Difference.
+  Real z_ref = 0, r_ref = 0, centre = 0;
+  Real p_max, p_inverse, p_log_sum, q_max, q_inverse, offset, kl_centre, kept_max, kept_inverse, weight, bias;
   Real eps, smoothing_norm, log_smoothing_norm, loss;
   Real row_scale;  // factor on the gradient
 
@@ -197,23 +202,30 @@ struct TileCoefficients {
         p_log_sum(Real(c.policy_log_sum)),
         q_max(Real(c.reference_max)),
         q_inverse(Real(c.reference_inverse)),
-        centre(Real(c.centre)),
         offset(Real(c.offset)),
         kl_centre(Real(c.kl_centre)),
         kept_max(Real(c.kept_max)),
+        kept_inverse(Real(c.kept_inverse)),
         weight(Real(c.weight * row_scale_)),
         bias(Real(c.bias * row_scale_)),
         eps(Real(row.eps)),
         smoothing_norm(Real(1 / (1 + row.vocab * row.eps))),
         log_smoothing_norm(Real(-log1p(row.vocab * row.eps))),
         loss(Real(c.loss)),
-        row_scale(Real(row_scale_)) {}
+        row_scale(Real(row_scale_)) {
+    if (row.uniform || (row.loss != FORWARD_KL && row.loss != REVERSE_KL)) return;
+    const Difference<Real> difference(kept_max, q_max);
+    z_ref = difference.z_ref;
+    r_ref = difference.r_ref;
+    centre = difference.centre;
+    kept_max -= z_ref;
+    q_max -= r_ref;
+  }
 };
 
 // LL, UL, NL outside the set.
 template <bool MASKED, class Real>
-TNT_TILE void tile_weighted_exp(const Real* z, const Real* mask, Real* gradient, int64_t n,
-                                const TileCoefficients<Real>& c) {
+TNT_TILE void tile_weighted_exp(const Real* z, const Real* mask, Real* gradient, int64_t n, TileCoefficients<Real> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
     gradient[i] = c.weight * exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) + c.bias;
@@ -226,23 +238,28 @@ struct TileKL {
   Real loss, largest;
 };
 
+// Left out with the entry: next to a share of 0, the size of d says nothing.
+template <bool MASKED, class Real>
+TNT_FN Real masked_size(Real d, const Real* mask, int64_t i) {
+  const Real size = d < 0 ? -d : d;
+  return MASKED ? size + mask[i] : size;
+}
+
 template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                              const TileCoefficients<Real>& c) {
+                                              TileCoefficients<Real> c) {
   Real loss = 0, largest = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
     Real sum = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
     for (int64_t i = at; i < end; ++i) {
-      const Real z_i = masked<MASKED>(z, mask, i);
-      const Real r_i = masked<MASKED>(r, mask, i);
-      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-      const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
+      const Real q = exponential((masked<MASKED>(r, mask, i) - c.q_max) * c.scale) * c.q_inverse;
+      const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
       const Element<Real> e = forward_kl_element(q, d);
       sum += e.loss;
       gradient[i] = e.gradient * c.row_scale;
-      const Real size = d < 0 ? -d : d;
+      const Real size = masked_size<MASKED>(d, mask, i);
       largest = size > largest ? size : largest;
     }
     loss += sum;
@@ -252,18 +269,16 @@ TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, cons
 
 template <bool MASKED, class Real>
 TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                              const TileCoefficients<Real>& c) {
+                              TileCoefficients<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
     Real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = at; i < end; ++i) {
-      const Real z_i = masked<MASKED>(z, mask, i);
-      const Real r_i = masked<MASKED>(r, mask, i);
-      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-      const Real d = fused_multiply_add(z_i - r_i - c.centre, c.inverse_t, c.offset);
+      const Real p = exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) * c.kept_inverse;
+      const Real q = exponential((masked<MASKED>(r, mask, i) - c.q_max) * c.scale) * c.q_inverse;
+      const Real d = fused_multiply_add(z[i] - r[i] - c.centre, c.inverse_t, c.offset);
       const Element<Real> e = forward_kl_element(p, q, d);
       sum += e.loss;
       gradient[i] = e.gradient * c.row_scale;
@@ -275,21 +290,19 @@ TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Re
 
 template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                              const TileCoefficients<Real>& c) {
+                                              TileCoefficients<Real> c) {
   Real loss = 0, largest = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
     Real sum = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
     for (int64_t i = at; i < end; ++i) {
-      const Real z_i = masked<MASKED>(z, mask, i);
-      const Real r_i = masked<MASKED>(r, mask, i);
-      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-      const Real x = (z_i - r_i - c.centre) * c.inverse_t, d = x + c.offset;
+      const Real p = exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) * c.kept_inverse;
+      const Real x = (z[i] - r[i] - c.centre) * c.inverse_t, d = x + c.offset;
       const Element<Real> e = reverse_kl_element(p, d, x - c.kl_centre);
       sum += e.loss;
       gradient[i] = e.gradient * c.row_scale;
-      const Real size = d < 0 ? -d : d;
+      const Real size = masked_size<MASKED>(d, mask, i);
       largest = size > largest ? size : largest;
     }
     loss += sum;
@@ -299,18 +312,16 @@ TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, cons
 
 template <bool MASKED, class Real>
 TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                              const TileCoefficients<Real>& c) {
+                              TileCoefficients<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
     Real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = at; i < end; ++i) {
-      const Real z_i = masked<MASKED>(z, mask, i);
-      const Real r_i = masked<MASKED>(r, mask, i);
-      const Real p = exponential((z_i - c.p_max) * c.scale) * c.p_inverse;
-      const Real q = exponential((r_i - c.q_max) * c.scale) * c.q_inverse;
-      const Real x = (z_i - r_i - c.centre) * c.inverse_t;
+      const Real p = exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) * c.kept_inverse;
+      const Real q = exponential((masked<MASKED>(r, mask, i) - c.q_max) * c.scale) * c.q_inverse;
+      const Real x = (z[i] - r[i] - c.centre) * c.inverse_t;
       const Element<Real> e = reverse_kl_element(p, q, x + c.offset, x - c.kl_centre);
       sum += e.loss;
       gradient[i] = e.gradient * c.row_scale;
@@ -323,7 +334,7 @@ TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Re
 // Uniform smoothing: the target is (q* + eps) / (1 + V eps) everywhere, and log q̃ takes a logarithm per entry.
 template <bool MASKED, bool REVERSE, class Real>
 TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                const TileCoefficients<Real>& c) {
+                                TileCoefficients<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -348,7 +359,7 @@ TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, 
 
 // The set's own entries, gathered: removed tokens of a reverse KL, tokens of NL, and those whose gradient is p_s.
 template <class Real>
-TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c, Real target,
+TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c, Real target,
                                Real offset, Real centre) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -364,8 +375,8 @@ TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, const T
 
 // Tokens below the floor, `least` relative to p_max, are at rest; `active` counts the others.
 template <class Real>
-TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c,
-                                      Real least, Real active) {
+TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c, Real least,
+                                      Real active) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const Real p = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse;
@@ -375,7 +386,7 @@ TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, 
 }
 
 template <class Real>
-TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, const TileCoefficients<Real>& c) {
+TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) gradient[i] = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse * c.row_scale;
 }
@@ -530,27 +541,20 @@ class Row {
   bool reads_reference() const { return row_.loss == FORWARD_KL || row_.loss == REVERSE_KL; }
   bool uniform_kl() const { return row_.uniform && reads_reference(); }
 
-  // How a pass leaves the set and the partially pushed y out of the tiles. The first needs -inf; the second a number
-  // that vanishes from p and q* just as well, but whose d = log p - log q* is not NaN, so that the tile stays bounded.
-  struct Removal {
-    Real value;
-    bool keep_z;  // only from r
-  };
-  static constexpr Real VANISHING = -1e30;
-
   struct Tile {
     const Real *z, *r;
-    bool masked;         // by the scratch's mask
+    bool masked;         // the scratch's mask leaves out the set and the partially pushed y
     int64_t at, n;       // columns [at, at + n)
     int64_t begin, end;  // its part of the set: ids[begin, end)
   };
 
   // Calls body(tile) for every tile, the last one first if `backwards`. Tiles of Real logits are read where they are,
-  // others are converted first, and the next one is prefetched, as a conversion hides little of the memory's latency.
+  // unless they are to be relative to something. Others are converted first, and the next one is prefetched, as a
+  // conversion hides little of the memory's latency.
   template <class Body>
-  void for_each_tile(const Removal& removal, bool backwards, Body body) {
+  void for_each_tile(bool backwards, Real z_ref, Real r_ref, Body body) {
     constexpr bool direct = std::is_same_v<Logit, Real>;
-    const bool pair = reads_reference();
+    const bool pair = reads_reference(), in_place = direct && z_ref == 0 && r_ref == 0;
     const int64_t tiles = (p_.vocab + TILE - 1) / TILE;
     const int32_t* const ids = s_.ids.data();
     const int64_t set_size = static_cast<int64_t>(s_.ids.size());
@@ -566,36 +570,28 @@ class Row {
         while (end < set_size && ids[end] < at + n) ++end;
       }
       const bool has_partial = partial_ >= at && partial_ < at + n;
-      Tile tile{nullptr, nullptr, direct && (begin != end || has_partial), at, n, begin, end};
-      if constexpr (direct) {
-        tile.z = z_ + at;
-        tile.r = pair ? r_ + at : nullptr;
-      } else {
-        const int64_t ahead = backwards ? at - TILE : at + TILE;
-        if (ahead >= 0 && ahead < p_.vocab) {
-          prefetch(z_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
-          if (pair) prefetch(r_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
-        }
-        load_tile(z_ + at, s_.z, n);
-        if (pair) load_tile(r_ + at, s_.r, n);
+      Tile tile{nullptr, nullptr, begin != end || has_partial, at, n, begin, end};
+      const int64_t ahead = backwards ? at - TILE : at + TILE;
+      if (!direct && ahead >= 0 && ahead < p_.vocab) {
+        prefetch(z_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
+        if (pair) prefetch(r_ + ahead, std::min<int64_t>(TILE, p_.vocab - ahead));
+      }
+      if (!in_place) {
+        load_tile(z_ + at, s_.z, n, z_ref);
+        if (pair) load_tile(r_ + at, s_.r, n, r_ref);
         tile.z = s_.z;
         tile.r = s_.r;
+      } else if constexpr (direct) {
+        tile.z = z_ + at;
+        tile.r = pair ? r_ + at : nullptr;
       }
-      const auto remove = [&](int64_t column) {
-        if (direct) {
-          s_.mask[column] = removal.value;
-        } else {
-          if (!removal.keep_z) s_.z[column] = removal.value;
-          if (pair) s_.r[column] = removal.value;
-        }
+      const auto set_mask = [&](Real value) {
+        for (int64_t i = begin; i < end; ++i) s_.mask[ids[i] - at] = value;
+        if (has_partial) s_.mask[partial_ - at] = value;
       };
-      for (int64_t i = begin; i < end; ++i) remove(ids[i] - at);
-      if (has_partial) remove(partial_ - at);
+      set_mask(-INFINITY);
       body(tile);
-      if (tile.masked) {
-        for (int64_t i = begin; i < end; ++i) s_.mask[ids[i] - at] = 0;
-        if (has_partial) s_.mask[partial_ - at] = 0;
-      }
+      set_mask(0);
     }
   }
 
@@ -627,8 +623,8 @@ class Row {
 
   // ---- first pass
 
-  // Whether sums relative to `max` are too large for comfort, as the entries exceed it by far.
-  bool too_low(Real max, Real top) const { return (top - max) * scale_ > Real(40); }
+  // Whether entries exceed `max` by more than their sums should.
+  bool too_low(Real max, Real top) const { return (top - max) * scale_ > Real(8); }
 
   ExpSum exp_sum(const Real* x, bool masked, int64_t n, Real& max, bool moment) const {
     const auto sum = [&] {
@@ -663,45 +659,42 @@ class Row {
     const bool pair = reads_reference(), entropy = p_.row_stats != nullptr;
     const bool moment = row_.loss == REVERSE_KL && !row_.uniform;
     const double inverse_t = row_.inverse_temperature;
-    // Tiles are summed relative to the maximum so far, in the loop that finds their own.
+    // Tiles are summed relative to the maxima so far, in the loop that finds their own.
     Real z_max = LOWEST<Real>, r_max = LOWEST<Real>;
-    bool centred = false;
     const auto pair_sums = [&](const Tile& t, auto masked) {
-      return moment
-                 ? tile_pair_moment<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_, Real(s.centre), inverse_t_)
-                 : tile_pair_sums<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_);
+      return moment ? tile_pair_moment<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_,
+                                                 Difference<Real>(z_max, r_max))
+                    : tile_pair_sums<masked()>(t.z, t.r, s_.mask, t.n, z_max, r_max, scale_);
     };
-    for_each_tile({-INFINITY, false}, false, [&](const Tile& tile) {
+    for_each_tile(false, 0, 0, [&](const Tile& tile) {
       if (!pair) {
         s.policy = merge(s.policy, exp_sum(tile.z, tile.masked, tile.n, z_max, entropy), inverse_t);
         return gather(tile);
       }
       TileSums<Real> sums = tile.masked ? pair_sums(tile, std::true_type()) : pair_sums(tile, std::false_type());
-      const bool z_low = too_low(z_max, sums.policy_max), r_low = too_low(r_max, sums.reference_max);
-      if (z_low || r_low) {
-        if (z_low) z_max = sums.policy_max;
-        if (r_low) r_max = sums.reference_max;
-        if (!centred) s.centre = static_cast<float>(double(z_max) - double(r_max));
-        if (!(s.centre > -1e30 && s.centre < 1e30)) s.centre = 0;
-        centred = true;
+      if (too_low(z_max, sums.policy_max) || too_low(r_max, sums.reference_max)) {
+        // Both, so that rows which are close keep maxima which are.
+        z_max = std::max(z_max, sums.policy_max);
+        r_max = std::max(r_max, sums.reference_max);
         sums = tile.masked ? pair_sums(tile, std::true_type()) : pair_sums(tile, std::false_type());
       }
-      const double old_max = s.policy.max;
+      RowStatistics of_tile;
       const double policy_moment = entropy ? entropy_moment(tile.z, tile.masked, tile.n, z_max) : 0;
-      s.policy = merge(s.policy, {double(z_max), double(sums.policy), policy_moment}, inverse_t);
-      s.reference = merge(s.reference, {double(r_max), double(sums.reference), 0}, inverse_t);
+      of_tile.policy = {double(z_max), double(sums.policy), policy_moment};
+      of_tile.reference = {double(r_max), double(sums.reference), 0};
       if (moment) {
-        s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
-                      rescale(sums.moment, (double(z_max) - s.policy.max) * inverse_t);
+        const double excess = Difference<Real>(z_max, r_max).excess(z_max, r_max);
+        of_tile.kl_moment = (double(sums.moment) - double(sums.policy) * excess) * inverse_t;
       }
+      s = merge(s, of_tile, inverse_t);
       gather(tile);
     });
-    if (partial_ >= 0) add_partial(s, moment);
+    if (partial_ >= 0) s = merge(s, of_partial(), inverse_t);
     s.kept = double(p_.vocab) - double(s_.ids.size());
     s.policy_set = set_sum(s_.set_z, entropy || moment);
-    if (entropy && pair) s.reference_set = set_sum(s_.set_r, false);
+    if (pair && entropy) s.reference_set = set_sum(s_.set_r, false);  // a NaN in it is in `reference` too
     if (row_.loss == LOG_LIKELIHOOD && row_.uniform) {
-      for_each_tile({0, true}, true, [&](const Tile& tile) {
+      for_each_tile(true, 0, 0, [&](const Tile& tile) {
         around(label_ - tile.at, tile.n, [&](int64_t begin, int64_t count) {
           s.policy_total += tile_total(tile.z + begin, count, Real(s.policy.max), inverse_t_);
         });
@@ -710,26 +703,14 @@ class Row {
     return s;
   }
 
-  // An infinite moment (a reference of -inf) whose weight underflows to 0 is nothing, not NaN.
-  static double rescale(double moment, double shift) {
-    if (shift == 0) return moment;
-    const double factor = ::exp(shift);
-    return factor == 0 ? 0 : moment * factor;
-  }
-
-  void add_partial(RowStatistics& s, bool moment) const {
-    const double inverse_t = row_.inverse_temperature;
-    const double old_max = s.policy.max;
-    const bool z_lost = label_policy_ == -INFINITY, r_lost = label_reference_ == -INFINITY;
-    if (!z_lost) s.policy = merge(s.policy, {label_policy_, 1, 0}, inverse_t);
-    if (!r_lost) s.reference = merge(s.reference, {label_reference_, ::exp(log_kappa_), 0}, inverse_t);
-    if (moment && !z_lost) {
-      const double x = (label_policy_ - label_reference_ - s.centre) * inverse_t - log_kappa_;
-      s.kl_moment = rescale(s.kl_moment, (old_max - s.policy.max) * inverse_t) +
-                    rescale(x, (label_policy_ - s.policy.max) * inverse_t);
-    }
+  RowStatistics of_partial() const {
+    RowStatistics s;
+    if (label_policy_ != -INFINITY) s.policy = {label_policy_, 1, 0};
+    if (label_reference_ != -INFINITY) s.reference = {label_reference_, ::exp(log_kappa_), 0};
+    if (s.policy.sum != 0) s.kl_moment = s.reference.sum != 0 ? -log_kappa_ : double(INFINITY);
     s.label_policy = label_policy_;
     s.label_reference = label_reference_;
+    return s;
   }
 
   // ---- second pass: the gradient (if `write`) times `scale`; returns what the loss still lacks
@@ -738,7 +719,7 @@ class Row {
     const TileCoefficients<Real> t(c, row_, scale);
     double loss = 0;
     bool bounded = true;  // until a tile says otherwise
-    for_each_tile({uniform_kl() ? -INFINITY : VANISHING, uniform_kl()}, true, [&](const Tile& tile) {
+    for_each_tile(true, t.z_ref, t.r_ref, [&](const Tile& tile) {
       if (p_.upstream || p_.gathered) gather(tile);  // there was no first pass
       loss +=
           tile.masked ? tile_loss(tile, t, bounded, std::true_type()) : tile_loss(tile, t, bounded, std::false_type());
@@ -801,11 +782,14 @@ class Row {
   // y of a KL row with -1 < w < 0.
   double partial_element(const RowCoefficients& c, double scale, bool write) {
     const double inverse_t = row_.inverse_temperature, z = label_policy_, r = label_reference_;
-    const double log_p = (z - c.policy_max) * inverse_t - c.policy_log_sum;
-    const double p = ::exp(log_p);
+    double p = ::exp((z - c.kept_max) * inverse_t) * c.kept_inverse;
     double q = ::exp((r - c.reference_max) * inverse_t + log_kappa_) * c.reference_inverse;
-    double x = (z - r - c.centre) * inverse_t - log_kappa_, d = x + c.offset, kl_centre = c.kl_centre;
+    const Difference<Real> of_tiles(Real(c.kept_max), Real(c.reference_max));
+    double x = ((z - of_tiles.z_ref) - (r - of_tiles.r_ref) - of_tiles.centre) * inverse_t - log_kappa_;
+    double d = x + c.offset, kl_centre = c.kl_centre;
     if (row_.uniform) {
+      const double log_p = (z - c.policy_max) * inverse_t - c.policy_log_sum;
+      p = ::exp(log_p);
       q = (q + row_.eps) / (1 + row_.vocab * row_.eps);
       x = d = log_p - ::log(q);
       kl_centre = c.loss;
@@ -848,16 +832,16 @@ class Row {
     RowCoefficients c;
     if (row_.loss != NONE || p_.row_stats) {
       s = statistics();
-      c = row_coefficients(row_, s);
+      c = row_coefficients<Real>(row_, s);
     }
     if (row_.loss == NEGATIVE_LIKELIHOOD) {
       const NegativeLikelihood sum = negative_likelihood(c);
-      c.loss = sum.total;
+      c.loss += sum.total;
       set_active(c, double(sum.active));
     }
     const bool write = g_ && scale != 0;
     if (gradient_needs_loss()) {
-      c.loss = second_pass(c, 0, false);
+      c.loss += second_pass(c, 0, false);
       if (write) second_pass(c, scale, true);
     } else if (reads_reference()) {
       c.loss += second_pass(c, scale, write);
@@ -872,7 +856,7 @@ class Row {
   // Of a sharded vocabulary: what this shard's second pass yields, with the gradient unless it has to wait for totals.
   void shard_parts(double scale) {
     const RowStatistics s = gathered();
-    RowCoefficients c = row_coefficients(row_, s);
+    RowCoefficients c = row_coefficients<Real>(row_, s);
     double loss = 0, active = 0;
     if (row_.loss == NEGATIVE_LIKELIHOOD) {
       for (size_t i = 0; i < s_.ids.size(); ++i) s_.set_z[i] = load(z_[s_.ids[i]]);
@@ -893,7 +877,7 @@ class Row {
   // Of a sharded vocabulary: the loss, and a gradient that had to wait.
   double finish(bool negative, double row_weight, double scale) {
     const RowStatistics s = gathered();
-    RowCoefficients c = row_coefficients(row_, s);
+    RowCoefficients c = row_coefficients<Real>(row_, s);
     label_policy_ = s.label_policy;
     label_reference_ = s.label_reference;
     const Real* totals = static_cast<const Real*>(p_.totals) + index_ * ROW_PARTS;
@@ -909,24 +893,20 @@ class Row {
 
   bool gradient_needs_loss() const { return uniform_kl() && row_.loss == REVERSE_KL; }
 
-  // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN. A shard may not see the
-  // loss, but it sees why: in the coefficients.
-  bool lost(const RowCoefficients& c) const {
-    if (c.loss != c.loss || (reads_reference() && c.offset != c.offset)) return true;
-    if (row_.loss == REVERSE_KL) return c.loss == INFINITY || !(std::abs(c.kl_centre) < INFINITY);
-    return row_.loss == UNLIKELIHOOD && c.loss == INFINITY;
-  }
-
   // Fills rows whose gradient is not what the second pass wrote; returns its factor.
   double settle(const RowCoefficients& c, double scale) {
-    if (scale != 0 && lost(c)) scale = NAN;
+    if (scale != 0 && is_lost(row_.loss, c)) scale = NAN;
     if (g_ && (scale == 0 || scale != scale)) fill(scale);
     return scale;
   }
 
   // Statistics of the row, and its loss times its weight.
   double report(const RowStatistics& s, const RowCoefficients& c, bool negative, double row_weight) {
-    if (p_.row_stats) diagnose(s, c, negative, reads_reference());
+    if (p_.row_stats) {
+      const bool kl = reads_reference();
+      const RowDiagnosis d = diagnose(s, negative, kl, -::expm1(log_kappa_), row_.inverse_temperature);
+      write_stats(c.loss, kl ? c.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
+    }
     const double weighted = row_weight == 0 ? 0 : row_weight * c.loss;
     if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
     return weighted;
@@ -985,24 +965,6 @@ class Row {
     memcpy(&c, values, sizeof c);
     scale = values[ROW_COEFFICIENTS - 1];
     return c;
-  }
-
-  void diagnose(const RowStatistics& s, const RowCoefficients& c, bool negative, bool kl) const {
-    const double inverse_t = row_.inverse_temperature;
-    const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
-    const double entropy = c.policy_log_sum - all.moment / all.sum;
-    double mass = negative ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum : 0;
-    double ref_mass = kl ? 0 : NAN;
-    if (log_kappa_ != 0) mass += ::exp((label_policy_ - c.policy_max) * inverse_t) * c.policy_inverse;
-    if (kl && negative) {  // p° itself: without κ on the partially pushed y
-      ExpSum set = s.reference_set, everything = merge(s.reference, s.reference_set, inverse_t);
-      if (log_kappa_ != 0 && label_reference_ != -INFINITY) {
-        set = merge(set, {label_reference_, 1, 0}, inverse_t);
-        everything = merge(everything, {label_reference_, -::expm1(log_kappa_), 0}, inverse_t);
-      }
-      ref_mass = set.sum * ::exp((set.max - everything.max) * inverse_t) / everything.sum;
-    }
-    write_stats(c.loss, kl ? c.loss : NAN, mass, ref_mass, entropy);
   }
 
   void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {

@@ -13,9 +13,7 @@ using device::Vector;
 
 #define TNT_DEVICE __device__ __forceinline__
 
-constexpr float LOWEST = -3.4028234663852886e38f;  // where an ExpSum starts
-// Removed entries of a second pass: vanishing in p and q*, with a d that is not NaN.
-constexpr float VANISHING = -1e30f;
+constexpr float LOWEST = -3.4028234663852886e38f;  // where a maximum starts
 
 // --------------------------------------------------------------------------------------------------- stored types
 
@@ -107,11 +105,6 @@ struct Scales {
   float exponent, inverse_t;  // of exponents; of differences
 };
 
-TNT_DEVICE float centre_of(float z_max, float r_max) {
-  const float centre = z_max - r_max;
-  return centre > -1e30f && centre < 1e30f ? centre : 0.0f;
-}
-
 TNT_DEVICE float max_of_warp(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) x = fmaxf(x, device::shuffle_xor(x, mask));
@@ -132,27 +125,30 @@ struct Sums {
   float r_max = LOWEST, r_sum = 0, label_z = 0;
   float zs_max = LOWEST, zs_sum = 0, zs_moment = 0;
   float rs_max = LOWEST, rs_sum = 0, label_r = 0;
-  float kl_moment = 0, centre = 0;
+  float kl_moment = 0;
   float total = 0, kept = 0;  // Σ (z - z_max)/T over the kept entries, and their number
 
   static TNT_DEVICE bool too_low(float max, float top, Scales t) { return (top - max) * t.exponent > 40.0f; }
+  // Both rows' maxima rise together, so that rows which are close keep maxima which are.
+  TNT_DEVICE bool too_low(float z_top, float r_top, bool pair, Scales t) const {
+    return too_low(z_max, z_top, t) || (pair && too_low(r_max, r_top, t));
+  }
 
-  TNT_DEVICE void raise_z(float max, float new_centre, Scales t) {
-    const float shift = z_max - max, factor = exponential(shift * t.exponent);
+  TNT_DEVICE void raise(float z_top, float r_top, bool pair, Scales t) {
+    const float z_new = fmaxf(z_max, z_top), r_new = pair ? fmaxf(r_max, r_top) : r_max;
+    const float shift = z_max - z_new, factor = exponential(shift * t.exponent);
     if (z_sum != 0.0f) {
       z_moment = factor == 0.0f ? 0.0f : factor * fused_multiply_add(z_sum, shift * t.inverse_t, z_moment);
       // An infinite moment (a reference of -inf) whose weight underflows to 0 is nothing, not NaN.
-      const float moved = fused_multiply_add(z_sum, (centre - new_centre) * t.inverse_t, kl_moment);
-      kl_moment = factor == 0.0f ? 0.0f : factor * moved;
+      const float x = moved(z_max, z_new, r_max, r_new) * t.inverse_t;
+      kl_moment = factor == 0.0f ? 0.0f : factor * fused_multiply_add(z_sum, x, kl_moment);
     }
     if (kept != 0.0f) total = fused_multiply_add(kept, shift * t.inverse_t, total);
     z_sum *= factor;
-    z_max = max;
-    centre = new_centre;
-  }
-  TNT_DEVICE void raise_r(float max, Scales t) {
-    r_sum *= exponential((r_max - max) * t.exponent);
-    r_max = max;
+    z_max = z_new;
+    if (!pair) return;
+    r_sum *= exponential((r_max - r_new) * t.exponent);
+    r_max = r_new;
   }
   TNT_DEVICE void raise_zs(float max, Scales t) {
     const float shift = zs_max - max, factor = exponential(shift * t.exponent);
@@ -166,14 +162,14 @@ struct Sums {
     rs_max = max;
   }
 
-  // One entry of the set.
+  // One entry of the set. These are few, so their maxima are exact: where p(S) is near 1, the moment's digits count.
   TNT_DEVICE void add_set(float z, float r, bool pair, Scales t) {
-    if (too_low(zs_max, z, t)) raise_zs(z, t);
+    if (z > zs_max) raise_zs(z, t);
     const float centred = z - zs_max, weight = exponential(centred * t.exponent);
     zs_sum += weight;
     zs_moment += weight == 0.0f ? 0.0f : weight * (centred * t.inverse_t);
     if (!pair) return;
-    if (too_low(rs_max, r, t)) raise_rs(r, t);
+    if (r > rs_max) raise_rs(r, t);
     rs_sum += exponential((r - rs_max) * t.exponent);
   }
 
@@ -182,26 +178,21 @@ struct Sums {
     label_z = z;
     label_r = r;
     kept += 1.0f;
-    if (too_low(z_max, z, t)) raise_z(z, centre, t);
+    if (too_low(z, r, true, t)) raise(z, r, true, t);
     const float weight = exponential((z - z_max) * t.exponent);
     z_sum += weight;
     if (weight != 0.0f) {
       z_moment = fused_multiply_add(weight, (z - z_max) * t.inverse_t, z_moment);
-      kl_moment = fused_multiply_add(weight, (z - r - centre) * t.inverse_t - log_kappa, kl_moment);
+      const Difference<float> difference(z_max, r_max);
+      kl_moment = fused_multiply_add(weight, difference(z, r) * t.inverse_t - log_kappa, kl_moment);
     }
-    if (too_low(r_max, r, t)) raise_r(r, t);
     r_sum = fused_multiply_add(kappa, exponential((r - r_max) * t.exponent), r_sum);
   }
 
   // Over the lanes of a warp, the same on all of them. The order is fixed: the result has the same bits every time.
   TNT_DEVICE void merge_warp(bool pair, bool set, Scales t) {
-    const float z_top = max_of_warp(z_max);
-    if (pair) {
-      raise_r(max_of_warp(r_max), t);
-      r_sum = sum_of_warp(r_sum);
-    }
-    // A lane without an entry has no centre of its own.
-    raise_z(z_top, pair ? centre_of(z_top, r_max) : 0.0f, t);
+    raise(max_of_warp(z_max), pair ? max_of_warp(r_max) : r_max, pair, t);
+    if (pair) r_sum = sum_of_warp(r_sum);
     z_sum = sum_of_warp(z_sum);
     z_moment = sum_of_warp(z_moment);
     kept = sum_of_warp(kept);
@@ -218,9 +209,14 @@ struct Sums {
     label_r = sum_of_warp(label_r);
   }
 
+  // The moment that is kept here is that of a Difference<float>.
+  TNT_DEVICE float moment_excess() const { return z_sum * float(Difference<float>(z_max, r_max).excess(z_max, r_max)); }
+
   // As row_math.h packs RowStatistics: number by number what is kept here.
   TNT_DEVICE void pack(float* to) const {
-    const float* const values = reinterpret_cast<const float*>(this);
+    Sums packed = *this;
+    packed.kl_moment -= moment_excess();
+    const float* const values = reinterpret_cast<const float*>(&packed);
 #pragma unroll
     for (int i = 0; i < ROW_STATISTICS; ++i) to[i] = values[i];
   }
@@ -229,6 +225,7 @@ struct Sums {
     float* const values = reinterpret_cast<float*>(this);
 #pragma unroll
     for (int i = 0; i < ROW_STATISTICS; ++i) values[i] = from[i];
+    kl_moment += moment_excess();
     if (z_sum == 0.0f) z_max = LOWEST;
     if (r_sum == 0.0f) r_max = LOWEST;
     if (zs_sum == 0.0f) zs_max = LOWEST;
@@ -241,9 +238,10 @@ struct Sums {
     s.reference = {r_max, r_sum, 0};
     s.policy_set = {zs_max, zs_sum, zs_moment};
     s.reference_set = {rs_max, rs_sum, 0};
-    s.kl_moment = kl_moment;
-    s.centre = centre;
+    s.kl_moment = kl_moment - moment_excess();
     s.policy_total = total;
+    s.label_policy = label_z;
+    s.label_reference = label_r;
     return s;
   }
 };
@@ -255,7 +253,10 @@ static_assert(SUMS == ROW_STATISTICS, "Sums are what row_math.h packs");
 // RowCoefficients in float, with what does not change within a row folded in.
 struct Coefficients {
   Scales t;
-  float p_max, p_inverse, p_log_sum, q_max, q_inverse, centre, offset, kl_centre, kept_max, weight, bias;
+  Difference<float> difference;  // of kept entries
+  // What a KL's loop takes for removed entries: logits that vanish next to the maxima, whose difference is 0 or nearly.
+  float z_removed, r_removed;
+  float p_max, p_inverse, p_log_sum, q_max, q_inverse, offset, kl_centre, kept_max, kept_inverse, weight, bias;
   float set_value, set_offset, set_centre;
   float eps, smoothing_norm, log_smoothing_norm, loss;
   float least;  // NL: tokens whose log-weight is below this are at rest
@@ -263,15 +264,19 @@ struct Coefficients {
 
   TNT_DEVICE void fill(const RowCoefficients& c, const RowScalars& row, double factor) {
     t = {exponent_scale<float>(row.inverse_temperature), float(row.inverse_temperature)};
+    difference = Difference<float>(float(c.kept_max), float(c.reference_max));
+    const float far = fmaxf(256.0f / t.exponent, (fabsf(float(c.kept_max)) + fabsf(float(c.reference_max))) * 0x1p-18f);
+    z_removed = float(c.kept_max) - far;
+    r_removed = float(c.reference_max) - far;
     p_max = float(c.policy_max);
     p_inverse = float(c.policy_inverse);
     p_log_sum = float(c.policy_log_sum);
     q_max = float(c.reference_max);
     q_inverse = float(c.reference_inverse);
-    centre = float(c.centre);
     offset = float(c.offset);
     kl_centre = float(c.kl_centre);
     kept_max = float(c.kept_max);
+    kept_inverse = float(c.kept_inverse);
     weight = float(c.weight * factor);
     bias = float(c.bias * factor);
     set_value = float(c.set_value);
@@ -313,9 +318,9 @@ TNT_DEVICE Element<float> uniform_element(const Coefficients& c, bool forward, f
 // Any entry of a KL: infinite logits too, and y of which a part kappa is left.
 TNT_DEVICE Element<float> kl_element(const Coefficients& c, bool forward, float z, float r, float kappa,
                                      float log_kappa) {
-  const float p = exponential((z - c.p_max) * c.t.exponent) * c.p_inverse;
+  const float p = exponential((z - c.kept_max) * c.t.exponent) * c.kept_inverse;
   const float q = exponential((r - c.q_max) * c.t.exponent) * c.q_inverse * kappa;
-  const float x = (z - r - c.centre) * c.t.inverse_t - log_kappa, d = x + c.offset;
+  const float x = c.difference(z, r) * c.t.inverse_t - log_kappa, d = x + c.offset;
   return forward ? forward_kl_element(p, q, d) : reverse_kl_element(p, q, d, x - c.kl_centre);
 }
 

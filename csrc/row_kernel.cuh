@@ -83,6 +83,14 @@ class RowBlock {
  private:
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
   TNT_DEVICE bool is_kl() const { return kind_ == FORWARD_KL || kind_ == REVERSE_KL; }
+  TNT_DEVICE bool is_negative() const { return weight_ < 0.0f || (s_.flags & HAS_IDS); }
+  // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
+  TNT_DEVICE bool is_in_part() const {
+    return is_kl() && weight_ < 0.0f && weight_ > -1.0f && !(s_.flags & LABEL_AMONG_IDS);
+  }
+  TNT_DEVICE bool is_partial(int64_t column) const { return column == label_ - p_.vocab_offset && is_in_part(); }
+  TNT_DEVICE float kappa() const { return 1.0f + weight_; }  // of that y
+  TNT_DEVICE float log_kappa() const { return log1pf(weight_); }
   TNT_DEVICE bool uniform() const { return p_.uniform_smoothing && p_.eps > 0; }  // without eps the two are one
 
   // ---- rows that are not computed
@@ -118,7 +126,6 @@ class RowBlock {
   // ---- the row's set: bits of this block's columns
 
   TNT_DEVICE void collect_set() {
-    pushed_ = weight_ < 0.0f;
     invalid_ = label_ < 0 || label_ >= p_.vocab_size;
     for (int64_t i = thread_; i < l_.mask_bytes / 4; i += THREADS) mask_[i] = 0;
     if (thread_ == 0) s_.flags = 0;
@@ -137,24 +144,16 @@ class RowBlock {
     }
     const uint32_t flags = s_.flags;
     invalid_ |= (flags & ID_OUTSIDE) != 0;
-    const bool negative = pushed_ || (flags & HAS_IDS);
-    negative_ = negative;
+    const bool negative = is_negative();
     kind_ = negative ? p_.negative_loss : p_.positive_loss;
     pair_ = is_kl();
     row_weight_ = weight_;
     if (negative) {
       row_weight_ = p_.alpha ? static_cast<const float*>(p_.alpha)[index_ * p_.alpha_stride] : float(p_.alpha_value);
-      if ((kind_ == UNLIKELIHOOD || kind_ == NEGATIVE_LIKELIHOOD) && pushed_) row_weight_ *= -weight_;
-    }
-    // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
-    in_part_ = is_kl() && pushed_ && weight_ > -1.0f && !(flags & LABEL_AMONG_IDS);
-    if (in_part_) {
-      if (here(label_)) partial_ = label_ - p_.vocab_offset;
-      kappa_ = 1.0f + weight_;
-      log_kappa_ = log1pf(weight_);
+      if ((kind_ == UNLIKELIHOOD || kind_ == NEGATIVE_LIKELIHOOD) && weight_ < 0.0f) row_weight_ *= -weight_;
     }
     set_ = negative || kind_ == LOG_LIKELIHOOD;
-    if ((pushed_ || kind_ == LOG_LIKELIHOOD) && thread_ == 0) mark(label_);
+    if ((weight_ < 0.0f || kind_ == LOG_LIKELIHOOD) && thread_ == 0) mark(label_);
     device::sync_block();
   }
 
@@ -364,16 +363,13 @@ class RowBlock {
           if (pair_) r[i] = dead >> i & 1 ? -INFINITY : r[i];
         }
       }
-      float z_top = z[0];
+      float z_top = z[0], r_top = pair_ ? r[0] : LOWEST;
 #pragma unroll
-      for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]);
-      if (pair_) {
-        float r_top = r[0];
-#pragma unroll
-        for (int i = 1; i < GROUP; ++i) r_top = fmaxf(r_top, r[i]);
-        if (Sums::too_low(sums.r_max, r_top, t_)) sums.raise_r(r_top, t_);
+      for (int i = 1; i < GROUP; ++i) {
+        z_top = fmaxf(z_top, z[i]);
+        if (pair_) r_top = fmaxf(r_top, r[i]);
       }
-      if (Sums::too_low(sums.z_max, z_top, t_)) sums.raise_z(z_top, pair_ ? centre_of(z_top, sums.r_max) : 0.0f, t_);
+      if (sums.too_low(z_top, r_top, pair_, t_)) sums.raise(z_top, r_top, pair_, t_);
       float weight[GROUP];
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) {
@@ -385,9 +381,10 @@ class RowBlock {
         for (int i = 0; i < GROUP; ++i) sums.r_sum += exponential((r[i] - sums.r_max) * t_.exponent);
       }
       if (moment) {
+        const Difference<float> difference(sums.z_max, sums.r_max);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i)
-          sums.kl_moment += weight[i] == 0.0f ? 0.0f : weight[i] * ((z[i] - r[i] - sums.centre) * t_.inverse_t);
+          sums.kl_moment += weight[i] == 0.0f ? 0.0f : weight[i] * difference(z[i], r[i]) * t_.inverse_t;
       }
       if (entropy) {
 #pragma unroll
@@ -403,8 +400,8 @@ class RowBlock {
       for (; bits; bits &= bits - 1) {
         const int64_t at = v + device::lowest_bit(bits);
         const float z_at = element(z_, false, at), r_at = pair_ ? element(r_, true, at) : 0.0f;
-        if (at == partial_)
-          sums.add_partial(z_at, r_at, kappa_, log_kappa_, t_);
+        if (is_partial(at))
+          sums.add_partial(z_at, r_at, kappa(), log_kappa(), t_);
         else
           sums.add_set(z_at, r_at, pair_, t_);
       }
@@ -475,18 +472,22 @@ class RowBlock {
     }
     device::sync_block();
     Parts parts{0, 0};
+#pragma unroll 1
     for (int w = 0; w < WARPS; ++w) {
       parts.loss += double(s_.warp_parts[w][0]);
       parts.active += double(s_.warp_parts[w][1]);
     }
     if (blocks_ == 1) return parts;
-    if (thread_ < blocks_) {
-      device::store_remote(s_.peer_parts[rank_], thread_, float(parts.loss));
-      device::store_remote(s_.peer_parts[rank_] + 1, thread_, float(parts.active));
+    // Both asked anew, and the loops not unrolled: addresses are else kept in registers through the second pass.
+    const int thread = device::thread_index(), rank = device::cluster_rank();
+    if (thread < blocks_) {
+      device::store_remote(s_.peer_parts[rank], thread, float(parts.loss));
+      device::store_remote(s_.peer_parts[rank] + 1, thread, float(parts.active));
     }
     device::cluster_arrive();
     device::cluster_wait();
     parts = {0, 0};
+#pragma unroll 1
     for (int b = 0; b < blocks_; ++b) {
       parts.loss += double(s_.peer_parts[b][0]);
       parts.active += double(s_.peer_parts[b][1]);
@@ -522,9 +523,9 @@ class RowBlock {
       } else if constexpr (smooth) {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-          const bool partial = v + i == partial_, removed = (bits >> i & 1) && !partial;
+          const bool partial = is_partial(v + i), removed = (bits >> i & 1) && !partial;
           const Element<float> e =
-              uniform_element(c, forward, z[i], removed ? -INFINITY : r[i], partial ? kappa_ : 1.0f);
+              uniform_element(s_.c, forward, z[i], removed ? -INFINITY : r[i], partial ? kappa() : 1.0f);
           if (!(out >> i & 1)) loss += e.loss;
           g[i] = e.gradient * c.scale;
         }
@@ -532,8 +533,8 @@ class RowBlock {
         if (dead) {
 #pragma unroll
           for (int i = 0; i < GROUP; ++i) {
-            z[i] = dead >> i & 1 ? VANISHING : z[i];
-            r[i] = dead >> i & 1 ? VANISHING : r[i];
+            z[i] = dead >> i & 1 ? s_.c.z_removed : z[i];
+            r[i] = dead >> i & 1 ? s_.c.r_removed : r[i];
           }
         }
         loss += kl_group<forward>(c, z, r, g);
@@ -543,12 +544,12 @@ class RowBlock {
           const int i = device::lowest_bit(bits);
           const float z_i = element(z_, false, v + i);
           float g_i;
-          if (kl && v + i == partial_) {
-            const Element<float> e = kl_element(c, forward, z_i, element(r_, true, v + i), kappa_, log_kappa_);
+          if (kl && is_partial(v + i)) {
+            const Element<float> e = kl_element(s_.c, forward, z_i, element(r_, true, v + i), kappa(), log_kappa());
             loss += e.loss;
             g_i = e.gradient * c.scale;
           } else {
-            g_i = set_element(c, kind_, z_i, loss);
+            g_i = set_element(s_.c, kind_, z_i, loss);
           }
 #pragma unroll
           for (int k = 0; k < GROUP; ++k) g[k] = k == i ? g_i : g[k];
@@ -564,11 +565,11 @@ class RowBlock {
   TNT_DEVICE static float kl_group(const Coefficients& c, const float (&z)[GROUP], const float (&r)[GROUP],
                                    float (&g)[GROUP]) {
     float loss = 0.0f, largest = 0.0f;
-    const float max = forward ? c.q_max : c.p_max, inverse = forward ? c.q_inverse : c.p_inverse;
+    const float max = forward ? c.q_max : c.kept_max, inverse = forward ? c.q_inverse : c.kept_inverse;
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       const float share = exponential(((forward ? r[i] : z[i]) - max) * c.t.exponent) * inverse;
-      const float x = (z[i] - r[i] - c.centre) * c.t.inverse_t, d = x + c.offset;
+      const float x = c.difference(z[i], r[i]) * c.t.inverse_t, d = x + c.offset;
       largest = fmaxf(largest, fabsf(d));
       const Element<float> e = forward ? forward_kl_element(share, d) : reverse_kl_element(share, d, x - c.kl_centre);
       loss += e.loss;
@@ -649,7 +650,7 @@ class RowBlock {
     }
     if (thread_ == 0) {
       s_.sums = sums;
-      s_.row = counts ? row_coefficients(scalars(), sums.statistics()) : RowCoefficients();
+      s_.row = counts ? row_coefficients<float>(scalars(), sums.statistics()) : RowCoefficients();
       if (resumed) read_coefficients();
       if (totals()) add_totals();
       s_.c.fill(s_.row, scalars(), gradient_factor());
@@ -685,11 +686,15 @@ class RowBlock {
     }
     device::sync_block();  // for the loss, and behind the row's stores
     float scale = s_.c.scale;
-    if (scale != 0.0f && is_lost()) scale = NAN;
+    if (scale != 0.0f && is_lost(kind_, s_.row)) scale = NAN;
     if (g_ && (scale == 0.0f || scale != scale)) fill(scale == 0.0f ? 0.0f : NAN);
     if (!leader() || p_.upstream) return;
     if (p_.coefficients) write_coefficients(scale);
-    if (p_.row_stats) diagnose();
+    if (p_.row_stats) {
+      const double pushed_part = is_in_part() ? -double(weight_) : 0;
+      const RowDiagnosis d = diagnose(s_.sums.statistics(), is_negative(), is_kl(), pushed_part, 1 / p_.temperature);
+      write_stats(s_.row.loss, is_kl() ? s_.row.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
+    }
     write_loss(row_weight_ == 0.0f || kind_ == NONE ? 0 : double(row_weight_) * s_.row.loss);
   }
 
@@ -701,15 +706,6 @@ class RowBlock {
   TNT_DEVICE void set_active(double tokens) {
     s_.row.weight *= tokens;
     s_.row.set_value = tokens;
-  }
-
-  // Where the loss is undefined or infinite without a finite gradient, the whole row is NaN. A shard may not see the
-  // loss, but it sees why: in the coefficients.
-  TNT_DEVICE bool is_lost() const {
-    const double loss = s_.row.loss;
-    if (loss != loss || (loss == INFINITY && (kind_ == REVERSE_KL || kind_ == UNLIKELIHOOD))) return true;
-    if (!gathered() || !is_kl()) return false;
-    return s_.row.offset != s_.row.offset || (kind_ == REVERSE_KL && !(fabs(s_.row.kl_centre) < INFINITY));
   }
 
   // ---- results
@@ -745,28 +741,6 @@ class RowBlock {
       l_.losses[index_] = weighted;
   }
 
-  TNT_DEVICE void diagnose() const {
-    const RowStatistics s = s_.sums.statistics();
-    const float label_z = s_.sums.label_z, label_r = s_.sums.label_r;
-    const double inverse_t = 1 / p_.temperature, loss = s_.row.loss;
-    const ExpSum all = tnt::merge(s.policy, s.policy_set, inverse_t);
-    const double log_sum = ::log(all.sum), entropy = log_sum - all.moment / all.sum;
-    double mass = negative_     ? s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum
-                  : all.sum > 0 ? 0
-                                : NAN;
-    double ref_mass = is_kl() && all.sum > 0 && s.reference.sum > 0 ? 0 : NAN;
-    if (in_part_) mass += ::exp((double(label_z) - all.max) * inverse_t) / all.sum;
-    if (is_kl() && negative_) {  // p° itself: without κ on the partially pushed y
-      ExpSum set = s.reference_set, everything = tnt::merge(s.reference, s.reference_set, inverse_t);
-      if (in_part_ && label_r != -INFINITY) {
-        set = tnt::merge(set, {double(label_r), 1, 0}, inverse_t);
-        everything = tnt::merge(everything, {double(label_r), double(-weight_), 0}, inverse_t);
-      }
-      ref_mass = set.sum * ::exp((set.max - everything.max) * inverse_t) / everything.sum;
-    }
-    write_stats(loss, is_kl() ? loss : NAN, mass, ref_mass, entropy);
-  }
-
   TNT_DEVICE void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
     if (!p_.row_stats) return;
     float* at = static_cast<float*>(p_.row_stats) + index_;
@@ -787,11 +761,9 @@ class RowBlock {
   Gradient* g_;
   Scales t_;
   int64_t label_ = 0;
-  int64_t partial_ = -1;  // the column of a y with -1 < w < 0, if it lies in this shard
-  float weight_ = 1, row_weight_ = 1, kappa_ = 1, log_kappa_ = 0;
+  float weight_ = 1, row_weight_ = 1;
   int kind_ = NONE, ready_ = 0;
-  bool pushed_ = false, negative_ = false, invalid_ = false, pair_ = false, set_ = false, in_part_ = false,
-       r_copied_ = false;
+  bool invalid_ = false, pair_ = false, set_ = false, r_copied_ = false;
 };
 
 }  // namespace TNT_ISA

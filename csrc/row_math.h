@@ -6,6 +6,7 @@
 //   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable
 //   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
 //   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
+// Beside them stand the rule for what is undefined, and the diagnostics of a row.
 #pragma once
 
 #include <cmath>
@@ -160,18 +161,56 @@ TNT_FN double softplus(double x) {
   return x > 0 ? x + log1p(::exp(-x)) : log1p(::exp(x));  // +inf -> +inf, -inf -> 0, NaN -> NaN
 }
 
+// ---------------------------------------------------------------------------------- the difference of two rows' logits
+
+// z - r without a common shift: ((z - z_max) - (r - r_max)) in exact arithmetic, up to a constant of the row.
+//
+// Next to p = q, z - r is exact and the difference of two differences to a maximum is not. Where one row is shifted
+// against the other, z - r has lost the digits that those differences keep. So the maxima decide, once a row: z - r
+// comes first where they are within CLOSE of each other.
+constexpr int CLOSE = 1;
+
+template <class Real>
+TNT_FN bool are_close(Real z_max, Real r_max) {
+  const Real distance = z_max - r_max;
+  return distance <= Real(CLOSE) && distance >= Real(-CLOSE);
+}
+
+template <class Real>
+struct Difference {
+  Real z_ref, r_ref, centre;
+  TNT_FN Difference(Real z_max, Real r_max) : z_ref(z_max), r_ref(r_max), centre(0) {
+    if (!are_close(z_max, r_max)) return;
+    centre = z_max - r_max;
+    z_ref = r_ref = 0;
+  }
+  TNT_FN Real operator()(Real z, Real r) const { return (z - z_ref) - (r - r_ref) - centre; }
+  // What is to be subtracted from it, as z_max - r_max may have been rounded.
+  TNT_FN double excess(Real z_max, Real r_max) const {
+    return z_ref == r_ref && r_ref == 0 ? (double(z_max) - double(r_max)) - double(centre) : 0;
+  }
+};
+
+// What z - r loses when its maxima move from (z_from, r_from) to (z_to, r_to): 0 where both move alike.
+template <class Real>
+TNT_FN Real moved(Real z_from, Real z_to, Real r_from, Real r_to) {
+  if (are_close(z_from, r_from) && are_close(z_to, r_to)) return (z_from - r_from) - (z_to - r_to);
+  return (z_from - z_to) - (r_from - r_to);
+}
+
 // -------------------------------------------------------------------------------------------- 1. row statistics
 
-// Σ e^{(x - max)/T} over some entries, and optionally Σ e^{(x - max)/T} (x - max)/T. `max` is their maximum or near it.
-// It starts at the lowest finite float, not at -inf, so that rows and slices of -inf need no special case: their sums
-// are 0.
+// Σ e^{(x - max)/T} over some entries, and optionally Σ e^{(x - max)/T} (x - max)/T. `max` is their maximum or near it,
+// and says nothing where the sum is 0: there is no entry then, or none but -inf.
 struct ExpSum {
-  double max = -3.4028234663852886e38;
+  double max = -3.4028234663852886e38;  // of a sum of 0: any number that a float holds
   double sum = 0;
   double moment = 0;
 };
 
 TNT_FN ExpSum merge(const ExpSum& a, const ExpSum& b, double inverse_temperature) {
+  if (b.sum == 0) return a;
+  if (a.sum == 0) return b;
   if (a.max == b.max) return {a.max, a.sum + b.sum, a.moment + b.moment};
   ExpSum result;
   result.max = a.max < b.max ? b.max : a.max;
@@ -180,20 +219,26 @@ TNT_FN ExpSum merge(const ExpSum& a, const ExpSum& b, double inverse_temperature
   const double scale_a = ::exp(shift_a), scale_b = ::exp(shift_b);
   result.sum = scale_a * a.sum + scale_b * b.sum;
   result.moment = 0;
-  if (a.sum != 0) result.moment += scale_a * (a.moment + a.sum * shift_a);
-  if (b.sum != 0) result.moment += scale_b * (b.moment + b.sum * shift_b);
+  if (scale_a != 0) result.moment += scale_a * (a.moment + a.sum * shift_a);
+  if (scale_b != 0) result.moment += scale_b * (b.moment + b.sum * shift_b);
   return result;
 }
 
+// The share of a part in the whole.
+TNT_FN double share(const ExpSum& part, const ExpSum& whole, double inverse_temperature) {
+  if (part.sum == 0 && whole.sum > 0) return 0;
+  return part.sum * ::exp((part.max - whole.max) * inverse_temperature) / whole.sum;
+}
+
 struct RowStatistics {
-  ExpSum policy;            // z over the kept entries (for LL, UL, NL: those outside the set)
-  ExpSum reference;         // r over the same entries, with κ
-  ExpSum policy_set;        // z over the set
-  ExpSum reference_set;     // r over the set (diagnostics only)
-  double kl_moment = 0;     // Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
-  double centre = 0;        // any number near max z - max r, fixed before the first term
-  double policy_total = 0;  // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
-  double kept = 0;          // their number, by which totals merge
+  ExpSum policy;         // z over the kept entries (for LL, UL, NL: those outside the set)
+  ExpSum reference;      // r over the same entries, with κ
+  ExpSum policy_set;     // z over the set
+  ExpSum reference_set;  // r over the set (diagnostics only)
+  // Σ e^{(z - max)/T} x over the kept entries, x = ((z - max) - (r - reference's max))/T - log κ
+  double kl_moment = 0;
+  double policy_total = 0;                       // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
+  double kept = 0;                               // their number, by which totals merge
   double label_policy = 0, label_reference = 0;  // z_y and r_y where -1 < w < 0, in the slice that holds y; else 0
 };
 
@@ -204,13 +249,14 @@ TNT_FN RowStatistics merge(const RowStatistics& a, const RowStatistics& b, doubl
   s.reference = merge(a.reference, b.reference, inverse_temperature);
   s.policy_set = merge(a.policy_set, b.policy_set, inverse_temperature);
   s.reference_set = merge(a.reference_set, b.reference_set, inverse_temperature);
-  s.centre = a.policy.sum != 0 ? a.centre : b.centre;  // that of an empty slice says nothing
   const RowStatistics* const slices[] = {&a, &b};
   for (const RowStatistics* slice : slices) {
-    const double shift = (slice->policy.max - s.policy.max) * inverse_temperature, scale = ::exp(shift);
-    if (slice->policy.sum != 0 && scale != 0)
-      s.kl_moment +=
-          scale * (slice->kl_moment + slice->policy.sum * ((slice->centre - s.centre) * inverse_temperature));
+    const double shift = (slice->policy.max - s.policy.max) * inverse_temperature;
+    const double scale = shift == 0 ? 1 : ::exp(shift);
+    if (slice->policy.sum != 0 && scale != 0) {
+      const double x = moved(slice->policy.max, s.policy.max, slice->reference.max, s.reference.max);
+      s.kl_moment += scale * (slice->kl_moment + slice->policy.sum * (x * inverse_temperature));
+    }
     if (slice->kept != 0) s.policy_total += slice->policy_total + slice->kept * shift;
   }
   s.kept = a.kept + b.kept;
@@ -223,15 +269,11 @@ TNT_FN RowStatistics merge(const RowStatistics& a, const RowStatistics& b, doubl
 // equal still, so that rounding to Real takes nothing from p = q.
 template <class Real>
 TNT_FN void pack(const RowStatistics& s, Real* to) {
-  const double values[] = {s.policy.max,        s.policy.sum,
-                           s.policy.moment,     s.reference.max,
-                           s.reference.sum,     s.label_policy,
-                           s.policy_set.max,    s.policy_set.sum,
-                           s.policy_set.moment, s.reference_set.max,
-                           s.reference_set.sum, s.label_reference,
-                           s.kl_moment,         s.centre,
-                           s.policy_total,      s.kept};
-  for (int i = 0; i < 16; ++i) to[i] = static_cast<Real>(values[i]);
+  const double values[] = {
+      s.policy.max,        s.policy.sum,      s.policy.moment,  s.reference.max,     s.reference.sum,
+      s.label_policy,      s.policy_set.max,  s.policy_set.sum, s.policy_set.moment, s.reference_set.max,
+      s.reference_set.sum, s.label_reference, s.kl_moment,      s.policy_total,      s.kept};
+  for (int i = 0; i < 15; ++i) to[i] = static_cast<Real>(values[i]);
 }
 template <class Real>
 TNT_FN RowStatistics unpack(const Real* from) {
@@ -243,10 +285,25 @@ TNT_FN RowStatistics unpack(const Real* from) {
   s.label_policy = from[5];
   s.label_reference = from[11];
   s.kl_moment = from[12];
-  s.centre = from[13];
-  s.policy_total = from[14];
-  s.kept = from[15];
+  s.policy_total = from[13];
+  s.kept = from[14];
   return s;
+}
+
+// --------------------------------------------------------------------------------------------- what is undefined
+//
+// A logit of -inf is a number, that of a token without probability. NaN and +inf are none: among the logits that a
+// row's loss reads, those of its set included, they make a sum NaN. The policy is read by every loss, the reference by
+// a KL. A row is undefined, its loss and gradient NaN, where a distribution that it needs does not exist: because it
+// is broken in this way, or as all of it is -inf, or because a KL's target has nothing left outside the removed tokens.
+
+TNT_FN bool has_policy(const RowStatistics& s) { return s.policy.sum + s.policy_set.sum > 0; }
+TNT_FN bool has_reference(const RowStatistics& s) { return s.reference.sum + s.reference_set.sum > 0; }
+
+TNT_FN bool is_undefined(int loss, const RowStatistics& s) {
+  if (loss == NONE) return false;
+  if (loss != FORWARD_KL && loss != REVERSE_KL) return !has_policy(s);
+  return !(has_policy(s) && has_reference(s) && s.reference.sum > 0);
 }
 
 // ------------------------------------------------------------------------------------------ 2. row coefficients
@@ -261,84 +318,135 @@ struct RowScalars {  // what a row is, besides its logits
   int64_t set_size = 0;
 };
 
-// p_v = exponential((z_v - policy_max) * exponent_scale) * policy_inverse, q*_v likewise, and
-// d_v = (z_v - r_v - centre)/T + offset, for the losses that compare p with a target.
+// Of a kept entry p_v = exponential((z_v - kept_max) * exponent_scale) * kept_inverse, of any entry the same with
+// policy_max and policy_inverse; q*_v likewise. For the losses that compare p with a target, of a kept entry
+// d_v = log p_v - log q*_v = x_v + offset, x_v = Difference(kept_max, reference_max)(z_v, r_v)/T - log κ_v.
 // For LL, UL and NL, outside the set: gradient = weight * exponential((z_v - kept_max) * exponent_scale) + bias. The
 // maximum is that of the entries outside, because under UL their shares stay finite while their p underflow.
 struct RowCoefficients {
   double policy_max = 0, policy_inverse = 0, policy_log_sum = 0;
+  double kept_max = 0, kept_inverse = 0;
   double reference_max = 0, reference_inverse = 0;
-  double centre = 0, offset = 0;
-  double kl_centre = 0;   // reverse KL: gradient p_v (x_v - kl_centre), x_v = d_v - offset
+  double offset = 0;
+  double kl_centre = 0;   // reverse KL: gradient p_v (x_v - kl_centre)
   double set_offset = 0;  // reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
   double set_centre = 0;  // gradient p_s ((z_s - policy_max)/T - set_centre)
   double set_value = 0;   // reverse KL: q̃ of a removed token; LL: the gradient of y
-  double kept_max = 0, weight = 0, bias = 0;
-  double loss = 0;  // the part of the loss that needs no second pass
+  double weight = 0, bias = 0;
+  double loss = 0;  // the part of the loss that needs no second pass; NaN where there is no loss
 };
 
+// log of the odds p(set) / p(outside), from the two sums alone: right for p(set) near 0 and near 1.
+TNT_FN double log_odds(const RowStatistics& s, double inverse_temperature) {
+  if (s.policy_set.sum == 0) return -INFINITY;
+  if (s.policy.sum == 0) return INFINITY;
+  return (s.policy_set.max - s.policy.max) * inverse_temperature + ::log(s.policy_set.sum / s.policy.sum);
+}
+
+// Real: that of the kernel, whose x_v are rounded to it.
+template <class Real>
 TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatistics& s) {
   RowCoefficients c;
   const double inverse_t = row.inverse_temperature;
   const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
-  const double kept_inverse =
-      ::exp((s.policy.max - all.max) * inverse_t) / all.sum;  // p_v = e^{(z - kept max)/T} * this
-  const double removed = s.policy_set.sum * ::exp((s.policy_set.max - all.max) * inverse_t) / all.sum;
-  const double log_sum = ::log(all.sum);
-  // log of the odds p(set) / p(outside), from the two sums alone: right for p(set) near 0 and near 1.
-  const double log_odds = (s.policy_set.max - s.policy.max) * inverse_t + ::log(s.policy_set.sum / s.policy.sum);
+  const double removed = share(s.policy_set, all, inverse_t);
+  const double odds = log_odds(s, inverse_t);
 
   c.policy_max = all.max;
   c.policy_inverse = 1 / all.sum;
-  c.policy_log_sum = log_sum;
-  c.kept_max = s.policy.max;
+  c.policy_log_sum = ::log(all.sum);
+  c.kept_max = s.policy.sum != 0 ? s.policy.max : all.max;
+  c.kept_inverse = ::exp((c.kept_max - all.max) * inverse_t) / all.sum;
+  if (is_undefined(row.loss, s)) c.loss = NAN;
 
   const double n = static_cast<double>(row.set_size), v = static_cast<double>(row.vocab);
   if (row.loss == LOG_LIKELIHOOD) {  // -log p_y = softplus(-log odds of y)
-    c.loss = softplus(-log_odds);
-    c.weight = kept_inverse;
-    c.set_value = -s.policy.sum * kept_inverse;  // p_y - 1 without the subtraction
-    if (row.uniform) {                           // cross-entropy against the one-hot label, smoothed
+    const double loss = softplus(-odds);
+    c.loss += loss;
+    c.weight = c.kept_inverse;
+    c.set_value = -s.policy.sum * c.kept_inverse;  // p_y - 1 without the subtraction
+    if (row.uniform) {                             // cross-entropy against the one-hot label, smoothed
       const double norm = 1 / (1 + v * row.eps);
-      const double log_p_total = s.policy_total - (v - 1) * (log_sum + (all.max - s.policy.max) * inverse_t) - c.loss;
+      const double log_p_total =
+          s.policy_total - (v - 1) * (c.policy_log_sum + (all.max - c.kept_max) * inverse_t) - loss;
       c.loss = (c.loss - row.eps * log_p_total) * norm;
       c.bias = -row.eps * norm;
       c.set_value += (v - 1) * row.eps * norm;
     }
   } else if (row.loss == UNLIKELIHOOD) {  // -log(1 - p(S)); outside S the gradient is -p(S) p_v / (1 - p(S))
-    c.loss = softplus(log_odds);
+    c.loss += softplus(odds);
     c.weight = -removed / s.policy.sum;
   } else if (row.loss == NEGATIVE_LIKELIHOOD) {  // Σ log p_s, taken over the set; outside it the gradient is -n p_v
-    c.weight = -kept_inverse;                    // for one active token; their number and the loss come from the set
+    c.weight = -c.kept_inverse;                  // for one active token; their number and the loss come from the set
   } else if (row.loss == FORWARD_KL || row.loss == REVERSE_KL) {
-    // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number.
     c.reference_max = s.reference.max;
     c.reference_inverse = 1 / s.reference.sum;
-    if (s.reference.sum == 0) c.loss = NAN;  // nothing is left outside the set: there is no target
-    // Any centre serves: one that a float32 holds, with the remainder in `offset`, costs no digits in a float32 kernel.
-    c.centre = static_cast<float>(all.max - s.reference.max);
-    c.offset = ::log(s.reference.sum / all.sum) + (c.centre - (all.max - s.reference.max)) * inverse_t;
+    // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number. Where no kept entry has
+    // any p, d is -inf whatever is added to it.
+    const double kept = s.policy.sum * c.kept_inverse;
+    const Real z_max = static_cast<Real>(s.policy.max), r_max = static_cast<Real>(s.reference.max);
+    const double excess = Difference<Real>(z_max, r_max).excess(z_max, r_max) * inverse_t;
+    if (s.policy.sum != 0) c.offset = ::log(s.reference.sum / s.policy.sum) - softplus(odds) - excess;
     if (row.loss == REVERSE_KL && !row.uniform) {
       const double log_norm = log1p(row.eps * n);
       c.set_value = row.eps / (1 + row.eps * n);
       c.reference_inverse /= 1 + row.eps * n;
       c.offset += log_norm;
-      c.set_offset = log_norm - ::log(row.eps) - log_sum;
+      c.set_offset = log_norm - ::log(row.eps) - c.policy_log_sum;
       // d - KL = (d - M) + p(other group) (M - M of the other group), with M the mean of d over the entry's own group,
       // kept or removed. Nothing cancels: not near p = q (M is 0 there), and not for p(R) near 1.
-      const double kept = s.policy.sum * kept_inverse;
-      c.kl_centre = s.kl_moment / s.policy.sum + (s.centre - c.centre) * inverse_t;
+      if (s.policy.sum != 0) c.kl_centre = s.kl_moment / s.policy.sum + excess;
       if (removed > 0) {
         const double set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - all.max) * inverse_t;
-        const double excess = c.kl_centre + c.offset - (set_mean + c.set_offset);  // M kept - M removed
-        c.set_centre = set_mean + (kept > 0 ? kept * excess : 0);
-        c.kl_centre -= removed * excess;
+        const double gap = c.kl_centre + c.offset - (set_mean + c.set_offset);  // M kept - M removed
+        c.set_centre = set_mean;
+        if (kept > 0) {
+          c.set_centre += kept * gap;
+          c.kl_centre -= removed * gap;
+        }
       }
     } else if (row.loss == FORWARD_KL && !row.uniform) {
       c.loss += removed;  // q* is 0 there, so each of them gives p_s
     }
   }
   return c;
+}
+
+// Whether the row's gradient is NaN: where the loss is undefined, or infinite without a finite gradient. A shard may
+// not see the loss, but it sees why: in the coefficients.
+TNT_FN bool is_lost(int loss, const RowCoefficients& c) {
+  if (c.loss != c.loss) return true;
+  if (loss == UNLIKELIHOOD) return c.loss == INFINITY;
+  return loss == REVERSE_KL && (c.loss == INFINITY || !(c.kl_centre < INFINITY && c.kl_centre > -INFINITY));
+}
+
+// ------------------------------------------------------------------------------------------------- diagnostics
+
+// NaN where the distribution that they are of does not exist, or is not read. Without a policy there are none.
+struct RowDiagnosis {
+  double negative_mass = NAN, ref_negative_mass = NAN, entropy = NAN;
+};
+
+// `kl`: the row's loss reads the reference. `pushed_part`: -w of a y with -1 < w < 0, else 0.
+TNT_FN RowDiagnosis diagnose(const RowStatistics& s, bool negative, bool kl, double pushed_part, double inverse_t) {
+  RowDiagnosis d;
+  if (!has_policy(s)) return d;
+  const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
+  d.entropy = ::log(all.sum) - all.moment / all.sum;
+  d.negative_mass = 0;
+  if (kl && has_reference(s)) d.ref_negative_mass = 0;
+  if (!negative) return d;
+  d.negative_mass = share(s.policy_set, all, inverse_t);
+  if (pushed_part != 0) d.negative_mass += ::exp((s.label_policy - all.max) * inverse_t) / all.sum;
+  if (!kl || !has_reference(s)) return d;
+  // q itself: without κ on the partially pushed y
+  ExpSum set = s.reference_set, everything = merge(s.reference, s.reference_set, inverse_t);
+  if (pushed_part != 0 && s.label_reference != -INFINITY) {
+    set = merge(set, {s.label_reference, 1, 0}, inverse_t);
+    everything = merge(everything, {s.label_reference, pushed_part, 0}, inverse_t);
+  }
+  d.ref_negative_mass = share(set, everything, inverse_t);
+  return d;
 }
 
 // ----------------------------------------------------------------------------------------------- 3. row elements

@@ -327,6 +327,7 @@ def assert_agrees(
     assert_within(result.gradient.reshape(gradient.shape), gradient, bound, f"{label} gradient")
 
     if result.stats is not None:
+        assert not (result.stats.kl < 0).any(), label
         for name in tnt.RowStats._fields:
             got = getattr(result.stats, name)
             assert got.shape == rows, (label, name)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import hard_rows
 import pytest
 import torch
 from cuda_model import MUTATIONS, SCHEDULES, build, installed
@@ -194,6 +195,27 @@ def test_infinities_and_indices_out_of_range(model: ModuleType, machine: str) ->
     assert stats.entropy.isnan()[[1, 2, 3, 4]].all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_hard_rows(model: ModuleType, machine: str, dtype: torch.dtype) -> None:
+    """Any finite logit is a logit, one side may be shifted, and one rule says what is broken."""
+    model.machine(*MACHINES[machine], SCHEDULES["forward"], 0)
+    for reduction in ("none", "sum"):
+
+        def result(batch: Batch, reduction: str = reduction) -> Any:
+            return run(batch, "cuda", reduction=reduction, return_stats=True)
+
+        hard_rows.assert_known(result, dtype, f"{machine} {reduction}")
+    for batches in (hard_rows.masks, hard_rows.shifts, hard_rows.broken):
+        for batch in itertools.islice(batches(dtype, 803), 0, None, 3):
+            expected = truth(batch)
+            found = run(batch, "cuda", reduction="none", return_stats=True)
+            assert_agrees(
+                found, expected, batch, reduction="none",
+                label=f"{batches.__name__} {batch.options['method']}",
+            )  # fmt: skip
+
+
 def test_the_same_bits_whatever_the_schedule(model: ModuleType) -> None:
     batch = mixed_batch(803, BF16).with_options(method="tnrr")
     for machine in MACHINES.values():
@@ -285,6 +307,18 @@ def test_edge_rows_of_shards(model: ModuleType) -> None:
             assert_agrees(
                 result, expected, batch, reduction="none", label=f"{objective} {smoothing}"
             )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hard_rows_of_shards(model: ModuleType, dtype: torch.dtype) -> None:
+    model.machine(*MACHINES["two passes"], SCHEDULES["reverse"], 0)
+    for sizes in ((1, 2), (2, 0, 1)):
+        hard_rows.assert_known(
+            lambda batch, sizes=sizes: run_shards(batch, "cuda", sizes, reduction="none"), dtype
+        )
+    for batches in (hard_rows.masks, hard_rows.shifts, hard_rows.broken):
+        for batch in itertools.islice(batches(dtype, 200), 0, None, 3):
+            check_shards(batch, batches.__name__, every_cut=False)
 
 
 def test_nothing_moves_at_the_reference_of_shards(model: ModuleType) -> None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
+import hard_rows
 import pytest
 import torch
 from oracle import (
@@ -235,6 +236,40 @@ def test_masks_of_the_lowest_number(side: str, dtype: torch.dtype) -> None:
             assert (loss[absurd].isnan() | (loss[absurd].abs() > 1e29)).all(), name
         if not absurd.all():
             check(rows_where(batch, ~absurd), f"{side} {smoothing}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_known_values(dtype: torch.dtype) -> None:
+    """Any finite logit is a logit, one side may be shifted, and one rule says what is broken."""
+    for backend, name in implementations():
+        for keywords in ({"reduction": "none"}, {"reduction": "sum"}, {"inplace": True}):
+
+            def result(batch: Batch, backend=backend, keywords=keywords) -> Any:
+                return run(batch, backend, return_stats=True, **keywords)
+
+            hard_rows.assert_known(result, dtype, f"{name} {keywords}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [11, 1500])
+def test_finite_masks(vocab: int, dtype: torch.dtype) -> None:
+    for batch in hard_rows.masks(dtype, vocab):
+        check(batch, str(batch.options["method"]))
+        assert (run(batch, reduction="none", return_stats=True).stats.kl.nan_to_num(0.0) >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [11, 1500])
+def test_shifts_of_one_side(vocab: int, dtype: torch.dtype) -> None:
+    for batch in hard_rows.shifts(dtype, vocab):
+        check(batch, str(batch.options["method"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_rule_for_what_is_broken(dtype: torch.dtype) -> None:
+    """Loss, gradient and every statistic, NaN where the oracle has NaN."""
+    for batch in hard_rows.broken(dtype, 40):
+        check(batch, str(batch.options["method"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import hard_rows
 import pytest
 import torch
 from oracle import (
@@ -119,6 +120,25 @@ def test_minus_infinity(side: str) -> None:
         for vocab in (11, 2100):
             batch = masked_batch(F32, -INF, vocab, side)
             check(batch.with_options(method=objective, smoothing=smoothing), f"{side} {smoothing}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_known_values(dtype: torch.dtype) -> None:
+    for (backend, name), sizes in itertools.product(implementations(), ((1, 2), (2, 0, 1))):
+        hard_rows.assert_known(
+            lambda batch, backend=backend, sizes=sizes: run_shards(
+                batch, backend, sizes, reduction="none"
+            ),
+            dtype,
+            f"{name} {sizes}",
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_masks_shifts_and_broken_rows(dtype: torch.dtype) -> None:
+    for batches in (hard_rows.masks, hard_rows.shifts, hard_rows.broken):
+        for batch in batches(dtype, 40):
+            check(batch, batches.__name__, every_cut=False)
 
 
 def test_what_one_shard_breaks_is_broken_in_all() -> None:

@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import Any
 
+import hard_rows
 import pytest
 import torch
 from oracle import (
@@ -28,7 +29,7 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient
+from shards import assert_rounds_its_gradient, run_shards
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -177,6 +178,32 @@ def test_broken_rows_are_nan_and_others_are_not(method: str) -> None:
     batch = rows_of(z, r, method)
     check(batch, reduction="none")
     check(batch.with_options(negative_ids=torch.tensor([5])), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_known_values(dtype: torch.dtype) -> None:
+    """Any finite logit is a logit, one side may be shifted, and one rule says what is broken."""
+    for keywords in ({"reduction": "none"}, {"reduction": "sum"}):
+
+        def result(batch: Batch, keywords: Any = keywords) -> Any:
+            return run(on_device(batch), "triton", return_stats=True, **keywords)
+
+        hard_rows.assert_known(result, dtype, str(keywords))
+    for sizes in ((1, 2), (2, 0, 1)):
+        hard_rows.assert_known(
+            lambda batch, sizes=sizes: run_shards(
+                on_device(batch), "triton", sizes, reduction="none"
+            ),
+            dtype,
+            f"shards of {sizes}",
+        )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("kind", ["masks", "shifts", "broken"])
+def test_finite_masks_shifts_and_broken_rows(kind: str, dtype: torch.dtype) -> None:
+    for batch in itertools.islice(getattr(hard_rows, kind)(dtype, VOCAB), 0, None, 5):
+        check(batch, f"{kind} {batch.options['method']}", reduction="none", return_stats=True)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="asking a GPU would wait for it")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class RowStats(NamedTuple):
     """Diagnostics of every row: detached tensors of shape (...), float32 (float64 for float64 logits).
 
-    On rows of weight 0, ``loss`` is 0 and the rest NaN.
+    On rows of weight 0, ``loss`` is 0 and the rest NaN. NaN or +inf among a row's policy logits makes all of them NaN,
+    among its reference logits, where the loss reads them, ``loss``, ``kl`` and ``ref_negative_mass``.
     """
 
     loss: Tensor  #: the row's own loss in nats, before weight and alpha
@@ -141,7 +142,7 @@ def tnt_loss(
         group: a process group over which the vocabulary is sharded. Every rank gives its own columns of ``logits`` and
             ``ref_logits``, in rank order, and the same of everything else; labels and ids are those of the whole
             vocabulary. Every rank gets the whole loss and statistics and its own columns' gradient. Forward takes two
-            all-gathers (18 numbers a row; one where no row's loss is a KL or NL), backward none. In a group's first
+            all-gathers (17 numbers a row; one where no row's loss is a KL or NL), backward none. In a group's first
             call (on a CPU, in every call) they also exchange checksums of what must be the same.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.

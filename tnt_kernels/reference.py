@@ -55,6 +55,21 @@ def _log_sum_exp(
     return m, exponent.exp().sum(-1, keepdim=True).log()
 
 
+#: Rows whose maxima are this close to each other are compared by z − r.
+CLOSE = 1.0
+
+
+def difference(z: Tensor, r: Tensor, z_max: Tensor, r_max: Tensor) -> Tensor:
+    """(z − z_max) − (r − r_max), (N, V).
+
+    z − r is exact next to p = q; where one row is shifted against the other it has lost the digits
+    that the differences to the maxima, (N, 1), keep.
+    """
+    close = (z_max - r_max).abs() <= CLOSE
+    centre = torch.where(close, z_max - r_max, 0.0)
+    return (z - z_max.masked_fill(close, 0.0)) - (r - r_max.masked_fill(close, 0.0)) - centre
+
+
 @dataclass(frozen=True)
 class _Rows:
     """All rows' inputs in one form. Rows that cannot be computed hold zeros, masked at last."""
@@ -113,13 +128,13 @@ class _Rows:
         """
         t = self.temperature
         m_r, log_sum_r = _log_sum_exp(self.r, t, ~self.removed, self.log_kappa)
-        q = ((self.r - m_r) / t + self.log_kappa - log_sum_r).exp()
+        q = ((self.r - m_r) / t + self.log_kappa - log_sum_r).exp().masked_fill(self.removed, 0.0)
         if self.uniform:
             v = q.shape[-1]
             return (q + eps) / (1 + v * eps), self.log_p - (q + eps).log() + math.log1p(v * eps)
         m_z, log_sum_z = _log_sum_exp(self.z, t)
         log_norm = torch.log1p(eps * self.removed.sum(-1, keepdim=True).to(q.dtype))
-        d = ((self.z - self.r) - (m_z - m_r)) / t - (log_sum_z - log_sum_r) - self.log_kappa
+        d = difference(self.z, self.r, m_z, m_r) / t - (log_sum_z - log_sum_r) - self.log_kappa
         log_eps = math.log(eps) if eps > 0 else -_INF
         d = torch.where(self.removed, self.log_p - log_eps, d) + log_norm
         return torch.where(self.removed, eps, q) / log_norm.exp(), d
@@ -185,15 +200,22 @@ def _reverse_kl_gradient(rows: _Rows) -> Tensor:
     return (p * centred).masked_fill((d == _INF).any(-1, keepdim=True), _NAN)
 
 
+def _log_odds(rows: _Rows, inside: Tensor) -> Tensor:
+    """log p(inside) / p(outside), (N,): −inf if nothing is inside, +inf if nothing is outside."""
+    m_in, log_in = _log_sum_exp(rows.z, rows.temperature, inside)
+    m_out, log_out = _log_sum_exp(rows.z, rows.temperature, ~inside)
+    odds = (m_in - m_out) / rows.temperature + (log_in - log_out)
+    odds = odds.masked_fill(log_out == -_INF, _INF).masked_fill(log_in == -_INF, -_INF)
+    return odds.squeeze(-1)
+
+
 def _log_likelihood(rows: _Rows) -> Tensor:
     """−log p_y as softplus(lse of the rest − z_y), right as p_y → 1.
 
     Under uniform smoothing the cross-entropy −Σ ỹ log p, ỹ = ([v = y] + ε) / (1 + V ε).
     """
-    t, z_y = rows.temperature, rows.z.gather(-1, rows.label)
-    rest = torch.ones_like(rows.z, dtype=torch.bool).scatter(-1, rows.label, False)
-    m, log_sum = _log_sum_exp(rows.z, t, rest)
-    loss = -F.logsigmoid((z_y - m) / t - log_sum).squeeze(-1)
+    is_label = torch.zeros_like(rows.z, dtype=torch.bool).scatter(-1, rows.label, True)
+    loss = -F.logsigmoid(_log_odds(rows, is_label))
     if rows.uniform:
         loss = (loss - rows.eps * rows.log_p.sum(-1)) / (1 + rows.z.shape[-1] * rows.eps)
     return loss
@@ -211,9 +233,7 @@ def _log_likelihood_gradient(rows: _Rows) -> Tensor:
 
 def _unlikelihood(rows: _Rows) -> Tensor:
     """−log(1 − p(S)) as softplus(lse over S − lse over the rest)."""
-    m_in, log_in = _log_sum_exp(rows.z, rows.temperature, rows.negative)
-    m_out, log_out = _log_sum_exp(rows.z, rows.temperature, ~rows.negative)
-    return -F.logsigmoid((m_out - m_in) / rows.temperature + (log_out - log_in)).squeeze(-1)
+    return -F.logsigmoid(-_log_odds(rows, rows.negative))
 
 
 def _unlikelihood_gradient(rows: _Rows) -> Tensor:

@@ -12,7 +12,7 @@ from tnt_kernels.objectives import RowLoss
 #: Numbers that a kernel keeps of a row between its loss and a gradient that is written later (csrc/params.h).
 ROW_COEFFICIENTS = 16
 #: Numbers that one shard of the vocabulary tells the others about a row (csrc/row_math.h, ``pack``).
-ROW_STATISTICS = 16
+ROW_STATISTICS = 15
 #: Numbers of a row that are summed over the shards: the loss terms of the second pass, NL's active tokens.
 ROW_PARTS = 2
 

@@ -17,28 +17,46 @@ from torch import Tensor
 
 from tnt_kernels.backends.call import RowCall, real_dtype
 from tnt_kernels.objectives import RowLoss
-from tnt_kernels.reference import SCALED_BY_WEIGHT, phi
-
-_LOWEST = torch.finfo(torch.float32).min  # where a maximum starts
+from tnt_kernels.reference import CLOSE, SCALED_BY_WEIGHT, difference, phi
 
 
 class _ExpSum(NamedTuple):
-    """Σ e^((x − max)/T) and its moment Σ e^((x − max)/T) (x − max)/T, each (N, 1)."""
+    """Σ e^((x − max)/T) and its moment Σ e^((x − max)/T) (x − max)/T, each (N, 1).
+
+    Where the sum is 0 there is no entry, or none but -inf, and the maximum says nothing.
+    """
 
     max: Tensor
     sum: Tensor
     moment: Tensor
 
     def merged(self, other: _ExpSum, inverse_t: float) -> _ExpSum:
-        top = torch.maximum(self.max, other.max)
+        top = torch.maximum(
+            torch.where(self.sum == 0, other.max, self.max),
+            torch.where(other.sum == 0, self.max, other.max),
+        )
         total, moment = torch.zeros_like(top), torch.zeros_like(top)
         for part in (self, other):
             shift = (part.max - top) * inverse_t
-            scale = shift.exp()
+            scale = shift.exp().masked_fill(part.sum == 0, 0.0)
             total = total + scale * part.sum
-            added = scale * (part.moment + part.sum * shift)
-            moment = moment + added.masked_fill((part.sum == 0) | (scale == 0), 0.0)
+            moment = moment + (scale * (part.moment + part.sum * shift)).masked_fill(
+                scale == 0, 0.0
+            )
         return _ExpSum(top, total, moment)
+
+
+def _share(part: _ExpSum, whole: _ExpSum, inverse_t: float) -> Tensor:
+    """Of a part in the whole."""
+    found = part.sum * ((part.max - whole.max) * inverse_t).exp() / whole.sum
+    return found.masked_fill((part.sum == 0) & (whole.sum > 0), 0.0)
+
+
+def _moved(z_from: Tensor, z_to: Tensor, r_from: Tensor, r_to: Tensor) -> Tensor:
+    """What z − r loses when its maxima move: 0 where both move alike."""
+    close = ((z_from - r_from).abs() <= CLOSE) & ((z_to - r_to).abs() <= CLOSE)
+    apart = (z_from - z_to) - (r_from - r_to)
+    return torch.where(close, (z_from - r_from) - (z_to - r_to), apart)
 
 
 class _Statistics(NamedTuple):
@@ -49,7 +67,6 @@ class _Statistics(NamedTuple):
     policy_set: _ExpSum
     reference_set: _ExpSum
     kl_moment: Tensor
-    centre: Tensor
     policy_total: Tensor
     kept: Tensor
     label_policy: Tensor
@@ -59,7 +76,7 @@ class _Statistics(NamedTuple):
         return torch.cat(
             (
                 *self.policy, *self.reference[:2], self.label_policy, *self.policy_set,
-                *self.reference_set[:2], self.label_reference, self.kl_moment, self.centre,
+                *self.reference_set[:2], self.label_reference, self.kl_moment,
                 self.policy_total, self.kept,
             ),
             dim=-1,
@@ -71,28 +88,28 @@ class _Statistics(NamedTuple):
         nothing = torch.zeros_like(c[0])
         return _Statistics(
             _ExpSum(*c[:3]), _ExpSum(c[3], c[4], nothing), _ExpSum(*c[6:9]),
-            _ExpSum(c[9], c[10], nothing), c[12], c[13], c[14], c[15], c[5], c[11],
+            _ExpSum(c[9], c[10], nothing), c[12], c[13], c[14], c[5], c[11],
         )  # fmt: skip
 
     def merged(self, other: _Statistics, inverse_t: float) -> _Statistics:
         policy = self.policy.merged(other.policy, inverse_t)
-        centre = torch.where(self.policy.sum != 0, self.centre, other.centre)
-        moment, total = torch.zeros_like(centre), torch.zeros_like(centre)
+        reference = self.reference.merged(other.reference, inverse_t)
+        moment, total = torch.zeros_like(policy.sum), torch.zeros_like(policy.sum)
         for part in (self, other):
             shift = (part.policy.max - policy.max) * inverse_t
             scale = shift.exp()
-            added = part.kl_moment + part.policy.sum * ((part.centre - centre) * inverse_t)
+            x = _moved(part.policy.max, policy.max, part.reference.max, reference.max)
+            added = part.kl_moment + part.policy.sum * (x * inverse_t)
             nothing = (part.policy.sum == 0) | (scale == 0)
             moment = moment + (scale * added).masked_fill(nothing, 0.0)
             added = part.policy_total + part.kept * shift
             total = total + added.masked_fill(part.kept == 0, 0.0)
         return _Statistics(
             policy,
-            self.reference.merged(other.reference, inverse_t),
+            reference,
             self.policy_set.merged(other.policy_set, inverse_t),
             self.reference_set.merged(other.reference_set, inverse_t),
             moment,
-            centre,
             total,
             self.kept + other.kept,
             self.label_policy + other.label_policy,
@@ -188,7 +205,8 @@ def _chosen(call: RowCall, rows: _Rows, of: Callable[[RowLoss], Tensor]) -> Tens
 
 def _exp_sum(x: Tensor, keep: Tensor, inverse_t: float, factor: Tensor | None = None) -> _ExpSum:
     x = x.masked_fill(~keep, -math.inf)
-    least = x.new_full((len(x), 1), _LOWEST)  # also the maximum of no entry, or of -inf alone
+    # also the maximum of no entry, or of -inf alone
+    least = x.new_full((len(x), 1), torch.finfo(x.dtype).min)
     top = torch.cat((least, x), -1).amax(-1, keepdim=True)
     centred = (x - top) * inverse_t
     weight = centred.exp() if factor is None else centred.exp() * factor
@@ -203,10 +221,8 @@ def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
     log_kappa = torch.where(partial, rows.log_kappa, 0.0)
     policy = _exp_sum(z, ~apart, inverse_t)
     reference = _exp_sum(r, ~apart, inverse_t, log_kappa.exp())
-    centre = policy.max - reference.max
-    centre = centre.masked_fill(~(centre.abs() < 1e30), 0.0)
     weight = ((z - policy.max) * inverse_t).exp().masked_fill(apart, 0.0)
-    moment = weight * ((z - r - centre) * inverse_t - log_kappa)
+    moment = weight * (difference(z, r, policy.max, reference.max) * inverse_t - log_kappa)
     total = ((z - policy.max) * inverse_t).masked_fill(apart, 0.0)
 
     def of_label(x: Tensor) -> Tensor:
@@ -218,7 +234,6 @@ def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
         _exp_sum(z, apart, inverse_t),
         _exp_sum(r, apart, inverse_t),
         moment.masked_fill(weight == 0, 0.0).sum(-1, keepdim=True),
-        centre,
         total.sum(-1, keepdim=True),
         (~apart).sum(-1, keepdim=True).to(z.dtype),
         of_label(z),
@@ -239,33 +254,46 @@ class _Row:
         self.eps = call.scalars.eps
         self.uniform = call.scalars.uniform_smoothing and self.eps > 0
         self.all = s.policy.merged(s.policy_set, t)
+        self.no_policy = ~(self.all.sum > 0)
+        self.no_reference = ~(s.reference.sum + s.reference_set.sum > 0)
         self.log_sum = self.all.sum.log()
-        self.kept_inverse = ((s.policy.max - self.all.max) * t).exp() / self.all.sum
-        self.mass = s.policy_set.sum * ((s.policy_set.max - self.all.max) * t).exp() / self.all.sum
-        self.log_odds = (s.policy_set.max - s.policy.max) * t
-        self.log_odds = self.log_odds + (s.policy_set.sum / s.policy.sum).log()
+        self.kept_max = torch.where(s.policy.sum == 0, self.all.max, s.policy.max)
+        self.kept_inverse = ((self.kept_max - self.all.max) * t).exp() / self.all.sum
+        self.mass = _share(s.policy_set, self.all, t)
+        odds = (s.policy_set.max - s.policy.max) * t + (s.policy_set.sum / s.policy.sum).log()
+        odds = torch.where(s.policy.sum == 0, math.inf, odds)
+        self.log_odds = torch.where(s.policy_set.sum == 0, -math.inf, odds)
         self.apart = rows.set_of(loss)
-        self.offset = (s.reference.sum / self.all.sum).log()
+        # Where no kept entry has any p, d is -inf whatever is added to it.
+        self.offset = (s.reference.sum / s.policy.sum).log() - F.softplus(self.log_odds)
+        self.offset = self.offset.masked_fill(s.policy.sum == 0, 0.0)
         n = rows.removed_count.to(self.log_sum.dtype)
         reverse = loss is RowLoss.REVERSE_KL and not self.uniform
         self.log_norm = (self.eps * n).log1p() if reverse else torch.zeros_like(self.offset)
         log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
         self.set_offset = self.log_norm - log_eps - self.log_sum
         # d − KL = (d − M) + p(other group) (M − M of the other group), M the mean of d over a group
-        self.kept_mean = s.kl_moment / s.policy.sum
-        self.kept_mean = self.kept_mean + (s.centre - (self.all.max - s.reference.max)) * t
+        self.kept_mean = (s.kl_moment / s.policy.sum).masked_fill(s.policy.sum == 0, 0.0)
         set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - self.all.max) * t
         excess = self.kept_mean + self.offset + self.log_norm - (set_mean + self.set_offset)
-        none = self.mass == 0
         kept = s.policy.sum * self.kept_inverse
         self.set_centre = set_mean + (kept * excess).masked_fill(kept == 0, 0.0)
+        none = (self.mass == 0) | (kept == 0)
         self.kl_centre = self.kept_mean - (self.mass * excess).masked_fill(none, 0.0)
+
+    @property
+    def undefined(self) -> Tensor:
+        """(N, 1) bool: a distribution that the loss needs does not exist, or a label or an id lies outside."""
+        if self.kind is RowLoss.NONE:
+            return torch.zeros_like(self.no_policy)
+        undefined = self.no_policy | self.rows.invalid
+        if self.kind.reads_reference:
+            undefined = undefined | self.no_reference | (self.s.reference.sum == 0)
+        return undefined
 
     def lost(self, loss: Tensor) -> Tensor:
         """(N, 1) bool: the gradient of the row is NaN, whichever shard holds the cause."""
-        lost = loss.isnan() | self.rows.invalid
-        if self.kind.reads_reference:
-            lost = lost | self.offset.isnan() | (self.s.reference.sum == 0)
+        lost = self.undefined | loss.isnan()
         if self.kind is RowLoss.REVERSE_KL:
             lost = lost | (loss == math.inf)
             if not self.uniform:
@@ -276,24 +304,20 @@ class _Row:
 
     @property
     def known_loss(self) -> Tensor:
-        """(N, 1): the part of the loss that needs no pass over the entries."""
-        s = self.s
+        """(N, 1): the part of the loss that needs no pass over the entries; NaN where there is no loss."""
+        s, known = self.s, torch.zeros_like(self.mass)
         if self.kind is RowLoss.LOG_LIKELIHOOD:
-            loss = F.softplus(-self.log_odds)
-            if not self.uniform:
-                return loss
-            v = self.vocab_size
-            shift = self.log_sum + (self.all.max - s.policy.max) * self.t
-            total = s.policy_total - (v - 1) * shift - loss
-            return (loss - self.eps * total) / (1 + v * self.eps)
-        if self.kind is RowLoss.UNLIKELIHOOD:
-            return F.softplus(self.log_odds)
-        if self.kind is RowLoss.FORWARD_KL and not self.uniform:
-            return self.mass.masked_fill(s.reference.sum == 0, math.nan)
-        nothing = torch.zeros_like(self.mass)
-        if self.kind.reads_reference:
-            return nothing.masked_fill(s.reference.sum == 0, math.nan)
-        return nothing
+            known = F.softplus(-self.log_odds)
+            if self.uniform:
+                v = self.vocab_size
+                shift = self.log_sum + (self.all.max - self.kept_max) * self.t
+                total = s.policy_total - (v - 1) * shift - known
+                known = (known - self.eps * total) / (1 + v * self.eps)
+        elif self.kind is RowLoss.UNLIKELIHOOD:
+            known = F.softplus(self.log_odds)
+        elif self.kind is RowLoss.FORWARD_KL and not self.uniform:
+            known = self.mass
+        return known.masked_fill(self.undefined, math.nan)
 
     @property
     def relative(self) -> Tensor:
@@ -314,7 +338,7 @@ class _Row:
             v = self.vocab_size
             d = self.relative - self.log_sum - (q + self.eps).log() + math.log1p(v * self.eps)
             return (q + self.eps) / (1 + v * self.eps), d, d
-        x = ((rows.z - rows.r) - (self.all.max - s.reference.max)) * self.t - log_kappa
+        x = difference(rows.z, rows.r, s.policy.max, s.reference.max) * self.t - log_kappa
         d = x + self.offset + self.log_norm
         if self.kind is RowLoss.REVERSE_KL:
             norm = self.log_norm.exp()
@@ -423,24 +447,24 @@ def launch(call: RowCall, inverse_normalizer: Tensor) -> None:
 
 
 def _diagnosis(row: _Row, loss: Tensor) -> Tensor:
-    """(N, 4): the loss if it is a KL, p(S), q(S) if the reference is read, the entropy of p; else NaN."""
+    """(N, 4): the loss if it is a KL, p(S), q(S), the entropy of p; NaN where the distribution does not exist or is not
+    read, and without a policy."""
     rows, s, t = row.rows, row.s, row.t
     entropy = row.log_sum - row.all.moment / row.all.sum
     in_part = rows.in_part & row.kind.reads_reference
     of_label = ((s.label_policy - row.all.max) * t).exp() / row.all.sum
     mass = row.mass + of_label.masked_fill(~in_part, 0.0)
     mass = mass.masked_fill(~rows.negative_row, 0.0)
-    if not row.kind.reads_reference:
-        none = torch.full_like(mass, math.nan)
-        return torch.cat((none, mass, none, entropy), dim=-1)
-    # q itself: without κ on a y that is pushed down in part
-    out = ~in_part | (s.label_reference == -math.inf)
-    at = s.label_reference.masked_fill(out, _LOWEST)
-    nothing = torch.zeros_like(at)
-    label = _ExpSum(at, (~out).to(at), nothing)
-    removed = _ExpSum(at, (-rows.log_kappa.expm1()).masked_fill(out, 0.0), nothing)
-    inside = s.reference_set.merged(label, t)
-    whole = s.reference.merged(s.reference_set, t).merged(removed, t)
-    ref_mass = inside.sum * ((inside.max - whole.max) * t).exp() / whole.sum
-    ref_mass = ref_mass.masked_fill(~rows.negative_row & ~whole.sum.isnan(), 0.0)
-    return torch.cat((loss, mass, ref_mass, entropy), dim=-1)
+    kl, ref_mass = torch.full_like(mass, math.nan), torch.full_like(mass, math.nan)
+    if row.kind.reads_reference:
+        # q itself: without κ on a y that is pushed down in part
+        out = ~in_part | (s.label_reference == -math.inf)
+        at, nothing = s.label_reference.masked_fill(out, 0.0), torch.zeros_like(mass)
+        label = _ExpSum(at, (~out).to(at), nothing)
+        removed = _ExpSum(at, (-rows.log_kappa.expm1()).masked_fill(out, 0.0), nothing)
+        inside = s.reference_set.merged(label, t)
+        whole = s.reference.merged(s.reference_set, t).merged(removed, t)
+        ref_mass = _share(inside, whole, t)
+        ref_mass = ref_mass.masked_fill(~rows.negative_row, 0.0)
+        kl, ref_mass = loss, ref_mass.masked_fill(row.no_reference, math.nan)
+    return torch.cat((kl, mass, ref_mass, entropy), dim=-1).masked_fill(row.no_policy, math.nan)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tnt_kernels import _build_info
 from tnt_kernels.backends.call import RowCall
 
-_INTERFACE = 4  # of csrc/bind.cpp
+_INTERFACE = 5  # of csrc/bind.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 

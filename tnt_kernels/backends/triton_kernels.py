@@ -18,22 +18,27 @@ from tnt_kernels.backends.triton_math import (
     LOG_LIKELIHOOD,
     NEGATIVE_LIKELIHOOD,
     NONE,
+    NOTHING,
     REVERSE_KL,
     UNLIKELIHOOD,
-    VANISHING,
     Coefficients,
     ExpSum,
     Statistics,
     _log1p,
     _log_ratio,
+    _moved,
     _phi,
     _softplus,
     coefficients,
+    difference_of,
     empty_sum,
     forward_kl_element,
+    has_policy,
+    has_reference,
     log_odds,
     merge,
     reverse_kl_element,
+    share,
 )  # fmt: skip
 
 # What a launch does: see backends/call.py.
@@ -118,7 +123,7 @@ class Sums(NamedTuple):
 def _top(x):
     """The maximum, or 0 where there is nothing. That of +inf stays: its exponential is to be NaN."""
     top = tl.max(x, 0)
-    return tl.where(top > 0.5 * VANISHING, top, 0.0)
+    return tl.where(top == NOTHING, 0.0, top)
 
 
 @triton.jit
@@ -126,21 +131,21 @@ def _maxima(
     row, limit, PAIR: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Of the kept entries among the first ``limit`` columns; 0 where there is none."""
-    z_top = tl.full([BLOCK], VANISHING, tl.float32)
-    r_top = tl.full([BLOCK], VANISHING, tl.float32)
+    z_top = tl.full([BLOCK], NOTHING, tl.float32)
+    r_top = tl.full([BLOCK], NOTHING, tl.float32)
     position = _first_removed(row, False)
     for start in range(0, limit, BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = v < row.vocab
-        z = tl.load(row.z + v, mask=inside, other=VANISHING).to(tl.float32)
+        z = tl.load(row.z + v, mask=inside, other=NOTHING).to(tl.float32)
         if HAS_SET:
             removed, position = _removed(row, v, start, position, BLOCK, False, IDS)
-            z = tl.where(removed, VANISHING, z)
+            z = tl.where(removed, NOTHING, z)
         z_top = tl.maximum(z_top, z)
         if PAIR:
-            r = tl.load(row.r + v, mask=inside, other=VANISHING).to(tl.float32)
+            r = tl.load(row.r + v, mask=inside, other=NOTHING).to(tl.float32)
             if HAS_SET:
-                r = tl.where(removed, VANISHING, r)
+                r = tl.where(removed, NOTHING, r)
             r_top = tl.maximum(r_top, r)
     return _top(z_top), _top(r_top)
 
@@ -166,28 +171,29 @@ def _sums(
         zeros,
         zeros,
     )
-    centre = z_max - r_max
+    difference = difference_of(z_max, r_max)
     ratio = tl.exp(-log_ratio)
     position = _first_removed(row, False)
     for start in tl.range(0, limit, BLOCK, num_stages=STAGES):
         v = start + tl.arange(0, BLOCK)
         inside = v < row.vocab
-        z = tl.load(row.z + v, mask=inside, other=VANISHING).to(tl.float32)
+        z = tl.load(row.z + v, mask=inside, other=NOTHING).to(tl.float32)
         if TOTAL:
             total += tl.where(inside & (v != row.set_label), (z - z_max) * row.inverse_t, 0.0)
         if HAS_SET:
             removed, position = _removed(row, v, start, position, BLOCK, False, IDS)
-            z = tl.where(removed, VANISHING, z)
+            z = tl.where(removed, NOTHING, z)
         p = tl.exp2((z - z_max) * row.scale)
         z_sum += p
         if ENTROPY:
             z_moment += tl.where(p == 0.0, 0.0, p * ((z - z_max) * row.inverse_t))
         if PAIR:
-            r = tl.load(row.r + v, mask=inside, other=VANISHING).to(tl.float32)
+            r = tl.load(row.r + v, mask=inside, other=NOTHING).to(tl.float32)
             if HAS_SET:
-                r = tl.where(removed, VANISHING, r)
+                r = tl.where(removed, NOTHING, r)
             q = tl.exp2((r - r_max) * row.scale)
-            x = (z - r - centre) * row.inverse_t
+            x = (z - difference.z_ref) - (r - difference.r_ref) - difference.centre
+            x *= row.inverse_t
             if HAS_SET:
                 left = v == row.partial
                 q = tl.where(left, q * tl.exp(row.log_kappa), q)
@@ -214,13 +220,13 @@ def _sums(
         r_total = tl.sum(r_sum, 0)
         reference = ExpSum(r_max, r_total, 0.0 * r_max)
         good = good & (r_total > 1e-10) & (r_total < 1e30)
-        kl_moment = tl.sum(moment, 0)
+        kl_moment = tl.sum(moment, 0) - z_total * (difference.excess * row.inverse_t)
         if WITH_LOSS:
             log_error = _log1p(tl.sum(excess, 0) / r_total)
             loss_sum = tl.sum(loss, 0)
             good = good & (tl.abs(log_error) < 0.5)
     statistics = Statistics(
-        policy, reference, empty_sum(), empty_sum(), kl_moment, centre, tl.sum(total, 0)
+        policy, reference, empty_sum(), empty_sum(), kl_moment, tl.sum(total, 0)
     )
     return Sums(statistics, loss_sum, log_error, good)
 
@@ -242,20 +248,20 @@ def _set_chunk(row, at):
 @triton.jit
 def _set_sum(row, x_row, IDS: tl.constexpr):
     """Over the set's entries of z or r, gathered: the first pass has just read them."""
-    own = tl.load(x_row + row.set_label, mask=row.set_label >= 0, other=VANISHING).to(tl.float32)
+    own = tl.load(x_row + row.set_label, mask=row.set_label >= 0, other=NOTHING).to(tl.float32)
     top = own
     if IDS != NO_IDS:
         for at in range(0, row.count, GATHER):
             columns, _, here = _set_chunk(row, at)
-            x = tl.load(x_row + columns, mask=here, other=VANISHING).to(tl.float32)
+            x = tl.load(x_row + columns, mask=here, other=NOTHING).to(tl.float32)
             top = tl.maximum(top, tl.max(x, 0))
-    top = tl.where(top > 0.5 * VANISHING, top, 0.0)
+    top = tl.where(top == NOTHING, 0.0, top)
     total = tl.where(row.set_label >= 0, tl.exp2((own - top) * row.scale), 0.0)
     moment = tl.where(total == 0.0, 0.0, total * ((own - top) * row.inverse_t))
     if IDS != NO_IDS:
         for at in range(0, row.count, GATHER):
             columns, _, here = _set_chunk(row, at)
-            x = tl.load(x_row + columns, mask=here, other=VANISHING).to(tl.float32) - top
+            x = tl.load(x_row + columns, mask=here, other=NOTHING).to(tl.float32) - top
             weight = tl.exp2(x * row.scale)
             total += tl.sum(weight, 0)
             moment += tl.sum(tl.where(weight == 0.0, 0.0, weight * (x * row.inverse_t)), 0)
@@ -265,12 +271,12 @@ def _set_sum(row, x_row, IDS: tl.constexpr):
 @triton.jit
 def _set_loss(row, c, nl_floor, LOSS: tl.constexpr, IDS: tl.constexpr):
     """Over the set's entries: the reverse KL's elements, or NL's Σ max(log p_s, floor); and NL's active tokens."""
-    own = tl.load(row.z + row.set_label, mask=row.set_label >= 0, other=VANISHING).to(tl.float32)
+    own = tl.load(row.z + row.set_label, mask=row.set_label >= 0, other=NOTHING).to(tl.float32)
     loss, active = _set_elements(own, row.set_label >= 0, row, c, nl_floor, LOSS)
     if IDS != NO_IDS:
         for at in range(0, row.count, GATHER):
             columns, _, here = _set_chunk(row, at)
-            z = tl.load(row.z + columns, mask=here, other=VANISHING).to(tl.float32)
+            z = tl.load(row.z + columns, mask=here, other=NOTHING).to(tl.float32)
             losses, actives = _set_elements(z, here, row, c, nl_floor, LOSS)
             loss += tl.sum(losses, 0)
             active += tl.sum(actives, 0)
@@ -301,27 +307,29 @@ def _second_pass(
 ):  # fmt: skip
     """The gradient times ``scale``; returns Σ of the KL's elements."""
     losses = tl.zeros([BLOCK], tl.float32)
+    difference = difference_of(c.kept_max, c.reference_max)
     position = _first_removed(row, True)
     tiles = tl.cdiv(row.vocab, BLOCK)
     for k in tl.range(0, tiles, num_stages=STAGES):
         start = (tiles - 1 - k) * BLOCK
         v = start + tl.arange(0, BLOCK)
         inside = v < row.vocab
-        z = tl.load(row.z + v, mask=inside, other=VANISHING, eviction_policy="evict_first").to(
+        z = tl.load(row.z + v, mask=inside, other=NOTHING, eviction_policy="evict_first").to(
             tl.float32
         )
         if HAS_SET:
             removed, position = _removed(row, v, start, position, BLOCK, True, IDS)
         if LOSS == FORWARD_KL or LOSS == REVERSE_KL:
-            r = tl.load(row.r + v, mask=inside, other=VANISHING, eviction_policy="evict_first").to(
+            r = tl.load(row.r + v, mask=inside, other=NOTHING, eviction_policy="evict_first").to(
                 tl.float32
             )
             if HAS_SET:
-                r = tl.where(removed, VANISHING, r)
+                r = tl.where(removed, NOTHING, r)
             log_weight = (z - c.policy_max) * row.inverse_t
             p = tl.exp2((z - c.policy_max) * row.scale) * c.policy_inverse
             q = tl.exp2((r - c.reference_max) * row.scale) * c.reference_inverse
-            x = (z - r - c.centre) * row.inverse_t
+            x = (z - difference.z_ref) - (r - difference.r_ref) - difference.centre
+            x *= row.inverse_t
             if HAS_SET:
                 left = v == row.partial
                 q = tl.where(left, q * tl.exp(row.log_kappa), q)
@@ -388,7 +396,7 @@ def _local_statistics(
     MOMENT: tl.constexpr = LOSS == REVERSE_KL and not UNIFORM
     TOTAL: tl.constexpr = LOSS == LOG_LIKELIHOOD and UNIFORM
     z_max, z_sum, z_moment, r_max, r_sum = 0.0, 0.0, 0.0, 0.0, 0.0
-    kl_moment, centre, total, kl = 0.0, 0.0, 0.0, 0.0
+    kl_moment, total, kl = 0.0, 0.0, 0.0
     look = tl.minimum(row.vocab, BLOCK)
     again = row.vocab > 0
     while again:
@@ -406,12 +414,14 @@ def _local_statistics(
         )  # fmt: skip
         s = sums.statistics
         z_sum, z_moment, r_sum = s.policy.sum, s.policy.moment, s.reference.sum
-        kl_moment, centre, total = s.kl_moment, s.centre, s.policy_total
+        kl_moment, total = s.kl_moment, s.policy_total
         if WITH_LOSS:
+            # There is no estimate to correct where no kept entry has any p.
+            log_error = tl.where(tl.abs(sums.log_error) < 1.0, sums.log_error, 0.0)
             if LOSS == REVERSE_KL:
-                kl = sums.loss / (z_sum * tl.exp(-log_ratio)) - _phi(-sums.log_error)
+                kl = sums.loss / (z_sum * tl.exp(-log_ratio)) - _phi(-log_error)
             else:
-                kl = sums.loss / r_sum - _phi(sums.log_error)
+                kl = sums.loss / r_sum - _phi(log_error)
             kl = tl.where(kl < 0.0, 0.0, kl)
         again = (look < row.vocab) & (sums.good == 0)
         look = row.vocab
@@ -425,17 +435,17 @@ def _local_statistics(
             reference_set = _set_sum(
                 row, row.r, IDS
             )  # for its diagnostics, and because NaN in there counts
-    return Statistics(policy, reference, policy_set, reference_set, kl_moment, centre, total), kl
+    return Statistics(policy, reference, policy_set, reference_set, kl_moment, total), kl
 
 
 @triton.jit
 def _merged_sum(at, distance, slot, inside, scale, inverse_t):
     """An ExpSum of all shards."""
-    top = tl.load(at + distance + slot, mask=inside, other=VANISHING)
+    top = tl.load(at + distance + slot, mask=inside, other=NOTHING)
     total = tl.load(at + distance + slot + 1, mask=inside, other=0.0)
     moment = tl.load(at + distance + slot + 2, mask=inside, other=0.0)
-    merged = tl.max(tl.where(total == 0.0, VANISHING, top), 0)
-    merged = tl.where(merged > 0.5 * VANISHING, merged, 0.0)
+    merged = tl.max(tl.where(total == 0.0, NOTHING, top), 0)
+    merged = tl.where(merged == NOTHING, 0.0, merged)
     factor = tl.where(total == 0.0, 0.0, tl.exp2((top - merged) * scale))
     moment = tl.where(factor == 0.0, 0.0, factor * (moment + total * ((top - merged) * inverse_t)))
     return ExpSum(merged, tl.sum(factor * total, 0), tl.sum(moment, 0)), top, total, factor
@@ -448,25 +458,21 @@ def _gathered_statistics(gathered, stride, shards, scale, inverse_t, SHARDS: tl.
     inside = shard < shards
     distance = shard.to(tl.int64) * stride
     policy, top, total, factor = _merged_sum(gathered, distance, 0, inside, scale, inverse_t)
-    reference, _, _, _ = _merged_sum(gathered, distance, 3, inside, scale, 0.0)
+    reference, r_top, _, _ = _merged_sum(gathered, distance, 3, inside, scale, 0.0)
     policy_set, _, _, _ = _merged_sum(gathered, distance, 6, inside, scale, inverse_t)
     reference_set, _, _, _ = _merged_sum(gathered, distance, 9, inside, scale, 0.0)
-    centres = tl.load(gathered + distance + 13, mask=inside, other=0.0)
-    centre = tl.max(tl.where(inside & (total != 0.0), centres, VANISHING), 0)
-    centre = tl.where(centre > 0.5 * VANISHING, centre, 0.0)
     moments = tl.load(gathered + distance + 12, mask=inside, other=0.0)
-    moments = tl.where(
-        factor == 0.0, 0.0, factor * (moments + total * ((centres - centre) * inverse_t))
-    )
-    kept = tl.load(gathered + distance + 15, mask=inside, other=0.0)
-    totals = tl.load(gathered + distance + 14, mask=inside, other=0.0)
+    x = _moved(top, policy.max, r_top, reference.max) * inverse_t
+    moments = tl.where(factor == 0.0, 0.0, factor * (moments + total * x))
+    kept = tl.load(gathered + distance + 14, mask=inside, other=0.0)
+    totals = tl.load(gathered + distance + 13, mask=inside, other=0.0)
     totals = tl.where(kept == 0.0, 0.0, totals + kept * ((top - policy.max) * inverse_t))
     z_label = tl.sum(tl.load(gathered + distance + 5, mask=inside, other=0.0), 0)
     r_label = tl.sum(tl.load(gathered + distance + 11, mask=inside, other=0.0), 0)
     reference = ExpSum(reference.max, reference.sum, 0.0)
     reference_set = ExpSum(reference_set.max, reference_set.sum, 0.0)
     merged = Statistics(
-        policy, reference, policy_set, reference_set, tl.sum(moments, 0), centre, tl.sum(totals, 0)
+        policy, reference, policy_set, reference_set, tl.sum(moments, 0), tl.sum(totals, 0)
     )
     return merged, z_label, r_label
 
@@ -487,9 +493,8 @@ def _pack(to, s, z_label, r_label, kept):
     tl.store(to + 10, s.reference_set.sum)
     tl.store(to + 11, r_label)
     tl.store(to + 12, s.kl_moment)
-    tl.store(to + 13, s.centre)
-    tl.store(to + 14, s.policy_total)
-    tl.store(to + 15, kept)
+    tl.store(to + 13, s.policy_total)
+    tl.store(to + 14, kept)
 
 
 @triton.jit
@@ -499,7 +504,7 @@ def _known(c, loss, active, scale, LOSS: tl.constexpr):
     if LOSS == NEGATIVE_LIKELIHOOD:
         weight, set_value = c.weight * active, active
     return Coefficients(
-        c.policy_max, c.policy_inverse, c.policy_log_sum, c.reference_max, c.reference_inverse, c.centre, c.offset,
+        c.policy_max, c.policy_inverse, c.policy_log_sum, c.reference_max, c.reference_inverse, c.offset,
         c.kl_centre, c.set_offset, c.set_centre, set_value, c.kept_max, weight, c.bias, loss, scale,
     )  # fmt: skip
 
@@ -511,17 +516,16 @@ def _save(to, c):
     tl.store(to + 2, c.policy_log_sum)
     tl.store(to + 3, c.reference_max)
     tl.store(to + 4, c.reference_inverse)
-    tl.store(to + 5, c.centre)
-    tl.store(to + 6, c.offset)
-    tl.store(to + 7, c.kl_centre)
-    tl.store(to + 8, c.set_offset)
-    tl.store(to + 9, c.set_centre)
-    tl.store(to + 10, c.set_value)
-    tl.store(to + 11, c.kept_max)
-    tl.store(to + 12, c.weight)
-    tl.store(to + 13, c.bias)
-    tl.store(to + 14, c.loss)
-    tl.store(to + 15, c.scale)
+    tl.store(to + 5, c.offset)
+    tl.store(to + 6, c.kl_centre)
+    tl.store(to + 7, c.set_offset)
+    tl.store(to + 8, c.set_centre)
+    tl.store(to + 9, c.set_value)
+    tl.store(to + 10, c.kept_max)
+    tl.store(to + 11, c.weight)
+    tl.store(to + 12, c.bias)
+    tl.store(to + 13, c.loss)
+    tl.store(to + 14, c.scale)
 
 
 @triton.jit
@@ -529,7 +533,7 @@ def _saved(at):
     return Coefficients(
         tl.load(at + 0), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11),
-        tl.load(at + 12), tl.load(at + 13), tl.load(at + 14), tl.load(at + 15),
+        tl.load(at + 12), tl.load(at + 13), tl.load(at + 14),
     )  # fmt: skip
 
 
@@ -549,17 +553,17 @@ def _diagnose(
     PAIR: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """RowStats: loss, kl, negative mass, reference's negative mass, entropy."""
+    """RowStats: loss, kl, negative mass, reference's negative mass, entropy; those of csrc/row_math.h, ``diagnose``."""
     nan = float("nan")
     every = merge(s.policy, s.policy_set, row.scale, row.inverse_t)
     entropy = c.policy_log_sum - every.moment / every.sum
-    mass = 0.0 * entropy
-    ref_mass = mass + nan
-    if PAIR:
-        ref_mass = mass
+    mass = tl.full([], 0.0, tl.float32)
+    ref_mass, kl = mass + nan, mass + nan
     if NEGATIVE:
-        mass = s.policy_set.sum * tl.exp2((s.policy_set.max - every.max) * row.scale) / every.sum
-        if PAIR:  # p° itself: without κ on a y that stays in part
+        mass = share(s.policy_set, every, row.scale)
+    if PAIR:
+        kl, ref_mass = loss, mass * 0.0
+        if NEGATIVE:  # q itself: without κ on a y that stays in part
             at_label = ExpSum(r_label, tl.where(partial & (r_label > -float("inf")), 1.0, 0.0), 0.0)
             without = ExpSum(r_label, at_label.sum * -(tl.exp(row.log_kappa) - 1.0), 0.0)
             label_mass = tl.exp2((z_label - c.policy_max) * row.scale) * c.policy_inverse
@@ -568,18 +572,15 @@ def _diagnose(
             everything = merge(
                 merge(s.reference, s.reference_set, row.scale, 0.0), without, row.scale, 0.0
             )
-            ref_mass = (
-                marked.sum * tl.exp2((marked.max - everything.max) * row.scale) / everything.sum
-            )
-    kl = mass * 0.0 + nan
-    if PAIR:
-        kl = loss
+            ref_mass = share(marked, everything, row.scale)
+        ref_mass = tl.where(has_reference(s), ref_mass, nan)
+    none = invalid | (has_policy(s) == 0)
     at = stats + index
     tl.store(at, loss)
-    tl.store(at + rows, tl.where(invalid, nan, kl))
-    tl.store(at + 2 * rows, tl.where(invalid, nan, mass))
-    tl.store(at + 3 * rows, tl.where(invalid, nan, ref_mass))
-    tl.store(at + 4 * rows, tl.where(invalid, nan, entropy))
+    tl.store(at + rows, tl.where(none, nan, kl))
+    tl.store(at + 2 * rows, tl.where(none, nan, mass))
+    tl.store(at + 3 * rows, tl.where(none, nan, ref_mass))
+    tl.store(at + 4 * rows, tl.where(none, nan, entropy))
 
 
 # ------------------------------------------------------------------------------------------------------------ a row
@@ -635,12 +636,12 @@ def _run(
         if GRADIENT:
             _fill(row, tl.where(invalid, float("nan"), 0.0), BLOCK)
         if saved is not None:
-            tl.store(saved + index * 16 + 15, 0.0)
+            tl.store(saved + index * 16 + 14, 0.0)
     else:
         z_label, r_label = 0.0, 0.0
         if CALL == PARTS or CALL == FINISH:
             s, z_label, r_label = _gathered_statistics(
-                gathered + index * 16, gathered_stride, shards, row.scale, row.inverse_t, SHARDS
+                gathered + index * 15, gathered_stride, shards, row.scale, row.inverse_t, SHARDS
             )
             kl = 0.0
         else:
@@ -658,7 +659,7 @@ def _run(
             here = ids_here
             if HAS_SET:
                 here += tl.where(row.set_label >= 0, 1.0, 0.0)
-            _pack(statistics + index * 16, s, z_label, r_label, row.vocab - here)
+            _pack(statistics + index * 15, s, z_label, r_label, row.vocab - here)
         else:
             c = coefficients(s, row.scale, row.inverse_t, eps, set_size, vocab_size, LOSS, UNIFORM)
             loss, active, part = c.loss, set_size, 0.0
@@ -750,8 +751,6 @@ def _run(
             if LOSS == REVERSE_KL or LOSS == UNLIKELIHOOD:
                 lost = lost | (loss == float("inf"))
             if CALL == PARTS:
-                if PAIR:
-                    lost = lost | (c.offset != c.offset)
                 if LOSS == REVERSE_KL and not UNIFORM:
                     lost = (
                         lost | (tl.abs(c.kl_centre) == float("inf")) | (c.kl_centre != c.kl_centre)
@@ -840,7 +839,7 @@ def row_kernel(
             tl.store(losses + index, 0.0)
         if saved is not None:
             if CALL != BACKWARD:
-                tl.store(saved + index * 16 + 15, 0.0)
+                tl.store(saved + index * 16 + 14, 0.0)
         if parts is not None:
             tl.store(parts + index * 2, 0.0)
             tl.store(parts + index * 2 + 1, 0.0)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Stands in for logits of removed tokens and past the end of a row: its exponential is 0 next to any maximum, and its
-# difference to another such is finite.
-VANISHING = tl.constexpr(-1e30)
+# Stands in for logits of removed tokens and past the end of a row: a token without probability.
+NOTHING = tl.constexpr(-float("inf"))
+CLOSE = tl.constexpr(1.0)
 
 # The values of objectives.RowLoss.
 NONE = tl.constexpr(0)
@@ -62,11 +62,46 @@ def _phi(d):
     return y * d * d
 
 
+# ------------------------------------------------------------------------------ the difference of two rows' logits
+
+
+class Difference(NamedTuple):
+    """x_v = (z_v - z_ref) - (r_v - r_ref) - centre is (z_v - z_max) - (r_v - r_max) + excess. See csrc/row_math.h."""
+
+    z_ref: tl.tensor
+    r_ref: tl.tensor
+    centre: tl.tensor
+    excess: tl.tensor  # what rounding took from the centre
+
+
+@triton.jit
+def difference_of(z_max, r_max):
+    distance = z_max - r_max
+    close = tl.abs(distance) <= CLOSE
+    back = distance - z_max  # Knuth's TwoSum
+    lost = (z_max - (distance - back)) - (r_max + back)
+    return Difference(
+        tl.where(close, 0.0, z_max), tl.where(close, 0.0, r_max), tl.where(close, distance, 0.0),
+        tl.where(close, lost, 0.0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _moved(z_from, z_to, r_from, r_to):
+    """What z - r loses when its maxima move: 0 where both move alike."""
+    farthest = tl.maximum(tl.abs(z_from - r_from), tl.abs(z_to - r_to))
+    apart = (z_from - z_to) - (r_from - r_to)
+    return tl.where(farthest <= CLOSE, (z_from - r_from) - (z_to - r_to), apart)
+
+
 # ---------------------------------------------------------------------------------------------- 1. row statistics
 
 
 class ExpSum(NamedTuple):
-    """Σ e^{(x - max)/T}, and optionally Σ e^{(x - max)/T} (x - max)/T. ``max`` is near the maximum, and finite."""
+    """Σ e^{(x - max)/T}, and optionally Σ e^{(x - max)/T} (x - max)/T.
+
+    ``max`` is near the maximum, and finite. It says nothing where the sum is 0: there is no entry, or none but -inf.
+    """
 
     max: tl.tensor
     sum: tl.tensor
@@ -78,8 +113,8 @@ class Statistics(NamedTuple):
     reference: ExpSum  # r over the same entries, with κ
     policy_set: ExpSum  # z over the set
     reference_set: ExpSum  # r over the set (diagnostics only)
-    kl_moment: tl.tensor  # Σ e^{(z - max)/T} ((z - r - centre)/T - log κ), over the kept entries
-    centre: tl.tensor  # near max z - max r
+    # Σ e^{(z - max)/T} (((z - max) - (r - reference's max))/T - log κ), over the kept entries
+    kl_moment: tl.tensor
     policy_total: tl.tensor  # Σ (z - max)/T over the kept entries, for uniformly smoothed LL
 
 
@@ -109,16 +144,43 @@ def merge(a, b, scale, inverse_t):
 
 
 @triton.jit
+def share(part, whole, scale):
+    """Of a part in the whole."""
+    found = part.sum * tl.exp2((part.max - whole.max) * scale) / whole.sum
+    return tl.where((part.sum == 0.0) & (whole.sum > 0.0), 0.0, found)
+
+
+@triton.jit
 def empty_sum():
     zero = tl.full([], 0.0, tl.float32)
-    return ExpSum(tl.full([], VANISHING, tl.float32), zero, zero)
+    return ExpSum(zero, zero, zero)
+
+
+@triton.jit
+def has_policy(s):
+    return s.policy.sum + s.policy_set.sum > 0.0
+
+
+@triton.jit
+def has_reference(s):
+    return s.reference.sum + s.reference_set.sum > 0.0
+
+
+@triton.jit
+def is_undefined(s, LOSS: tl.constexpr):
+    """The rule of csrc/row_math.h: where a distribution that the loss needs does not exist."""
+    undefined = has_policy(s) == 0
+    if LOSS == FORWARD_KL or LOSS == REVERSE_KL:
+        undefined = undefined | (has_reference(s) == 0) | (s.reference.sum == 0.0)
+    return undefined
 
 
 # -------------------------------------------------------------------------------------------- 2. row coefficients
 
 
 class Coefficients(NamedTuple):
-    """p_v = 2^((z_v - policy_max) scale) policy_inverse, q*_v likewise; d_v = (z_v - r_v - centre)/T + offset.
+    """p_v = 2^((z_v - policy_max) scale) policy_inverse, q*_v likewise; d_v = x_v/T + offset, x_v by
+    ``difference_of(kept_max, reference_max)``.
 
     LL, UL and NL outside the set: gradient = weight 2^((z_v - kept_max) scale) + bias.
     """
@@ -128,9 +190,8 @@ class Coefficients(NamedTuple):
     policy_log_sum: tl.tensor
     reference_max: tl.tensor
     reference_inverse: tl.tensor
-    centre: tl.tensor
     offset: tl.tensor
-    kl_centre: tl.tensor  # reverse KL: gradient p_v (x_v - kl_centre), x_v = d_v - offset
+    kl_centre: tl.tensor  # reverse KL: gradient p_v (d_v - offset - kl_centre)
     set_offset: tl.tensor  # reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
     set_centre: tl.tensor  # gradient p_s ((z_s - policy_max)/T - set_centre)
     set_value: (
@@ -146,60 +207,57 @@ class Coefficients(NamedTuple):
 @triton.jit
 def log_odds(s, inverse_t):
     """Of the set against the rest: right for p(S) near 0 and near 1."""
-    return (
-        (s.policy_set.max - s.policy.max) * inverse_t
-        + tl.log(s.policy_set.sum)
-        - tl.log(s.policy.sum)
-    )
+    odds = (s.policy_set.max - s.policy.max) * inverse_t
+    odds += tl.log(s.policy_set.sum) - tl.log(s.policy.sum)
+    odds = tl.where(s.policy.sum == 0.0, float("inf"), odds)
+    return tl.where(s.policy_set.sum == 0.0, -float("inf"), odds)
 
 
 @triton.jit
 def coefficients(
     s, scale, inverse_t, eps, removed_count, vocab_size, LOSS: tl.constexpr, UNIFORM: tl.constexpr
 ):
-    zero = 0.0 * s.centre
+    zero = tl.full([], 0.0, tl.float32)
     every = merge(s.policy, s.policy_set, scale, inverse_t)
-    shift = tl.exp2((s.policy.max - every.max) * scale)
+    kept_max = tl.where(s.policy.sum == 0.0, every.max, s.policy.max)
+    shift = tl.exp2((kept_max - every.max) * scale)
     kept_inverse = shift / every.sum  # p_v = 2^((z_v - kept max) scale) * this
-    removed = s.policy_set.sum * tl.exp2((s.policy_set.max - every.max) * scale) / every.sum
+    removed = share(s.policy_set, every, scale)
     log_sum = tl.log(every.sum)
     odds = log_odds(s, inverse_t)
     q_inverse, offset, kl_centre, set_offset, set_centre = zero, zero, zero, zero, zero
-    set_value, weight, bias, loss = zero, zero, zero, zero
+    set_value, weight, bias = zero, zero, zero
+    loss = zero
+    if LOSS != NONE:
+        loss = tl.where(is_undefined(s, LOSS), float("nan"), zero)
     if LOSS == LOG_LIKELIHOOD:  # -log p_y = softplus(-log odds of y)
-        loss = _softplus(-odds)
+        log_p_label = -_softplus(-odds)
+        loss -= log_p_label
         weight = kept_inverse
         set_value = -s.policy.sum * kept_inverse  # p_y - 1 without the subtraction
         if UNIFORM:  # cross-entropy against the one-hot label, smoothed
             norm = 1.0 / (1.0 + vocab_size * eps)
             log_p = (
                 s.policy_total
-                - (vocab_size - 1) * (log_sum + (every.max - s.policy.max) * inverse_t)
-                - loss
+                - (vocab_size - 1) * (log_sum + (every.max - kept_max) * inverse_t)
+                + log_p_label
             )
             loss = (loss - eps * log_p) * norm
             bias = -eps * norm
             set_value += (vocab_size - 1) * eps * norm
     elif LOSS == UNLIKELIHOOD:  # -log(1 - p(S)); outside S the gradient is -p(S) p_v / (1 - p(S))
-        loss = _softplus(odds)
+        loss += _softplus(odds)
         weight = -removed / s.policy.sum
     elif (
         LOSS == NEGATIVE_LIKELIHOOD
     ):  # outside S the gradient is -n p_v; n and the loss come from the set
         weight = -kept_inverse
     elif LOSS == FORWARD_KL or LOSS == REVERSE_KL:
-        # Nothing is left, so there is no target; or the reference is broken where it does not count.
-        no_target = (s.reference.sum == 0.0) | (s.reference_set.sum != s.reference_set.sum)
-        loss = tl.where(no_target, float("nan"), zero)
         q_inverse = 1.0 / s.reference.sum
-        # What rounding took from the centre (Knuth's TwoSum); then log Σ_r - log Σ_z and log P(kept).
-        difference = s.policy.max - s.reference.max
-        back = difference - s.policy.max
-        lost = (s.policy.max - (difference - back)) - (s.reference.max + back)
-        offset = (
-            _log_ratio(s.reference.sum, s.policy.sum) + ((s.centre - difference) - lost) * inverse_t
-        )
-        offset -= _softplus(odds)
+        # log Σ_r - log Σ_z and log P(kept). Where no kept entry has any p, d is -inf whatever is added to it.
+        excess = difference_of(s.policy.max, s.reference.max).excess * inverse_t
+        offset = _log_ratio(s.reference.sum, s.policy.sum) - excess - _softplus(odds)
+        offset = tl.where(s.policy.sum == 0.0, 0.0, offset)
         if LOSS == REVERSE_KL and not UNIFORM:
             log_norm = _log1p(eps * removed_count)
             set_value = eps / (1.0 + eps * removed_count)
@@ -207,21 +265,21 @@ def coefficients(
             offset += log_norm
             set_offset = log_norm - tl.log(eps) - log_sum
             # d - KL = (d - M) + p(other group) (M - M of the other group), M the mean of d over the entry's own group.
-            kl_centre = s.kl_moment / s.policy.sum
+            kl_centre = tl.where(s.policy.sum == 0.0, 0.0, s.kl_moment / s.policy.sum + excess)
             if removed > 0.0:
                 kept = s.policy.sum * kept_inverse
                 set_centre = (
                     s.policy_set.moment / s.policy_set.sum
                     + (s.policy_set.max - every.max) * inverse_t
                 )
-                excess = kl_centre + offset - (set_centre + set_offset)
-                set_centre += tl.where(kept > 0.0, kept * excess, 0.0)
-                kl_centre -= removed * excess
+                gap = kl_centre + offset - (set_centre + set_offset)
+                set_centre += tl.where(kept > 0.0, kept * gap, 0.0)
+                kl_centre -= tl.where(kept > 0.0, removed * gap, 0.0)
         elif LOSS == FORWARD_KL and not UNIFORM:
             loss += removed  # q* is 0 there, so each of them gives p_s
     return Coefficients(
-        every.max, 1.0 / every.sum, log_sum, s.reference.max, q_inverse, s.centre, offset, kl_centre,
-        set_offset, set_centre, set_value, s.policy.max, weight, bias, loss, zero,
+        every.max, 1.0 / every.sum, log_sum, s.reference.max, q_inverse, offset, kl_centre,
+        set_offset, set_centre, set_value, kept_max, weight, bias, loss, zero,
     )  # fmt: skip
 
 

@@ -1,0 +1,174 @@
+"""Rows on which backends have been wrong: finite masks, one side shifted against the other, logits that are none.
+
+``KNOWN`` holds their values, worked out by hand. ``masks``, ``shifts`` and ``broken`` are batches for the oracle.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from oracle import BF16, F16, F32, F64, INF, NAN, OBJECTIVES, Batch, Result, mixed_batch, truth
+
+import tnt_kernels as tnt
+
+KLS = ("forward_kl", "reverse_kl")
+REAL = {F16: F32, BF16: F32, F32: F32, F64: F64}
+
+
+class Known(NamedTuple):
+    name: str
+    batch: Batch  # one row
+    loss: float
+    gradient: list[float]
+    stats: tuple[float, float, float]  # p(S), q(S), the entropy of p
+
+
+def _row(
+    z: list[float], r: list[float], label: int, w: float, method: str, dtype: torch.dtype
+) -> Batch:
+    logits, ref_logits = (torch.tensor([x], dtype=F64).to(dtype) for x in (z, r))
+    weights = torch.tensor([w], dtype=REAL[dtype])
+    return Batch(logits, ref_logits, torch.tensor([label]), weights, {"method": method})
+
+
+def known(dtype: torch.dtype) -> Iterator[Known]:
+    lowest = torch.finfo(dtype).min
+    log_eps, log_2 = -math.log(1e-6) + math.log1p(1e-6), math.log(2)
+    for mask in (-6e4, lowest) if dtype == F16 else (-1e30, lowest):
+        # All of p lies on the removed token, and the others are further down than float32 can tell.
+        row = [0.0, mask, mask]
+        yield Known(
+            f"a mask of {mask:g}, reverse KL",
+            _row(row, row, 0, -1.0, "tnrr", dtype),
+            log_eps, [0.0, 0.0, 0.0], (1.0, 1.0, 0.0),
+        )  # fmt: skip
+        depth = -float(torch.tensor(mask, dtype=dtype))
+        yield Known(
+            f"a mask of {mask:g}, forward KL",
+            _row(row, row, 0, -1.0, "tnff", dtype),
+            depth - log_2, [1.0, -0.5, -0.5], (1.0, 1.0, 0.0),
+        )  # fmt: skip
+        yield Known(
+            f"all of {mask:g}",
+            _row([mask] * 3, [mask] * 3, 0, 1.0, "tnfr", dtype),
+            0.0, [0.0, 0.0, 0.0], (0.0, 0.0, math.log(3)),
+        )  # fmt: skip
+        yield Known(
+            f"a padded vocabulary of {mask:g}",
+            _row([0.0, 0.0, mask], [0.0, 0.0, mask], 1, -1.0, "tnff", dtype),
+            log_2, [-0.5, 0.5, 0.0], (0.5, 0.5, log_2),
+        )  # fmt: skip
+    p = torch.tensor([0.0, 1.0, -2.0], dtype=F64).softmax(-1)
+    entropy = float(-(p * p.log()).sum())
+    c = 6e4 if dtype == F16 else 2.0**27
+    yield Known(
+        "a shifted reference, forward KL",
+        _row([0.0, 1.0, -2.0], [c, c, 0.0], 0, 1.0, "tnff", dtype),
+        float(-(p[:2].log().sum() / 2) - log_2),
+        [float(p[0]) - 0.5, float(p[1]) - 0.5, float(p[2])], (0.0, 0.0, entropy),
+    )  # fmt: skip
+    c = float(torch.tensor(6e4 if dtype == F16 else 3e38, dtype=dtype))
+    loss = float(p[2]) * c - entropy + float(p[0] + p[1]) * log_2 + float(p[2]) * log_2
+    yield Known(
+        "a shifted reference, reverse KL",
+        _row([0.0, 1.0, -2.0], [c, c, 0.0], 0, 1.0, "tnrr", dtype),
+        loss,
+        [float(p[0] * (p[0].log() + log_2 - loss)), float(p[1] * (p[1].log() + log_2 - loss)),
+         float(p[2] * (p[2].log() + log_2 + c - loss))], (0.0, 0.0, entropy),
+    )  # fmt: skip
+    p = torch.tensor([0.0, 1.0, 2.0], dtype=F64).softmax(-1)
+    entropy = float(-(p * p.log()).sum())
+    for bad, method in itertools.product((NAN, INF), ("tnff", "tnrr")):
+        yield Known(
+            f"a reference with {bad} at the removed token, {method}",
+            _row([0.0, 1.0, 2.0], [bad, 0.0, 1.0], 0, -1.0, method, dtype),
+            NAN, [NAN] * 3, (float(p[0]), NAN, entropy),
+        )  # fmt: skip
+
+
+def assert_known(run: Callable[[Batch], Result], dtype: torch.dtype, label: str = "") -> None:
+    """``run`` gives loss, gradient and statistics of a batch."""
+    for row in known(dtype):
+        result, where = run(row.batch), f"{label} {row.name}"
+        assert result.stats is not None
+
+        def close(actual: torch.Tensor, expected: object, tolerance: float, where: str) -> None:
+            expected = torch.tensor(expected, dtype=F64)
+            torch.testing.assert_close(
+                actual.double().reshape(expected.shape), expected, rtol=tolerance, atol=1e-6,
+                equal_nan=True, msg=lambda text: f"{where}: {text}",
+            )  # fmt: skip
+
+        rounding = {F32: 4e-6, F64: 1e-12}.get(dtype, 2 * torch.finfo(dtype).eps)
+        close(result.loss, row.loss, 1e-12 if dtype == F64 else 4e-6, where)
+        close(result.gradient, row.gradient, rounding, f"{where}, gradient")
+        stats = result.stats
+        close(stats.kl, row.loss, 4e-6, f"{where}, kl")
+        masses = torch.stack((stats.negative_mass, stats.ref_negative_mass, stats.entropy))
+        close(masses, row.stats, 4e-6, f"{where}, statistics")
+
+
+# --- for the oracle ---------------------------------------------------------------------------------------------------
+
+
+def _where(batch: Batch, rows: torch.Tensor) -> Batch:
+    ids = batch.options.get("negative_ids")
+    options = batch.options if ids is None else {**batch.options, "negative_ids": ids[rows]}
+    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
+    return Batch(*(None if x is None else x[rows] for x in tensors), options)
+
+
+def masks(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
+    """Finite masks in the policy, in the reference, in both, in both at different tokens; all but two tokens; a third
+    of them. Losses of nearly the largest number are left out."""
+    lowest = torch.finfo(dtype).min
+    generator = torch.Generator().manual_seed(7)
+    for mask, share in itertools.product((-6e4 if dtype == F16 else -1e30, lowest), (0.3, 1.0)):
+        plain = mixed_batch(vocab, dtype, rows=7, seed=3)
+        where = torch.rand(2, 7, vocab, generator=generator) < share
+        where[:, :, : vocab // 2 + 2 : vocab // 2 + 1] = False  # something is left
+        for policy, reference in ((0, None), (None, 0), (0, 0), (0, 1)):
+            z, r = plain.logits.clone(), plain.ref_logits.clone()
+            for x, at in ((z, policy), (r, reference)):
+                if at is not None:
+                    x[where[at]] = mask
+            for objective in OBJECTIVES[:4]:
+                batch = Batch(z, r, plain.labels, plain.weights, dict(plain.options))
+                batch = batch.with_options(method=objective)
+                sane = truth(batch).terms.loss.abs() < 1e28
+                if sane.any():
+                    yield _where(batch, sane)
+
+
+def shifts(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
+    """One side shifted against the other: next to the limit up to which z - r comes first, and by what leaves 16-bit
+    logits no digits but the shift's."""
+    for shift in (0.7, 15.0, 17.0, -300.0, 2.0**14, -(2.0**20), 2.0**27):
+        if dtype == F16 and abs(shift) > 3e4:
+            continue
+        batch = mixed_batch(vocab, dtype, rows=7, seed=5)
+        coarse = batch.ref_logits.double() + shift
+        for z, r in ((batch.logits, coarse.to(dtype)), (coarse.to(dtype), batch.logits)):
+            for kind in KLS:
+                shifted = Batch(z, r, batch.labels, batch.weights, dict(batch.options))
+                yield shifted.with_options(method=tnt.Objective(kind, kind))
+
+
+def broken(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
+    """NaN, +inf or a whole row of -inf, on either side, at a kept token, at one of the set, at the label."""
+    for side, bad in itertools.product(("logits", "ref_logits"), (NAN, INF, -INF)):
+        batch = mixed_batch(vocab, dtype, rows=7, seed=6)
+        x = getattr(batch, side)
+        if bad == -INF:
+            x[:4] = bad
+        else:
+            ids = batch.options["negative_ids"]
+            for row, column in ((0, 2), (1, int(ids[1, 0])), (2, int(batch.labels[2])),
+                                (3, int(batch.labels[3])), (5, int(batch.labels[5]))):  # fmt: skip
+                x[row, column] = bad
+        for objective in OBJECTIVES:
+            yield batch.with_options(method=objective)
