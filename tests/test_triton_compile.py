@@ -171,3 +171,23 @@ def test_no_spills(
     record_property("resources", f"{architecture} {variant}: {used}")  # conftest.py prints them
     assert used["stack"] == 0
     assert used["spills"] == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "variant", [Variant(method="nl+ll"), Variant(method="tnrf", ids=1)], ids=str
+)
+def test_no_warp_overwrites_what_another_is_yet_to_read(
+    architecture: str, variant: Variant
+) -> None:
+    """In place, a row's set is read where the gradient will be: a barrier comes before the pass that writes it."""
+    lines = compiled(architecture, variant).asm["ttgir"].splitlines()
+    scalars = re.compile(r"tt\.load .*: !tt\.ptr<bf16>")  # of one token, by every warp for itself
+    reads = [i for i, line in enumerate(lines) if scalars.search(line)]
+    barriers = [i for i, line in enumerate(lines) if re.search(r"\b(ttg|gpu)\.barrier\b", line)]
+    writes = [i for i, line in enumerate(lines) if "tt.store" in line and "%stored" in line]
+    assert reads
+    assert len(writes) == 2  # a pass for positive rows, one for negative ones
+    for read in reads:
+        write = next(i for i in writes if i > read)
+        assert any(read < i < write for i in barriers), lines[read]

@@ -306,6 +306,9 @@ def _second_pass(
     IDS: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient times ``scale``; returns Σ of the KL's elements."""
+    if WRITE:
+        # The gradient may lie where the logits do: no warp writes before all have read what they gather of the row.
+        tl.debug_barrier()
     losses = tl.zeros([BLOCK], tl.float32)
     difference = difference_of(c.kept_max, c.reference_max)
     position = _first_removed(row, True)
