@@ -12,10 +12,11 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip --quiet
 
-.PHONY: help test demo bench lint format sanitize clean
+.PHONY: help test fuzz demo bench lint format sanitize clean
 
 help:
 	@echo 'make test      install everything, run the tests'
+	@echo 'make fuzz      20,000 random calls against the oracle (make fuzz SEED=7 CALLS=20000: others, or more)'
 	@echo 'make demo      train a model towards its own minimal targeted update'
 	@echo 'make bench     measure speed and memory against what people use now (8 minutes or so, on a quiet machine)'
 	@echo 'make lint      ruff, mypy, clang-format: check'
@@ -28,6 +29,12 @@ TESTED := $(VENV)/with-test,hf,demo,bench
 test: $(TESTED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_triton.py
+
+# A failing call prints the line that repeats it. linear_tnt_loss gets three calls for every twenty of tnt_loss.
+SEED ?= 1
+CALLS ?= 20000
+fuzz: $(TESTED)
+	TNT_FUZZ_SEED=$(SEED) TNT_FUZZ_CALLS=$(CALLS) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_fuzz.py $(ARGS)
 
 demo: $(VENV)/with-demo
 	$(BIN)/python -m tnt_kernels demo $(ARGS)

@@ -11,6 +11,7 @@ import hard_rows
 import pytest
 import torch
 from cuda_model import MUTATIONS, SCHEDULES, build, installed
+from fuzz import SmallCall
 from oracle import (
     BF16,
     F16,
@@ -72,6 +73,15 @@ def test_every_loss(model: ModuleType, machine: str, dtype: torch.dtype) -> None
                     method=objective, smoothing=smoothing
                 )
                 check(batch, f"V={vocab} {smoothing}")
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_random_calls(model: ModuleType, machine: str) -> None:
+    """Against the oracle that shares no code with the library."""
+    for index in range(list(MACHINES).index(machine), 200, len(MACHINES)):
+        schedule = list(SCHEDULES.values())[index % 3]
+        model.machine(*MACHINES[machine], schedule, 0)
+        SmallCall(0, index).check("cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from typing import Any
 import hard_rows
 import pytest
 import torch
+from fuzz import SmallCall
 from oracle import (
     BF16,
     F16,
@@ -90,6 +91,13 @@ def test_losses_gradients_and_statistics(
 def test_sizes(vocab: int) -> None:
     for method in ("tnrf", "ul+ll"):
         check(mixed_batch(vocab, ids=2).with_options(method=method, temperature=1.7), str(vocab))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="makes its tensors on the CPU")
+@pytest.mark.parametrize("index", range(40))
+def test_random_calls(index: int) -> None:
+    """Against the oracle that shares no code with the library."""
+    SmallCall(0, index).check("triton", truncated=True)
 
 
 def test_forward_alone() -> None:
