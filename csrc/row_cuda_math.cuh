@@ -140,8 +140,9 @@ struct Sums {
     if (z_sum != 0.0f) {
       z_moment = factor == 0.0f ? 0.0f : factor * fused_multiply_add(z_sum, shift * t.inverse_t, z_moment);
       // An infinite moment (a reference of -inf) whose weight underflows to 0 is nothing, not NaN.
-      const float x = moved(z_max, z_new, r_max, r_new) * t.inverse_t;
-      kl_moment = factor == 0.0f ? 0.0f : factor * fused_multiply_add(z_sum, x, kl_moment);
+      // In this order: where the reference is masked by the lowest number, x alone is almost too large.
+      const float x = moved(z_max, z_new, r_max, r_new);
+      kl_moment = factor == 0.0f ? 0.0f : factor * kl_moment + factor * z_sum * x * t.inverse_t;
     }
     if (kept != 0.0f) total = fused_multiply_add(kept, shift * t.inverse_t, total);
     z_sum *= factor;
@@ -254,7 +255,8 @@ static_assert(SUMS == ROW_STATISTICS, "Sums are what row_math.h packs");
 struct Coefficients {
   Scales t;
   Difference<float> difference;  // of kept entries
-  // What a KL's loop takes for removed entries: logits that vanish next to the maxima, whose difference is 0 or nearly.
+  // What a KL's loop takes for removed entries: logits that vanish next to the maxima, whose difference is 0, nearly,
+  // unless these are huge.
   float z_removed, r_removed;
   float p_max, p_inverse, p_log_sum, q_max, q_inverse, offset, kl_centre, kept_max, kept_inverse, weight, bias;
   float set_value, set_offset, set_centre;

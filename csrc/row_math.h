@@ -254,8 +254,9 @@ TNT_FN RowStatistics merge(const RowStatistics& a, const RowStatistics& b, doubl
     const double shift = (slice->policy.max - s.policy.max) * inverse_temperature;
     const double scale = shift == 0 ? 1 : ::exp(shift);
     if (slice->policy.sum != 0 && scale != 0) {
+      // In this order: where the reference is masked by the lowest number, x alone is almost too large.
       const double x = moved(slice->policy.max, s.policy.max, slice->reference.max, s.reference.max);
-      s.kl_moment += scale * (slice->kl_moment + slice->policy.sum * (x * inverse_temperature));
+      s.kl_moment += scale * slice->kl_moment + scale * slice->policy.sum * x * inverse_temperature;
     }
     if (slice->kept != 0) s.policy_total += slice->policy_total + slice->kept * shift;
   }
@@ -404,6 +405,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
           c.set_centre += kept * gap;
           c.kl_centre -= removed * gap;
         }
+        if (row.eps == 0) c.kl_centre = INFINITY;  // as is the loss
       }
     } else if (row.loss == FORWARD_KL && !row.uniform) {
       c.loss += removed;  // q* is 0 there, so each of them gives p_s

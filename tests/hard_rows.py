@@ -28,11 +28,18 @@ class Known(NamedTuple):
 
 
 def _row(
-    z: list[float], r: list[float], label: int, w: float, method: str, dtype: torch.dtype
+    z: list[float],
+    r: list[float],
+    label: int,
+    w: float,
+    method: str,
+    dtype: torch.dtype,
+    **options: object,
 ) -> Batch:
     logits, ref_logits = (torch.tensor([x], dtype=F64).to(dtype) for x in (z, r))
     weights = torch.tensor([w], dtype=REAL[dtype])
-    return Batch(logits, ref_logits, torch.tensor([label]), weights, {"method": method})
+    options["method"] = method
+    return Batch(logits, ref_logits, torch.tensor([label]), weights, options)
 
 
 def known(dtype: torch.dtype) -> Iterator[Known]:
@@ -82,6 +89,26 @@ def known(dtype: torch.dtype) -> Iterator[Known]:
     )  # fmt: skip
     p = torch.tensor([0.0, 1.0, 2.0], dtype=F64).softmax(-1)
     entropy = float(-(p * p.log()).sum())
+    # The lowest number where p is e^-87: its weight is taken before it is summed.
+    depth, tail = (-65504.0, -10.0) if dtype == F16 else (torch.finfo(BF16).min, -87.0)
+    p4 = torch.tensor([0.0, 0.0, tail, tail], dtype=F64).softmax(-1)
+    log_q = torch.tensor([0.0, 0.0, depth, depth], dtype=F64) - log_2
+    loss = float((p4 * (p4.log() - log_q)).sum())
+    yield Known(
+        "a masked reference where p is almost 0, reverse KL",
+        _row([0.0, 0.0, tail, tail], [0.0, 0.0, depth, depth], 0, 1.0, "tnrr", dtype),
+        loss,
+        (p4 * (p4.log() - log_q - loss)).tolist(), (0.0, 0.0, float(-(p4 * p4.log()).sum())),
+    )  # fmt: skip
+    p2, q = (torch.tensor(x, dtype=F64).softmax(-1) for x in ((0.0, -1.0), (0.0, 1.0, 2.0, 1.0)))
+    yield Known(
+        "all of p on removed tokens without a floor, reverse KL",
+        _row(
+            [-INF, -INF, 0.0, -1.0], [0.0, 1.0, 2.0, 1.0], 2, 1.0, "tnrr", dtype,
+            eps=0.0, negative_ids=torch.tensor([[2, 3]]),
+        ),
+        INF, [NAN] * 4, (1.0, float(q[2:].sum()), float(-(p2 * p2.log()).sum())),
+    )  # fmt: skip
     for bad, method in itertools.product((NAN, INF), ("tnff", "tnrr")):
         yield Known(
             f"a reference with {bad} at the removed token, {method}",

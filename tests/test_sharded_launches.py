@@ -124,10 +124,10 @@ def test_minus_infinity(side: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_known_values(dtype: torch.dtype) -> None:
-    for (backend, name), sizes in itertools.product(implementations(), ((1, 2), (2, 0, 1))):
+    for (backend, name), sizes in itertools.product(implementations(), ((1,), (2, 0))):
         hard_rows.assert_known(
             lambda batch, backend=backend, sizes=sizes: run_shards(
-                batch, backend, sizes, reduction="none"
+                batch, backend, (*sizes, batch.logits.size(-1) - sum(sizes)), reduction="none"
             ),
             dtype,
             f"{name} {sizes}",

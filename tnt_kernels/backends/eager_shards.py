@@ -99,9 +99,10 @@ class _Statistics(NamedTuple):
             shift = (part.policy.max - policy.max) * inverse_t
             scale = shift.exp()
             x = _moved(part.policy.max, policy.max, part.reference.max, reference.max)
-            added = part.kl_moment + part.policy.sum * (x * inverse_t)
+            # In this order: where the reference is masked by the lowest number, x alone is almost too large.
+            added = scale * part.kl_moment + scale * part.policy.sum * x * inverse_t
             nothing = (part.policy.sum == 0) | (scale == 0)
-            moment = moment + (scale * added).masked_fill(nothing, 0.0)
+            moment = moment + added.masked_fill(nothing, 0.0)
             added = part.policy_total + part.kept * shift
             total = total + added.masked_fill(part.kept == 0, 0.0)
         return _Statistics(
@@ -265,7 +266,7 @@ class _Row:
         self.log_odds = torch.where(s.policy_set.sum == 0, -math.inf, odds)
         self.apart = rows.set_of(loss)
         # Where no kept entry has any p, d is -inf whatever is added to it.
-        self.offset = (s.reference.sum / s.policy.sum).log() - F.softplus(self.log_odds)
+        self.offset = (s.reference.sum / s.policy.sum).log() + F.logsigmoid(-self.log_odds)
         self.offset = self.offset.masked_fill(s.policy.sum == 0, 0.0)
         n = rows.removed_count.to(self.log_sum.dtype)
         reverse = loss is RowLoss.REVERSE_KL and not self.uniform
@@ -280,6 +281,8 @@ class _Row:
         self.set_centre = set_mean + (kept * excess).masked_fill(kept == 0, 0.0)
         none = (self.mass == 0) | (kept == 0)
         self.kl_centre = self.kept_mean - (self.mass * excess).masked_fill(none, 0.0)
+        if self.eps == 0:
+            self.kl_centre = self.kl_centre.masked_fill(self.mass > 0, math.inf)  # as is the loss
 
     @property
     def undefined(self) -> Tensor:
@@ -307,14 +310,14 @@ class _Row:
         """(N, 1): the part of the loss that needs no pass over the entries; NaN where there is no loss."""
         s, known = self.s, torch.zeros_like(self.mass)
         if self.kind is RowLoss.LOG_LIKELIHOOD:
-            known = F.softplus(-self.log_odds)
+            known = -F.logsigmoid(self.log_odds)
             if self.uniform:
                 v = self.vocab_size
                 shift = self.log_sum + (self.all.max - self.kept_max) * self.t
                 total = s.policy_total - (v - 1) * shift - known
                 known = (known - self.eps * total) / (1 + v * self.eps)
         elif self.kind is RowLoss.UNLIKELIHOOD:
-            known = F.softplus(self.log_odds)
+            known = -F.logsigmoid(-self.log_odds)
         elif self.kind is RowLoss.FORWARD_KL and not self.uniform:
             known = self.mass
         return known.masked_fill(self.undefined, math.nan)

@@ -465,8 +465,10 @@ def _gathered_statistics(gathered, stride, shards, scale, inverse_t, SHARDS: tl.
     policy_set, _, _, _ = _merged_sum(gathered, distance, 6, inside, scale, inverse_t)
     reference_set, _, _, _ = _merged_sum(gathered, distance, 9, inside, scale, 0.0)
     moments = tl.load(gathered + distance + 12, mask=inside, other=0.0)
-    x = _moved(top, policy.max, r_top, reference.max) * inverse_t
-    moments = tl.where(factor == 0.0, 0.0, factor * (moments + total * x))
+    # In this order: where the reference is masked by the lowest number, x alone is almost too large.
+    x = _moved(top, policy.max, r_top, reference.max)
+    moved = factor * moments + factor * total * x * inverse_t
+    moments = tl.where(factor == 0.0, 0.0, moved)
     kept = tl.load(gathered + distance + 14, mask=inside, other=0.0)
     totals = tl.load(gathered + distance + 13, mask=inside, other=0.0)
     totals = tl.where(kept == 0.0, 0.0, totals + kept * ((top - policy.max) * inverse_t))
@@ -753,11 +755,9 @@ def _run(
             lost = loss != loss
             if LOSS == REVERSE_KL or LOSS == UNLIKELIHOOD:
                 lost = lost | (loss == float("inf"))
+            if LOSS == REVERSE_KL and not UNIFORM:
+                lost = lost | (tl.abs(c.kl_centre) == float("inf")) | (c.kl_centre != c.kl_centre)
             if CALL == PARTS:
-                if LOSS == REVERSE_KL and not UNIFORM:
-                    lost = (
-                        lost | (tl.abs(c.kl_centre) == float("inf")) | (c.kl_centre != c.kl_centre)
-                    )
                 tl.store(parts + index * 2, tl.where(invalid, float("nan"), part))
                 tl.store(parts + index * 2 + 1, active)
             if GRADIENT:

@@ -275,6 +275,7 @@ def coefficients(
                 gap = kl_centre + offset - (set_centre + set_offset)
                 set_centre += tl.where(kept > 0.0, kept * gap, 0.0)
                 kl_centre -= tl.where(kept > 0.0, removed * gap, 0.0)
+                kl_centre = tl.where(eps == 0.0, float("inf"), kl_centre)  # as is the loss
         elif LOSS == FORWARD_KL and not UNIFORM:
             loss += removed  # q* is 0 there, so each of them gives p_s
     return Coefficients(
