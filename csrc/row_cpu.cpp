@@ -554,7 +554,7 @@ class Row {
   template <class Body>
   void for_each_tile(bool backwards, Real z_ref, Real r_ref, Body body) {
     constexpr bool direct = std::is_same_v<Logit, Real>;
-    const bool pair = reads_reference(), in_place = direct && z_ref == 0 && r_ref == 0;
+    const bool pair = reads_reference(), relative = z_ref != 0 || r_ref != 0, in_place = direct && !relative;
     const int64_t tiles = (p_.vocab + TILE - 1) / TILE;
     const int32_t* const ids = s_.ids.data();
     const int64_t set_size = static_cast<int64_t>(s_.ids.size());
@@ -590,6 +590,10 @@ class Row {
         if (has_partial) s_.mask[partial_ - at] = value;
       };
       set_mask(-INFINITY);
+      if (relative) {  // what is left out may lie further from the maxima than the largest number
+        for (int64_t i = begin; i < end; ++i) s_.z[ids[i] - at] = s_.r[ids[i] - at] = 0;
+        if (has_partial) s_.z[partial_ - at] = s_.r[partial_ - at] = 0;
+      }
       body(tile);
       set_mask(0);
     }

@@ -100,6 +100,14 @@ def known(dtype: torch.dtype) -> Iterator[Known]:
         loss,
         (p4 * (p4.log() - log_q - loss)).tolist(), (0.0, 0.0, float(-(p4 * p4.log()).sum())),
     )  # fmt: skip
+    top, bottom = {F16: (6e4, -65504.0), F64: (1.5e308, lowest)}.get(dtype, (3e38, lowest))
+    log_floor = math.log(1e-6)
+    yield Known(
+        "maxima further apart than the largest number, reverse KL",
+        _row([top, top], [bottom, top], 1, -1.0, "tnrr", dtype),
+        math.log1p(1e-6) - log_2 - log_floor / 2, [log_floor / 4, -log_floor / 4],
+        (0.5, 1.0, log_2),
+    )  # fmt: skip
     p2, q = (torch.tensor(x, dtype=F64).softmax(-1) for x in ((0.0, -1.0), (0.0, 1.0, 2.0, 1.0)))
     yield Known(
         "all of p on removed tokens without a floor, reverse KL",
