@@ -689,6 +689,8 @@ class Row {
       if (moment) {
         const double excess = Difference<Real>(z_max, r_max).excess(z_max, r_max);
         of_tile.kl_moment = (double(sums.moment) - double(sums.policy) * excess) * inverse_t;
+        if (!(std::abs(sums.moment) < INFINITY) && std::abs(s.kl_moment) < INFINITY)
+          of_tile.kl_moment = wide_moment(tile, z_max, r_max) * inverse_t;
       }
       s = merge(s, of_tile, inverse_t);
       gather(tile);
@@ -705,6 +707,17 @@ class Row {
       });
     }
     return s;
+  }
+
+  // The moment of a tile of which no float holds the sum, as where the lowest number masks the reference alone.
+  double wide_moment(const Tile& tile, Real z_max, Real r_max) const {
+    double sum = 0;
+    for (int64_t i = 0; i < tile.n; ++i) {
+      const Real z = tile.z[i] + s_.mask[i];  // which is 0 but for what the tile leaves out
+      const double weight = exponential((z - z_max) * scale_);
+      if (weight != 0) sum += weight * ((double(z) - double(z_max)) - (double(tile.r[i]) - double(r_max)));
+    }
+    return sum;
   }
 
   RowStatistics of_partial() const {

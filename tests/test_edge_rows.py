@@ -26,6 +26,8 @@ from oracle import (
     Batch,
     assert_agrees,
     implementations,
+    instruction_set,
+    instruction_sets,
     mixed_batch,
     run,
     truth,
@@ -248,6 +250,21 @@ def test_known_values(dtype: torch.dtype) -> None:
                 return run(batch, backend, return_stats=True, **keywords)
 
             hard_rows.assert_known(result, dtype, f"{name} {keywords}")
+
+
+def test_a_moment_that_no_float_holds(cpu: str) -> None:
+    """The reference alone is masked where p is not small: a loss near the largest number, and a gradient."""
+    lowest = torch.finfo(F32).min
+    z = torch.zeros(2, 8)
+    r = torch.tensor([[0.0, *[lowest] * 5, 0.0, 0.0], [lowest / 10, *[lowest / 9] * 7]])
+    batch = Batch(z, r, torch.zeros(2, dtype=torch.int64), None, {"method": kl("reverse_kl")})
+    expected = truth(batch)
+    for name in instruction_sets():
+        with instruction_set(name):
+            result = run(batch, cpu, reduction="none")
+        torch.testing.assert_close(result.loss.double(), expected.terms.loss, rtol=1e-5, atol=0)
+        gradient = result.gradient.double()
+        torch.testing.assert_close(gradient, expected.gradient, rtol=1e-5, atol=1e30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
