@@ -585,17 +585,17 @@ class Row {
         tile.z = z_ + at;
         tile.r = pair ? r_ + at : nullptr;
       }
-      const auto set_mask = [&](Real value) {
-        for (int64_t i = begin; i < end; ++i) s_.mask[ids[i] - at] = value;
-        if (has_partial) s_.mask[partial_ - at] = value;
+      const auto set_left_out = [&](Real* to, Real value) {
+        for (int64_t i = begin; i < end; ++i) to[ids[i] - at] = value;
+        if (has_partial) to[partial_ - at] = value;
       };
-      set_mask(-INFINITY);
+      set_left_out(s_.mask, -INFINITY);
       if (relative) {  // what is left out may lie further from the maxima than the largest number
-        for (int64_t i = begin; i < end; ++i) s_.z[ids[i] - at] = s_.r[ids[i] - at] = 0;
-        if (has_partial) s_.z[partial_ - at] = s_.r[partial_ - at] = 0;
+        set_left_out(s_.z, 0);
+        set_left_out(s_.r, 0);
       }
       body(tile);
-      set_mask(0);
+      set_left_out(s_.mask, 0);
     }
   }
 
@@ -687,7 +687,7 @@ class Row {
       of_tile.policy = {double(z_max), double(sums.policy), policy_moment};
       of_tile.reference = {double(r_max), double(sums.reference), 0};
       if (moment) {
-        const double excess = Difference<Real>(z_max, r_max).excess(z_max, r_max);
+        const double excess = excess_of_difference(z_max, r_max);
         of_tile.kl_moment = (double(sums.moment) - double(sums.policy) * excess) * inverse_t;
         if (!(std::abs(sums.moment) < INFINITY) && std::abs(s.kl_moment) < INFINITY)
           of_tile.kl_moment = wide_moment(tile, z_max, r_max) * inverse_t;
@@ -801,8 +801,7 @@ class Row {
     const double inverse_t = row_.inverse_temperature, z = label_policy_, r = label_reference_;
     double p = ::exp((z - c.kept_max) * inverse_t) * c.kept_inverse;
     double q = ::exp((r - c.reference_max) * inverse_t + log_kappa_) * c.reference_inverse;
-    const Difference<Real> of_tiles(Real(c.kept_max), Real(c.reference_max));
-    double x = ((z - of_tiles.z_ref) - (r - of_tiles.r_ref) - of_tiles.centre) * inverse_t - log_kappa_;
+    double x = Difference<Real>(Real(c.kept_max), Real(c.reference_max))(z, r) * inverse_t - log_kappa_;
     double d = x + c.offset, kl_centre = c.kl_centre;
     if (row_.uniform) {
       const double log_p = (z - c.policy_max) * inverse_t - c.policy_log_sum;

@@ -211,7 +211,7 @@ struct Sums {
   }
 
   // The moment that is kept here is that of a Difference<float>.
-  TNT_DEVICE float moment_excess() const { return z_sum * float(Difference<float>(z_max, r_max).excess(z_max, r_max)); }
+  TNT_DEVICE float moment_excess() const { return z_sum * float(excess_of_difference(z_max, r_max)); }
 
   // As row_math.h packs RowStatistics: number by number what is kept here.
   TNT_DEVICE void pack(float* to) const {

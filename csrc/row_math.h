@@ -184,12 +184,17 @@ struct Difference {
     centre = z_max - r_max;
     z_ref = r_ref = 0;
   }
-  TNT_FN Real operator()(Real z, Real r) const { return (z - z_ref) - (r - r_ref) - centre; }
-  // What is to be subtracted from it, as z_max - r_max may have been rounded.
-  TNT_FN double excess(Real z_max, Real r_max) const {
-    return z_ref == r_ref && r_ref == 0 ? (double(z_max) - double(r_max)) - double(centre) : 0;
+  template <class Number>
+  TNT_FN Number operator()(Number z, Number r) const {
+    return (z - z_ref) - (r - r_ref) - centre;
   }
 };
+
+// What is to be subtracted from a Difference, as its centre, z_max - r_max, may have been rounded.
+template <class Real>
+TNT_FN double excess_of_difference(Real z_max, Real r_max) {
+  return are_close(z_max, r_max) ? (double(z_max) - double(r_max)) - double(z_max - r_max) : 0;
+}
 
 // What z - r loses when its maxima move from (z_from, r_from) to (z_to, r_to): 0 where both move alike.
 template <class Real>
@@ -386,7 +391,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
     // any p, d is -inf whatever is added to it.
     const double kept = s.policy.sum * c.kept_inverse;
     const Real z_max = static_cast<Real>(s.policy.max), r_max = static_cast<Real>(s.reference.max);
-    const double excess = Difference<Real>(z_max, r_max).excess(z_max, r_max) * inverse_t;
+    const double excess = excess_of_difference(z_max, r_max) * inverse_t;
     if (s.policy.sum != 0) c.offset = ::log(s.reference.sum / s.policy.sum) - softplus(odds) - excess;
     if (row.loss == REVERSE_KL && !row.uniform) {
       const double log_norm = log1p(row.eps * n);

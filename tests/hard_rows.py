@@ -11,7 +11,21 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from oracle import BF16, F16, F32, F64, INF, NAN, OBJECTIVES, Batch, Result, mixed_batch, truth
+from oracle import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    NAN,
+    OBJECTIVES,
+    Batch,
+    Result,
+    mixed_batch,
+    rows_where,
+    truth,
+)
+from shards import run_shards
 
 import tnt_kernels as tnt
 
@@ -147,14 +161,23 @@ def assert_known(run: Callable[[Batch], Result], dtype: torch.dtype, label: str 
         close(masses, row.stats, 4e-6, f"{where}, statistics")
 
 
+def assert_known_of_shards(
+    backend: str,
+    dtype: torch.dtype,
+    label: str = "",
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+) -> None:
+    """The same of logits cut into two shards, and into three of which one is empty."""
+    for first in ((1,), (2, 0)):
+
+        def run(batch: Batch, first: tuple[int, ...] = first) -> Result:
+            sizes = (*first, batch.logits.size(-1) - sum(first))
+            return run_shards(prepare(batch), backend, sizes, reduction="none")
+
+        assert_known(run, dtype, f"{label} {first}")
+
+
 # --- for the oracle ---------------------------------------------------------------------------------------------------
-
-
-def _where(batch: Batch, rows: torch.Tensor) -> Batch:
-    ids = batch.options.get("negative_ids")
-    options = batch.options if ids is None else {**batch.options, "negative_ids": ids[rows]}
-    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
-    return Batch(*(None if x is None else x[rows] for x in tensors), options)
 
 
 def masks(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
@@ -176,7 +199,7 @@ def masks(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
                 batch = batch.with_options(method=objective)
                 sane = truth(batch).terms.loss.abs() < 1e28
                 if sane.any():
-                    yield _where(batch, sane)
+                    yield rows_where(batch, sane)
 
 
 def shifts(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:

@@ -78,6 +78,15 @@ def on_gpu(batch: Batch) -> Batch:
     return Batch(*map(move, tensors), options)  # type: ignore[arg-type]
 
 
+def rows_where(batch: Batch, rows: Tensor) -> Batch:
+    options = dict(batch.options)
+    ids = options.get("negative_ids")
+    if ids is not None and ids.dim() > 1:
+        options["negative_ids"] = ids[rows]
+    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
+    return Batch(*(None if x is None else x[rows] for x in tensors), options)
+
+
 WEIGHTS = (1.0, -1.0, 0.5, -0.3, 2.0, -0.7, -2.0, 0.0, 1.0, -1.0, -0.3, 1.0)
 
 

@@ -29,6 +29,7 @@ from oracle import (
     instruction_set,
     instruction_sets,
     mixed_batch,
+    rows_where,
     run,
     truth,
 )
@@ -42,15 +43,6 @@ SMOOTHINGS = ("negatives", "uniform")
 
 def kl(kind: str) -> tnt.Objective:
     return tnt.Objective(kind, kind)
-
-
-def rows_where(batch: Batch, rows: Tensor) -> Batch:
-    options = dict(batch.options)
-    ids = options.get("negative_ids")
-    if ids is not None and ids.dim() > 1:
-        options["negative_ids"] = ids[rows]
-    tensors = (batch.logits, batch.ref_logits, batch.labels, batch.weights)
-    return Batch(*(None if x is None else x[rows] for x in tensors), options)
 
 
 def check(batch: Batch, label: str = "") -> None:

@@ -30,7 +30,7 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient, run_shards
+from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -197,17 +197,7 @@ def test_known_values(dtype: torch.dtype) -> None:
             return run(on_device(batch), "triton", return_stats=True, **keywords)
 
         hard_rows.assert_known(result, dtype, str(keywords))
-    for sizes in ((1,), (2, 0)):
-        hard_rows.assert_known(
-            lambda batch, sizes=sizes: run_shards(
-                on_device(batch),
-                "triton",
-                (*sizes, batch.logits.size(-1) - sum(sizes)),
-                reduction="none",
-            ),
-            dtype,
-            f"shards of {sizes}",
-        )
+    hard_rows.assert_known_of_shards("triton", dtype, prepare=on_device)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
