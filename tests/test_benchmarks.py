@@ -321,7 +321,7 @@ def test_report_shows_a_gpu_s_results(published: Path, report: Any) -> None:
     gpu = {
         "quick": False, "date": "2026-01-02T00:00:00", "commit": "0123456789", "cases": [case, naive, peer],
         "linear": [], "peers": [{"name": "quack cross_entropy", "missing": "not installed"}],
-        "left_out": [], "bandwidth": [], "machine": {"device": "A GPU"},
+        "bandwidth": [], "machine": {"device": "A GPU"},
         "versions": {"torch": "2", "triton": "3", "tnt_kernels": "0", "python": "3"},
     }  # fmt: skip
     published.with_name("gpu.json").write_text(json.dumps(gpu))
@@ -356,94 +356,7 @@ def test_report_needs_its_markers(report: Any, text: str) -> None:
         )
 
 
-# --- the GPU suite, without a GPU ----------------------------------------------------------------
-
-
-def test_gpu_suite_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pandas", reason="needs the extra bench")
-    from benchmarks import gpu_suite, peers
-
-    monkeypatch.setattr(
-        gpu_suite,
-        "library_step",
-        lambda c, m, b=None: step_("naive" if c == "compiled" else c, m, b),
-    )
-    from tnt_kernels.bench.steps import library_step as step_
-
-    make = linear.make_step
-    monkeypatch.setattr(
-        linear, "make_step", lambda c, b=None: make("naive" if c == "compiled" else c, b)
-    )
-    out, wheels = tmp_path / "out", tmp_path / "wheels"
-    arguments = ["--out", str(out), "--device", "cpu", "--tiny", "--wheels", str(wheels)]
-    gpu_suite.main(arguments)
-    results = json.loads((out / "gpu.json").read_text())
-    assert {p.name for p in out.iterdir()} == {"gpu.json", "gpu.log"}
-    # Bandwidth comes first; every contender is right and timed, or says why it is not.
-    assert {b["variant"] for b in results["bandwidth"]} == {
-        "copy",
-        "triad over an input",
-        "triad elsewhere",
-    }
-    failed = [r for r in (*results["cases"], *results["linear"]) if "failed" in r]
-    assert failed == []
-    names = {r["contender"] for r in results["cases"]}
-    assert names == {
-        "in place",
-        "fresh",
-        "forward",
-        "naive",
-        "naive forward",
-        "naive, narrow",
-        "torch cross_entropy",
-    }
-    assert {r["vocab"] for r in results["cases"]} >= {v // 20 for v in gpu_suite.VOCABULARIES}
-    assert {r["active_share"] for r in results["cases"]} == {0.125, 0.5, 1.0}
-    assert {r["contender"] for r in results["linear"]} >= {"floor", "fused", "unfused", "naive"}
-    assert {p["name"] for p in results["peers"]} == {
-        p.name for p in (*peers.PEERS, *peers.LINEAR_PEERS)
-    }
-    assert all("missing" in p or p["package"] == "torch" for p in results["peers"])
-    assert results["left_out"] == []
-    assert results["accuracy"]
-    # Without time, everything is left out, and listed.
-    gpu_suite.main([*arguments, "--budget", "0"])
-    results = json.loads((out / "gpu.json").read_text())
-    assert results["cases"] == []
-    cases = (*gpu_suite.CASES, *gpu_suite.SWEEPS, *gpu_suite.LATE)
-    assert len(results["left_out"]) == len(cases) + 4 + 2 * len(gpu_suite.LINEAR_ROWS)
-
-
-def test_gpu_suite_checks_the_kernels_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("pandas", reason="needs the extra bench")
-    from benchmarks import gpu_suite
-
-    asked: list[tuple[list[str], str]] = []
-
-    def run(command: list[str], path: Path, seconds: float, **environment: str) -> str:
-        asked.append((command, path.name))
-        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return "exit status 0"
-
-    monkeypatch.setattr(gpu_suite, "_run", run)
-    out = tmp_path / "out"
-    gpu_suite.main(["--out", str(out), "--device", "cpu", "--tiny", "--budget", "0", "--sanitize"])
-    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
-    names = [*(f"cuda-{tool}" for tool in tools), "bench-memcheck", "bench-racecheck"]
-    assert [name for _, name in asked] == [f"{name}.log" for name in names]
-    checks = json.loads((out / "gpu.json").read_text())["checks"]
-    assert checks == dict.fromkeys(names, "exit status 0")
-    for command, name in asked:
-        # without it the tool's errors would not show in its exit status
-        assert command[1:5] == [
-            "--tool", name.rpartition("-")[2].removesuffix(".log"), "--error-exitcode", "1",
-        ]  # fmt: skip
-        assert ("tests/test_cuda.py" in command) == name.startswith("cuda-")
-
-
-def test_gpu_suite_reports_what_fails_and_what_is_wrong() -> None:
+def test_what_fails_and_what_is_wrong_has_no_time() -> None:
     from tnt_kernels.bench.steps import Step, measure_step
 
     def broken(*_: Any) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_agreement(vocab: int, dtype: torch.dtype) -> None:
         assert torch.equal(result.gradient.nan_to_num(7.0), again.gradient.nan_to_num(7.0))
 
 
-# `python -m benchmarks.gpu_suite --sanitize` runs these two under compute-sanitizer, which makes them slow.
+# Few and small enough for `compute-sanitizer python -m pytest tests/test_cuda.py -k small`.
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
