@@ -18,6 +18,7 @@ inline void bind_cuda(pybind11::module_& m) {
                     device, address<void>(stream));
   });
   m.def("why_not_cuda", &why_not_cuda);
+  m.def("forget_plans", &forget_plans);
 }
 
 }  // namespace tnt

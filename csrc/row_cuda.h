@@ -11,7 +11,9 @@ namespace tnt {
 struct CudaCall {
   int device;
   void* stream;
-  double* workspace;  // (1 + N) doubles on the device: 1 / normaliser, then the rows' weighted losses
+  // (2 + N + N / 2) doubles on the device: 1 / normaliser, the rows' weighted losses, and as 1 + N ints how many rows
+  // kl_kernel leaves to another kernel, and which.
+  double* workspace;
 };
 
 void run_rows_cuda(const RowParams&, const CudaCall&);
@@ -24,7 +26,7 @@ void scale_rows_cuda(DType, void* x, int64_t rows, int64_t columns, int64_t stri
 // Why the kernels fail on a device; empty where they do not. Loads the kernels, so that a graph capture need not.
 std::string why_not_cuda(int device);
 
-// Of the launches per vocabulary and device, in case the device is not what it was: for the tests' model of one.
+// Of the launches per vocabulary and device, in case they are to be chosen anew: by a measurement, by the tests' model.
 void forget_plans();
 
 }  // namespace tnt

@@ -30,6 +30,7 @@ struct Stored;
 template <>
 struct Stored<float> {
   static constexpr int GROUP = 4;  // in 16 bytes
+  static TNT_DEVICE float nothing() { return -INFINITY; }
   static TNT_DEVICE float load(const float* from) { return *from; }
   static TNT_DEVICE void unpack(const Vector& x, float (&to)[GROUP]) {
 #pragma unroll
@@ -46,6 +47,7 @@ struct Stored<float> {
 template <>
 struct Stored<BFloat16> {
   static constexpr int GROUP = 8;
+  static TNT_DEVICE BFloat16 nothing() { return {0xff80}; }  // -inf
   static TNT_DEVICE float load(const BFloat16* from) { return bits_as<float>(uint32_t(from->bits) << 16); }
   static TNT_DEVICE void unpack(const Vector& x, float (&to)[GROUP]) {
 #pragma unroll
@@ -65,6 +67,7 @@ struct Stored<BFloat16> {
 template <>
 struct Stored<Float16> {
   static constexpr int GROUP = 8;
+  static TNT_DEVICE Float16 nothing() { return {0xfc00}; }  // -inf
   static TNT_DEVICE float load(const Float16* from) { return device::half_to_float(from->bits); }
   static TNT_DEVICE void unpack(const Vector& x, float (&to)[GROUP]) {
 #pragma unroll

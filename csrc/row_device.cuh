@@ -17,6 +17,7 @@ namespace device {
 constexpr int WARP = 32;
 constexpr int ROW_THREADS = 256;     // of a block that holds its part of the row: two of them share a multiprocessor
 constexpr int STREAM_THREADS = 512;  // of one that reads its part twice
+constexpr int KL_THREADS = 256;      // of one of kl_kernel.cuh: three of them share a multiprocessor
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -36,6 +37,9 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_
 __device__ __forceinline__ int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ uint32_t shuffle_up(uint32_t x) { return __shfl_up_sync(0xffffffffu, x, 1); }
+__device__ __forceinline__ bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
+__device__ __forceinline__ bool all_of_warp(bool x) { return __all_sync(0xffffffffu, x); }
+__device__ __forceinline__ int atomic_add(int* at, int by) { return atomicAdd(at, by); }
 __device__ __forceinline__ uint32_t atomic_or(uint32_t* at, uint32_t bits) { return atomicOr(at, bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
@@ -96,10 +100,27 @@ __device__ __forceinline__ int cluster_rank() {
   return 0;
 #endif
 }
+__device__ __forceinline__ int cluster_index() {  // in the grid
+#if __CUDA_ARCH__ >= 900
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return static_cast<int>(index);
+#else
+  return static_cast<int>(blockIdx.x);
+#endif
+}
 // Of all threads of the cluster, shared memory of all its blocks included.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// The same, but what was written before is not promised to the others; a barrier that was initialised is, by
+// arrival_fence.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -155,6 +176,40 @@ __device__ __forceinline__ void arrival_wait(uint64_t* barrier) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra TRY_%=;\n"
       "}\n" ::"r"(address)
+      : "memory");
+#endif
+}
+// Of the phase with this parity, whose bytes other blocks of the cluster have sent.
+__device__ __forceinline__ void arrival_wait_cluster(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#endif
+}
+// 16 bytes into the shared memory of block `rank`, at the place that `to` has in this block's; they count as bytes of
+// that block's `barrier`.
+__device__ __forceinline__ void send(void* to, const Vector& x, uint64_t* barrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counter)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]), "r"(x.words[3]), "r"(counter)
       : "memory");
 #endif
 }

@@ -17,11 +17,11 @@ constexpr int MAX_CLUSTER = 16, MAX_WARPS = device::STREAM_THREADS / device::WAR
 constexpr int CHUNKS = 4;  // of the bulk copies: the statistics begin when the first quarter is there
 
 struct RowLaunch {
-  int64_t slice;               // columns of a block, a multiple of 32
-  int mask_bytes;              // of the slice's bits
-  int row_bytes;               // of one row's slice in shared memory (ON_CHIP), alignment included
-  double* inverse_normalizer;  // null: 1
-  double* losses;              // (N) weighted, or null
+  int64_t slice;                     // columns of a block, a multiple of 32
+  int mask_bytes;                    // of the slice's bits
+  int row_bytes;                     // of one row's slice in shared memory (ON_CHIP), alignment included
+  const double* inverse_normalizer;  // null: 1
+  double* losses;                    // (N) weighted, or null
 };
 
 struct RowShared {
@@ -47,15 +47,15 @@ class RowBlock {
   static constexpr int GROUP = Stored<Logit>::GROUP;
   static constexpr int AHEAD = ON_CHIP ? 1 : 2;  // groups loaded before the first is used
 
-  TNT_DEVICE RowBlock(const RowParams& params, const RowLaunch& launch)
+  TNT_DEVICE RowBlock(const RowParams& params, const RowLaunch& launch, int64_t row)
       : p_(params),
         l_(launch),
         s_(*reinterpret_cast<RowShared*>(device::shared_memory())),
         mask_(reinterpret_cast<uint32_t*>(device::shared_memory() + SHARED_HEADER)),
         thread_(device::thread_index()),
         rank_(device::cluster_rank()),
-        blocks_(device::cluster_size()) {
-    index_ = device::block_index() / blocks_;
+        blocks_(device::cluster_size()),
+        index_(row) {
     begin_ = rank_ * l_.slice < p_.vocab ? rank_ * l_.slice : p_.vocab;
     end_ = begin_ + l_.slice < p_.vocab ? begin_ + l_.slice : p_.vocab;
     z_ = static_cast<const Logit*>(p_.logits) + index_ * p_.logits_stride;
@@ -756,7 +756,8 @@ class RowBlock {
   RowShared& s_;
   uint32_t* const mask_;
   const int thread_, rank_, blocks_;
-  int64_t index_, begin_, end_;
+  const int64_t index_;
+  int64_t begin_, end_;
   const Logit *z_, *r_;
   Gradient* g_;
   Scales t_;

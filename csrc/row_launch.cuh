@@ -118,6 +118,13 @@ int active_clusters(void (*kernel)(Parameters...), int cluster, int threads, int
   return count;
 }
 
+// As much of a multiprocessor's memory as can be shared, so that as many blocks find room as were counted.
+template <class... Parameters>
+void prefer_shared_memory(void (*kernel)(Parameters...)) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cannot prefer shared memory");
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void* stream,
             Arguments... arguments) {

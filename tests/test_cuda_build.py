@@ -21,7 +21,14 @@ if _build_info.load().sanitize:
     pytest.skip("an instrumented build is larger", allow_module_level=True)
 
 MEGABYTE = 10**6
-KERNELS = {"row_kernel": 8, "scale_kernel": 3, "normalizer_kernel": 1, "loss_kernel": 1}
+KERNELS = {
+    "kl_kernel": 8,
+    "left_rows_kernel": 4,
+    "row_kernel": 8,
+    "scale_kernel": 3,
+    "normalizer_kernel": 1,
+    "loss_kernel": 1,
+}
 
 
 def cuobjdump() -> str:

@@ -119,7 +119,7 @@ def test_keywords(model: ModuleType, machine: str, keywords: dict[str, Any]) -> 
 def test_rows_of_any_alignment_in_place(
     model: ModuleType, machine: str, dtype: torch.dtype
 ) -> None:
-    """Views into a wider buffer, whose other bytes stay; the gradient over the logits has the same bits."""
+    """Views into a wider buffer, whose other bytes stay; the gradient over the logits has a new one's bits."""
     model.machine(*MACHINES[machine], SCHEDULES["shuffled"], 0)
     plain = mixed_batch(803, dtype)
     for offset in (0, 1, 3, 6):
@@ -132,9 +132,18 @@ def test_rows_of_any_alignment_in_place(
         fresh = run(batch, "cuda")
         assert_agrees(fresh, truth(plain), plain, label=f"offset {offset}")
         assert torch.equal(wide.nan_to_num(7.0), before.nan_to_num(7.0))
-        again = run(Batch(plain.logits, *_rest(plain)), "cuda", inplace=True)
-        assert torch.equal(fresh.gradient, again.gradient)
-        assert torch.equal(fresh.loss, again.loss)
+        # Where the reference begins equally far behind a boundary, and where it does not.
+        for ref_logits in (
+            plain.ref_logits,
+            wide.clone()[:, offset : offset + 803].copy_(plain.ref_logits),
+        ):
+            results = [
+                run(Batch(view.clone(), ref_logits, *_rest(plain)[1:]), "cuda", inplace=inplace)
+                for inplace in (False, True)
+            ]
+            assert_agrees(results[0], truth(plain), plain, label=f"offset {offset}")
+            assert torch.equal(results[0].gradient, results[1].gradient)
+            assert torch.equal(results[0].loss, results[1].loss)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

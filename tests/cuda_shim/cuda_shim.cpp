@@ -70,19 +70,24 @@ struct Meeting {  // of the threads of a warp, a block or a cluster
   }
 };
 
-struct Arrival {
+struct Arrival {  // bytes may come before they are expected
   int expected = 0, arrived = 0;
   int64_t bytes = 0;
-  uint64_t* at = nullptr;
-  bool done() const { return arrived == expected && bytes == 0; }
+  uint64_t phase = 0;
+  void settle() {
+    if (arrived < expected || bytes != 0) return;
+    arrived = 0;
+    ++phase;
+  }
 };
 
-struct Copy {
+struct Copy {  // from memory, or a message of another block
   char* to;
   const char* from;
   uint32_t bytes;
   Arrival* arrival;
   int block;
+  device::Vector message;
 };
 
 struct Memory {  // a block's shared memory, flush with a page that may not be touched
@@ -177,8 +182,9 @@ void enter() {
 void complete(size_t index) {
   const Copy copy = world->copies[index];
   world->copies.erase(world->copies.begin() + long(index));
-  memcpy(copy.to, copy.from, copy.bytes);
+  memcpy(copy.to, copy.from ? copy.from : reinterpret_cast<const char*>(&copy.message), copy.bytes);
   copy.arrival->bytes -= copy.bytes;
+  copy.arrival->settle();
 }
 
 void run_cluster(std::vector<char>& stacks) {
@@ -274,12 +280,24 @@ void barrier_expect(uint64_t* at, uint32_t bytes) {
   Arrival& arrival = my_block().arrivals.at(at);
   if (++arrival.arrived > arrival.expected) fail("too many arrivals");
   arrival.bytes += bytes;
+  arrival.settle();
 }
-void barrier_wait(uint64_t* at) {
+void barrier_wait(uint64_t* at, int parity) {
   const auto found = my_block().arrivals.find(at);
   if (found == my_block().arrivals.end()) fail("waiting for copies on a barrier that is not initialised");
   const Arrival* arrival = &found->second;
-  give_way([arrival] { return arrival->done(); });
+  give_way([arrival, parity] { return int(arrival->phase & 1) != parity; });
+}
+void send(void* to, const Vector& x, uint64_t* barrier, int rank) {
+  if (rank < 0 || rank >= world->size) fail("shared memory of a block that is not in the cluster");
+  Block& other = world->blocks[size_t(rank)];
+  if (!other.memory) fail("shared memory of a block that has left");
+  const auto there = [&](void* at) { return other.memory->begin + (static_cast<char*>(at) - shared()); };
+  if (there(to) < other.memory->begin || there(to) + sizeof x > other.memory->begin + other.memory->bytes)
+    fail("outside of a block's shared memory");
+  const auto found = other.arrivals.find(reinterpret_cast<uint64_t*>(there(barrier)));
+  if (found == other.arrivals.end()) fail("a message for a barrier that is not initialised");
+  world->copies.push_back({there(to), nullptr, sizeof x, &found->second, rank, x});
 }
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
@@ -288,7 +306,7 @@ void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   const Memory& memory = *my_block().memory;
   if (at < memory.begin || at + bytes > memory.begin + memory.bytes) fail("a bulk copy beyond shared memory");
   memset(to, 0xff, bytes);
-  world->copies.push_back({at, static_cast<const char*>(from), bytes, &my_block().arrivals.at(barrier), me().block});
+  world->copies.push_back({at, static_cast<const char*>(from), bytes, &my_block().arrivals.at(barrier), me().block, {}});
 }
 
 void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes) {

@@ -27,6 +27,7 @@ namespace device {
 constexpr int WARP = 32;
 constexpr int ROW_THREADS = 64;
 constexpr int STREAM_THREADS = 96;
+constexpr int KL_THREADS = 64;
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -47,7 +48,8 @@ uint32_t exchange(uint32_t x, int from_lane);
 void write_remote(float* to, int rank, float x);
 void barrier_init(uint64_t* at, int count);
 void barrier_expect(uint64_t* at, uint32_t bytes);
-void barrier_wait(uint64_t* at);
+void barrier_wait(uint64_t* at, int parity);
+void send(void* to, const Vector& x, uint64_t* barrier, int rank);
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
 void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes);
 
@@ -92,6 +94,17 @@ T shuffle_xor(T x, int mask) {
 inline uint32_t shuffle_up(uint32_t x) {
   const int lane = thread_index() % WARP;
   return exchange(x, lane > 0 ? lane - 1 : lane);
+}
+inline bool any_of_warp(bool x) {
+  uint32_t any = x;
+  for (int mask = 16; mask > 0; mask >>= 1) any |= shuffle_xor(any, mask);
+  return any != 0;
+}
+inline bool all_of_warp(bool x) { return !any_of_warp(!x); }
+inline int atomic_add(int* at, int by) {
+  const int before = *at;
+  *at += by;
+  return before;
 }
 inline uint32_t atomic_or(uint32_t* at, uint32_t bits) {
   const uint32_t before = *at;
@@ -143,8 +156,10 @@ inline void store_half_vector(void* to, uint32_t low, uint32_t high) {
 }
 
 inline int cluster_size() { return model::cluster(); }
+inline int cluster_index() { return static_cast<int>(model::block() / model::cluster()); }
 inline int cluster_rank() { return model::rank(); }
 inline void cluster_arrive() { model::meet(model::Barrier::CLUSTER, true, false); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   if (model::mutation == model::Mutation::DROPPED_CLUSTER_BARRIER) return;
   model::meet(model::Barrier::CLUSTER, false, true);
@@ -159,8 +174,10 @@ inline void arrival_fence() {}
 inline void arrival_expect(uint64_t* barrier, uint32_t bytes) { model::barrier_expect(barrier, bytes); }
 inline void arrival_wait(uint64_t* barrier) {
   if (model::mutation == model::Mutation::UNAWAITED_COPY) return;
-  model::barrier_wait(barrier);
+  model::barrier_wait(barrier, 0);
 }
+inline void arrival_wait_cluster(uint64_t* barrier, int parity) { model::barrier_wait(barrier, parity); }
+inline void send(void* to, const Vector& x, uint64_t* barrier, int rank) { model::send(to, x, barrier, rank); }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   model::copy(to, from, bytes, barrier);
 }
@@ -190,6 +207,8 @@ template <class... Parameters>
 int active_clusters(void (*)(Parameters...), int, int, int) {
   return 1;
 }
+template <class... Parameters>
+void prefer_shared_memory(void (*)(Parameters...)) {}
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
             Arguments... arguments) {

@@ -101,8 +101,9 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 def launch(call: RowCall) -> None:
     assert module is not None
     logits = call.logits
-    # 1 / normaliser, and the rows' losses until they are summed
-    workspace = torch.empty(1 + logits.size(0), dtype=torch.float64, device=logits.device)
+    # 1 / normaliser, the rows' losses until they are summed, the rows that one kernel leaves to another
+    rows = logits.size(0)
+    workspace = torch.empty(2 + rows + rows // 2, dtype=torch.float64, device=logits.device)
     module.run_rows_cuda(
         *native.row_arguments(call), _device(logits), _stream(logits), workspace.data_ptr()
     )
