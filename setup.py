@@ -2,7 +2,7 @@
 
 ``csrc/row_cpu.cpp`` is compiled once per instruction set, ``csrc/bind.cpp`` once, and the lot is
 linked against nothing but the C++ and OpenMP runtimes: one build serves every torch. Where there is
-an nvcc, ``csrc/row_cuda.cu`` joins, with the CUDA runtime linked statically. Environment:
+an nvcc, ``csrc/*.cu`` join, with the CUDA runtime linked statically. Environment:
 
     MAX_JOBS                      compilers at a time; default: one per CPU
     CXX, CXXFLAGS                 the compiler, and flags that go before ours
@@ -166,11 +166,11 @@ class BuildNative(build_ext):
         print(f"tnt_kernels: compiling {', '.join(job.name for job in jobs)}", file=sys.stderr)
         try:
             with ThreadPoolExecutor(workers) as pool:
-                # The CUDA kernels take the longest, so they begin first; an architecture is a thread of nvcc.
-                cuda = pool.submit(self.compile_cuda, home, gencode, workers) if home else None
+                # The CUDA kernels take the longest, so they begin first.
+                sources = sorted(Path("csrc").glob("*.cu")) if home else []
+                cuda = [pool.submit(self.compile_cuda, home, gencode, source) for source in sources]
                 objects = list(pool.map(self.compile, jobs))
-                if cuda:
-                    objects.append(cuda.result())
+                objects += [job.result() for job in cuda]
             # Where torch has its libgomp under another name (wheels before 2.8), -fopenmp maps a
             # second one, but the symbols are still looked up, and found, in torch's first.
             flags = [*openmp, *instrument]
@@ -209,13 +209,13 @@ class BuildNative(build_ext):
             raise CompileError(f"TNT_KERNELS_FORCE_CUDA_BUILD is set, but there is {missing}")
         return None, missing
 
-    def compile_cuda(self, home, gencode, workers):
-        target = Path(self.build_temp, "cuda", "row_cuda.o")
+    def compile_cuda(self, home, gencode, source):
+        target = Path(self.build_temp, "cuda", f"{source.stem}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [f"{home}/bin/nvcc", *NVCC_FLAGS, *gencode, f"--threads={workers}", "-Icsrc"]
-        command += ["-c", "csrc/row_cuda.cu", "-o", str(target)]
+        command = [f"{home}/bin/nvcc", *NVCC_FLAGS, *gencode, "-Icsrc"]
+        command += ["-c", str(source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        (target.parent / "ptxas.log").write_text(result.stderr)
+        target.with_suffix(".ptxas.log").write_text(result.stderr)
         if result.returncode:
             raise CompileError(
                 f"{' '.join(command)}\n{result.stdout}{result.stderr}\n"

@@ -18,6 +18,15 @@ struct CudaCall {
 
 void run_rows_cuda(const RowParams&, const CudaCall&);
 
+// The rows of one dtype of logits and gradient.
+struct CudaRows {
+  void (*run)(const RowParams&, const CudaCall&, const double* inverse_normalizer, int* left);
+  bool (*leaves)(const RowParams&, int device);  // whether the call needs the list of rows that are left
+  void (*load)(int device);
+  void (*forget)();
+};
+extern const CudaRows cuda_rows_float32, cuda_rows_float32_bfloat16, cuda_rows_bfloat16, cuda_rows_float16;
+
 // Multiplies (rows, columns) of dtype by the number at `factor` (float, on the device), and returns at once where that
 // is 1.
 void scale_rows_cuda(DType, void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor, int device,

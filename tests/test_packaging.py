@@ -253,9 +253,12 @@ def test_nvcc_is_asked_for_these_architectures(tree, toolkit, listed, built, fla
     assert result.returncode == 0, result.stderr
     assert record["cuda_missing"] == ""
     assert record["cuda_architectures"] == built
-    (asked,) = (toolkit / "bin" / "nvcc.log").read_text().splitlines()
-    assert re.findall(r"-gencode=arch=compute_(\S+)", asked) == flags
-    assert "--threads=3" in asked
+    asked = (toolkit / "bin" / "nvcc.log").read_text().splitlines()
+    sources = {re.search(r"-c (\S+)", line)[1] for line in asked}
+    assert sources == {f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu")}
+    assert len(asked) == len(sources)
+    for line in asked:
+        assert re.findall(r"-gencode=arch=compute_(\S+)", line) == flags
     linked = (toolkit / "bin" / "c++.log").read_text().splitlines()[-1]
     assert f"-L{toolkit}/lib64 -lcudart_static" in linked
 

@@ -1,0 +1,8 @@
+#if !defined(TNT_ISA)
+#define TNT_ISA cuda_math
+#endif
+#include "row_cuda_rows.cuh"
+
+namespace tnt {
+extern const CudaRows cuda_rows_float16 = cuda_rows<Float16, Float16>();
+}

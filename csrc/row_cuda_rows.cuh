@@ -1,0 +1,257 @@
+// The kernels for rows of one dtype, and how they are launched: which path, how many blocks a row gets. Each dtype is
+// compiled by itself (row_cuda_*.cu), so that compilers can work side by side.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "kl_kernel.cuh"
+#include "row_cuda.h"
+#include "row_kernel.cuh"
+#include "row_launch.cuh"
+
+namespace tnt {
+inline namespace TNT_ISA {
+namespace {
+
+template <class Logit, class Gradient, bool ON_CHIP>
+__global__ void __launch_bounds__(ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS, ON_CHIP ? 2 : 1)
+    row_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  RowBlock<Logit, Gradient, ON_CHIP>(p, launch, device::block_index() / device::cluster_size()).run();
+#else
+  if constexpr (!ON_CHIP)
+    RowBlock<Logit, Gradient, ON_CHIP>(p, launch, device::block_index() / device::cluster_size()).run();
+#endif
+}
+
+// The rows that kl_kernel has left, a cluster one after another.
+template <class Logit, class Gradient>
+__global__ void __launch_bounds__(device::STREAM_THREADS, 1)
+    left_rows_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch, const int* left) {
+  const int64_t step = device::grid_size() / device::cluster_size();
+#pragma unroll 1
+  for (int64_t i = device::block_index() / device::cluster_size(); i < left[0]; i += step) {
+    RowBlock<Logit, Gradient, false>(p, launch, left[1 + i]).run();
+    device::sync_block();  // shared memory is written to again
+    device::cluster_arrive();
+    device::cluster_wait();
+  }
+}
+
+template <class Logit, class Gradient, bool STATS>
+__global__ void __launch_bounds__(device::KL_THREADS, 3)
+    kl_kernel(const __grid_constant__ RowParams p, const __grid_constant__ KlLaunch launch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  KlBlock<Logit, Gradient, STATS>(p, launch).run();
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------- which path, how
+
+struct Plan {
+  bool on_chip;
+  int cluster;
+  RowLaunch launch;
+  int shared_bytes;
+};
+
+int64_t slice_of(int64_t vocab, int blocks) { return ((vocab + blocks - 1) / blocks + 31) / 32 * 32; }
+
+Plan plan_of(bool on_chip, int cluster, int64_t vocab, int element_bytes) {
+  Plan plan{on_chip, cluster, {}, 0};
+  plan.launch.slice = slice_of(vocab, cluster);
+  plan.launch.mask_bytes = int((plan.launch.slice / 8 + 15) / 16 * 16);
+  // Up to 15 bytes of misalignment before the slice; a group is read as two vectors, the second behind it.
+  plan.launch.row_bytes = on_chip ? int((plan.launch.slice * element_bytes + 32 + 127) / 128 * 128) : 0;
+  plan.shared_bytes = SHARED_HEADER + plan.launch.mask_bytes + 2 * plan.launch.row_bytes;
+  return plan;
+}
+
+template <class Logit, class Gradient>
+Plan choose(int64_t vocab, int device, bool on_chip) {
+  const device::Properties properties = device::properties(device);
+  // A kernel knows of clusters, and of what stays on chip, if it was compiled for them too.
+  const auto clusters = [&](auto kernel) { return properties.clusters && device::architecture(kernel) >= 90; };
+  const auto fits = [&](const Plan& plan, int limit) {
+    return plan.shared_bytes <= limit &&
+           device::active_clusters(
+               plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>, plan.cluster,
+               plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS, plan.shared_bytes) > 0;
+  };
+  if (on_chip && clusters(row_kernel<Logit, Gradient, true>)) {
+    // Two blocks on a multiprocessor hide each other's loads, merges and coefficients (three would need 80 registers,
+    // and spill). 16 blocks are non-portable, and fewer, larger ones come before them.
+    const int two = properties.shared_per_multiprocessor / 2 - properties.shared_reserved;
+    const std::pair<int, int> order[] = {
+        {1, two}, {2, two}, {4, two}, {8, two}, {8, properties.shared_per_block}, {16, properties.shared_per_block}};
+    for (const auto& [cluster, limit] : order) {
+      if (cluster > properties.largest_cluster) continue;
+      const Plan plan = plan_of(true, cluster, vocab, sizeof(Logit));
+      if (fits(plan, limit)) return plan;
+    }
+  }
+  // The rows in flight should fit half of the L2 cache, or the second pass finds nothing there: with clusters, fewer
+  // rows are in flight. One block of STREAM_THREADS has a register budget that lets two share a multiprocessor.
+  const bool several = clusters(row_kernel<Logit, Gradient, false>);
+  int cluster = 1;
+  if (several)
+    while (cluster < 8 && int64_t(properties.multiprocessors) / cluster * 2 * vocab * int64_t(sizeof(Logit)) * 2 >
+                              properties.l2_bytes / 2)
+      cluster *= 2;
+  for (; cluster <= 8; cluster *= 2) {
+    const Plan plan = plan_of(false, cluster, vocab, sizeof(Logit));
+    if (fits(plan, properties.shared_per_block)) return plan;
+    if (!several) break;
+  }
+  throw std::runtime_error("logits: a vocabulary of " + std::to_string(vocab) + " is too large for this device");
+}
+
+// How kl_kernel is launched, and the kernel for the rows that it leaves.
+struct KlPlan {
+  int cluster = 0;  // 0: it does not serve this vocabulary on this device
+  int slice, shared_bytes;
+  Plan left;
+  int64_t left_blocks;
+};
+
+template <class Logit, class Gradient, bool STATS>
+KlPlan choose_kl(int64_t vocab, int device) {
+  const device::Properties properties = device::properties(device);
+  const auto kernel = kl_kernel<Logit, Gradient, STATS>;
+  KlPlan plan;
+  if (!properties.clusters || device::architecture(kernel) < 90) return plan;
+  device::prefer_shared_memory(kernel);
+  // For measurements: no other size of cluster than this.
+  const char* const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER");
+  const int only = forced ? std::atoi(forced) : 0;
+  const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
+  const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
+  // Measured on an H100: three blocks on a multiprocessor hide each other's waiting, and fewer clusters of 16 than of 8
+  // find room. One row on 8 blocks with a multiprocessor each comes last.
+  const std::pair<int, int> order[] = {{1, three}, {2, three}, {4, three},  {8, three}, {1, two}, {2, two},
+                                       {4, two},   {8, two},   {16, three}, {16, two},  {8, one}, {16, one}};
+  for (const auto& [cluster, limit] : order) {
+    if (cluster > properties.largest_cluster || (only > 0 && cluster != only)) continue;
+    // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
+    const int64_t slice = (vocab + Stored<Logit>::GROUP - 1 + cluster - 1) / cluster;
+    plan.slice = int((slice + 63) / 64 * 64);
+    plan.shared_bytes = kl_shared_bytes(plan.slice, cluster, sizeof(Logit));
+    if (plan.slice > KL_STEPS * KlBlock<Logit, Gradient, STATS>::STEP || plan.shared_bytes > limit) continue;
+    if (device::active_clusters(kernel, cluster, device::KL_THREADS, plan.shared_bytes) < 1) continue;
+    plan.cluster = cluster;
+    break;
+  }
+  if (plan.cluster == 0) return plan;
+  plan.left = choose<Logit, Gradient>(vocab, device, false);
+  device::active_clusters(left_rows_kernel<Logit, Gradient>, plan.left.cluster, device::STREAM_THREADS,
+                          plan.left.shared_bytes);  // lets it use the memory
+  plan.left_blocks = std::max(1, 2 * properties.multiprocessors / plan.left.cluster) * plan.left.cluster;
+  return plan;
+}
+
+using PlanKey = std::tuple<int64_t, int, DType, DType, bool>;
+std::map<PlanKey, Plan> known_plans;
+std::map<PlanKey, KlPlan> known_kl_plans;
+std::mutex known_plans_mutex;
+
+// Asking the runtime costs more than a launch. A shard's passes are launches of their own: nothing stays on chip.
+template <class Logit, class Gradient>
+Plan plan_for(const RowParams& p, int device) {
+  const bool on_chip = !p.statistics && !p.gathered;
+  const std::lock_guard<std::mutex> lock(known_plans_mutex);
+  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip);
+  auto at = known_plans.find(key);
+  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit, Gradient>(p.vocab, device, on_chip)).first;
+  return at->second;
+}
+
+template <class Logit, class Gradient, bool STATS>
+KlPlan kl_plan_for(const RowParams& p, int device) {
+  const std::lock_guard<std::mutex> lock(known_plans_mutex);
+  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS);
+  auto at = known_kl_plans.find(key);
+  if (at == known_kl_plans.end())
+    at = known_kl_plans.emplace(key, choose_kl<Logit, Gradient, STATS>(p.vocab, device)).first;
+  return at->second;
+}
+
+// What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. All tensors of a row begin
+// equally far behind a 16-byte boundary of logits.
+template <class Logit>
+bool is_kl_call(const RowParams& p) {
+  const auto kl = [](int loss) { return loss == FORWARD_KL || loss == REVERSE_KL; };
+  if (!kl(p.positive_loss) && p.positive_loss != LOG_LIKELIHOOD) return false;
+  if (!kl(p.negative_loss) && p.negative_loss != UNLIKELIHOOD) return false;
+  if (p.uniform_smoothing && p.eps > 0) return false;
+  if (p.statistics || p.gathered || p.coefficients || p.upstream) return false;
+  constexpr int GROUP = Stored<Logit>::GROUP;
+  const auto begin = [](const void* at, int64_t stride) {
+    return std::make_pair(reinterpret_cast<uintptr_t>(at) % 16, (stride % GROUP + GROUP) % GROUP);
+  };
+  return !p.ref_logits || begin(p.ref_logits, p.ref_logits_stride) == begin(p.logits, p.logits_stride);
+}
+
+template <class Logit, class Gradient>
+void load_rows(int device) {
+  if (device::properties(device).clusters) {
+    device::load(row_kernel<Logit, Gradient, true>);
+    device::load(kl_kernel<Logit, Gradient, false>);
+    device::load(kl_kernel<Logit, Gradient, true>);
+    device::load(left_rows_kernel<Logit, Gradient>);
+  }
+  device::load(row_kernel<Logit, Gradient, false>);
+}
+
+template <class Logit, class Gradient>
+KlPlan kl_plan_of_call(const RowParams& p, int device) {
+  if (p.rows == 0 || !is_kl_call<Logit>(p)) return {};
+  return p.row_stats ? kl_plan_for<Logit, Gradient, true>(p, device) : kl_plan_for<Logit, Gradient, false>(p, device);
+}
+
+template <class Logit, class Gradient>
+void run(const RowParams& p, const CudaCall& call, const double* inverse, int* left) {
+  if (p.rows == 0) return;
+  double* const losses = call.workspace ? call.workspace + 1 : nullptr;
+  const KlPlan kl = kl_plan_of_call<Logit, Gradient>(p, call.device);
+  if (kl.cluster > 0) {
+    const KlLaunch launch{kl.slice, inverse, losses, left};
+    device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
+                   p.rows * kl.cluster, kl.cluster, device::KL_THREADS, kl.shared_bytes, call.stream, p, launch);
+    RowLaunch rest = kl.left.launch;
+    rest.inverse_normalizer = inverse;
+    rest.losses = losses;
+    const int64_t blocks = std::min<int64_t>(kl.left_blocks, p.rows * kl.left.cluster);
+    device::launch(left_rows_kernel<Logit, Gradient>, blocks, kl.left.cluster, device::STREAM_THREADS,
+                   kl.left.shared_bytes, call.stream, p, rest, static_cast<const int*>(left));
+    return;
+  }
+  Plan plan = plan_for<Logit, Gradient>(p, call.device);
+  plan.launch.inverse_normalizer = inverse;
+  plan.launch.losses = losses;
+  device::launch(plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>,
+                 p.rows * plan.cluster, plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS,
+                 plan.shared_bytes, call.stream, p, plan.launch);
+}
+
+template <class Logit, class Gradient>
+constexpr CudaRows cuda_rows() {
+  return {run<Logit, Gradient>,
+          [](const RowParams& p, int device) { return kl_plan_of_call<Logit, Gradient>(p, device).cluster > 0; },
+          load_rows<Logit, Gradient>,
+          [] {
+            const std::lock_guard<std::mutex> lock(known_plans_mutex);
+            known_plans.clear();
+            known_kl_plans.clear();
+          }};
+}
+
+}  // namespace
+}  // namespace TNT_ISA
+}  // namespace tnt
