@@ -74,7 +74,10 @@ def compiled(architecture: str, variant: Variant) -> Any:
 
     objective, call, logits = METHODS[variant.method], variant.call, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
-    config = tuning.row_config(variant.vocab, itemsize, objective.reads_reference, architecture)
+    pair = objective.reads_reference
+    config = tuning.row_config(
+        variant.vocab, itemsize, pair, variant.gradient, variant.ids > 0, architecture
+    )
     sharded = call in (PARTS, FINISH)
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss),

@@ -147,7 +147,10 @@ def launch(call: RowCall) -> None:
             ids = _Ids(call.negative_ids, call.vocab_size)
             target = architecture(logits.device)
             pair = call.ref_logits is not None
-            config = tuning.row_config(vocab, logits.element_size(), pair, target)
+            gradient = call.gradient is not None
+            config = tuning.row_config(
+                vocab, logits.element_size(), pair, gradient, ids.count > 0, target
+            )
             uniform = s.uniform_smoothing and s.eps > 0
             gathered = call.gathered
             kernels.row_kernel[(rows,)](
@@ -162,7 +165,7 @@ def launch(call: RowCall) -> None:
                 call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
                 0 if gathered is None else gathered.size(0), call.parts, call.totals,
                 POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=uniform, IDS=ids.kind, CALL=kind.value,
-                GRADIENT=call.gradient is not None, BLOCK=config.block, STAGES=config.stages,
+                GRADIENT=gradient, BLOCK=config.block, STAGES=config.stages,
                 SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
                 **options(config, target),
             )  # fmt: skip
