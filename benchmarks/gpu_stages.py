@@ -101,7 +101,7 @@ def _variants() -> tuple[tuple[str, Any], ...]:
     """What the stages up to the table compile with Triton, a part for a process."""
     smoke = [("smoke", (m, d)) for m in SMOKE_METHODS for d in SMOKE_DTYPES]
     # Whatever else there is in the table launches the same kernels.
-    sizes = (MAIN, MAIN._replace(vocab=50257))
+    sizes = (MAIN, *(MAIN._replace(vocab=vocab) for vocab in (32000, 50257)))
     cases = [("case", c) for c in TABLE if c.size in sizes and c.active_share == 1]
     return (*smoke, *cases)
 
@@ -353,7 +353,9 @@ class Stages:
         for vocab in SETTINGS_VOCABULARIES[: 1 if self.tiny else None]:
             size = self.size(MAIN._replace(vocab=vocab, rows=MAIN.rows * MAIN.vocab // vocab // 2))
             problem, gb_per_s = self.problem(size)
-            usual = default(vocab, 2, True, BACKENDS["triton"].architecture(self.device))
+            usual = default(
+                vocab, 2, True, True, False, BACKENDS["triton"].architecture(self.device)
+            )
             for config in (usual, *SETTINGS):
                 tuning.row_config = lambda *_, config=config: config
                 step = library_step("in place", "tnff", self.kernel_backend)

@@ -35,6 +35,7 @@ from tnt_kernels.bench.cli import environment
 
 #: The vocabularies of which a sanitizer sees a row each: more take minutes under it.
 SANITIZED = (17, 5000, 60001)
+EXTENSION = "extension"  # the process that builds it
 #: Nsight Compute's sections beyond "detailed": who waits for what.
 SECTIONS = ("WarpStateStats", "SchedulerStats", "InstructionStats")
 #: Where ``gpu.json`` has the records of each kind.
@@ -93,7 +94,7 @@ def _build(a: argparse.Namespace) -> list[Command]:
         "TNT_KERNELS_FORCE_CUDA_BUILD": "1",
     }
     extension = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return [Command(extension, settings, "extension"), *warm]
+    return [Command(extension, settings, EXTENSION), *warm]
 
 
 def _smoke(a: argparse.Namespace) -> list[Command]:
@@ -309,11 +310,12 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def run_stages(a: argparse.Namespace, runner: Runner, stages: Mapping[str, Stage] = STAGES) -> None:
-    end = runner.begun + a.budget
+    end, broken = runner.begun + a.budget, False
     for name in a.stages:
         left = end - time.monotonic()
-        if left < 1:
-            runner.end(name, Command([]), "left out, the time is over", 0.0)
+        if left < 1 or broken:
+            why = "the extension is not built" if broken else "the time is over"
+            runner.end(name, Command([]), f"left out, {why}", 0.0)
             continue
         stage = stages[name]
         commands = runner.take_over(name, stage.commands(a))
@@ -321,6 +323,11 @@ def run_stages(a: argparse.Namespace, runner: Runner, stages: Mapping[str, Stage
         runner.log(f"--- {name}, at most {seconds:.0f} s")
         if stage.at_once:
             runner.run(name, commands, seconds)
+            # Without it nothing of the CUDA kernels can be measured: the GPU goes back, for another try.
+            broken = "cuda" in a.backends and any(
+                r["kind"] == "end" and r["process"] == EXTENSION and r["ended"] != "ok"
+                for r in runner.records
+            )
             continue
         parts = [c.seconds or stage.seconds / len(commands) for c in commands]
         stage_end = time.monotonic() + seconds
@@ -351,8 +358,13 @@ def gather(
 ) -> dict[str, Any]:
     """``gpu.json``: the records by kind, and where they come from."""
     kinds: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS.values()}
+    seen = set()
     for record in records:
-        kinds[KINDS[record["kind"]]].append({k: v for k, v in record.items() if k != "kind"})
+        # A figure that another stage has taken over, or another run, is there once.
+        figure = json.dumps({k: v for k, v in record.items() if k not in ("stage", "process")})
+        if record["kind"] not in ("case", "distance", "linear") or figure not in seen:
+            kinds[KINDS[record["kind"]]].append({k: v for k, v in record.items() if k != "kind"})
+        seen.add(figure)
     return {"quick": run["tiny"], **where, "commit": run["commit"], "run": run, **kinds}
 
 

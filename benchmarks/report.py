@@ -196,6 +196,12 @@ def gpu_table(gpu: dict[str, Any] | None) -> str:
                     "–" if error is None else f"{error:.0e}",
                 ]
             )
+    measured = {c["backend"] for c in cases}
+    rows += [
+        [f"tnt_loss ({backend})", *[NOT_MEASURED] * 5]
+        for backend in ("cuda", "triton")
+        if backend not in measured and not gpu["quick"]
+    ]
     rows += [[p["name"], p["missing"], *["–"] * 4] for p in gpu["peers"] if "missing" in p]
     return table(head, rows)
 

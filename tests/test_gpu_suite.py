@@ -289,7 +289,7 @@ def test_a_second_run_measures_what_the_first_did_not(
     assert ran.read_text().split() == ["build", "badly", "late"]
     # Also of the stage that was not asked for; of the failed process, what it measured one by one.
     assert sorted(r["n"] for r in again["smoke"]) == [1, 2, 3, 4, 5]
-    assert [c["contender"] for c in again["cases"]] == ["in place", "in place", "fresh"]
+    assert [c["contender"] for c in again["cases"]] == ["in place", "fresh"]
     assert len(again["stages"]) == 6
     assert len(results["cases"]) == 2
     # Of itself, too.
@@ -490,9 +490,9 @@ def test_verdicts() -> None:
 # --- what Triton compiles -------------------------------------------------------------------------
 
 #: Kernels that the build compiles, and those that each stage is the first to compile after it.
-BUILT = 64
+BUILT = 63
 COMPILED = {
-    "smoke": 0, "bandwidth": 0, "speed": 0, "launch": 0, "table": 0, "settings": 7, "linear": 4, "sweeps": 4,
+    "smoke": 0, "bandwidth": 0, "speed": 0, "launch": 0, "table": 0, "settings": 6, "linear": 4, "sweeps": 4,
     "linear_sweeps": 2,
 }  # fmt: skip
 
@@ -583,3 +583,16 @@ def test_peers_are_fetched_for_the_machine_with_the_gpu(
     assert lines["torch cross_entropy"] == "gives the right gradient"
     assert lines["torch linear_cross_entropy"] == "runs"
     assert lines["Liger KLDiv"].startswith("cannot be imported: ModuleNotFoundError")
+
+
+def test_without_the_extension_the_gpu_goes_back(
+    tmp_path: Path, stages: Callable[..., str]
+) -> None:
+    names = stages(
+        build=fake(extension="raise SystemExit(1)", at_once=True), smoke=fake(say(backend="triton"))
+    )
+    left_out = "left out, the extension is not built"
+    results = suite(tmp_path, "--stages", names)
+    assert [e["ended"] for e in results["stages"]] == ["exit status 1", left_out]
+    results = suite(tmp_path, "--stages", names, "--backends", "triton")
+    assert [e["ended"] for e in results["stages"]] == ["exit status 1", "ok"]

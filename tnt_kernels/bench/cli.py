@@ -6,9 +6,9 @@ import argparse
 import datetime
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         }
     except ImportError:
         native = {"instruction_set": None, "compiler": None}
-    triton = sys.modules.get("triton")
+    try:
+        triton: str | None = version("triton")
+    except PackageNotFoundError:
+        triton = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
@@ -127,7 +130,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "triton": getattr(triton, "__version__", None),
+            "triton": triton,
             "tnt_kernels": tnt_kernels.__version__,
             **native,
         },
