@@ -30,19 +30,19 @@ struct KlShared {
 };
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
 constexpr int KL_WARPS = device::KL_THREADS / device::WARP;
-constexpr int KL_MESSAGE = 3 * sizeof(Vector);  // of a warp at most: its sums, and those of its removed entries
 
 enum KlFlags : uint32_t { KL_HAS_IDS = 1, KL_ID_OUTSIDE = 2 };
-
-constexpr int kl_shared_bytes(int slice, int blocks, int element_bytes) {
-  return KL_HEADER + 2 * blocks * KL_WARPS * KL_MESSAGE + 2 * slice * element_bytes + slice / 8;
-}
 
 template <class Logit, class Gradient, bool STATS>
 class KlBlock {
  public:
   static constexpr int THREADS = device::KL_THREADS, GROUP = Stored<Logit>::GROUP, STEP = THREADS * GROUP;
   static constexpr int STEP_BYTES = STEP * int(sizeof(Logit));
+  // Of a warp at most: its sums, those of its removed entries, and what the statistics need besides.
+  static constexpr int MESSAGE = (STATS ? 3 : 2) * int(sizeof(Vector));
+  static constexpr int shared_bytes(int slice, int blocks) {
+    return KL_HEADER + 2 * blocks * KL_WARPS * MESSAGE + 2 * slice * int(sizeof(Logit)) + slice / 8;
+  }
 
   TNT_DEVICE KlBlock(const RowParams& params, const KlLaunch& launch)
       : p_(params),
@@ -127,7 +127,7 @@ class KlBlock {
 
   TNT_DEVICE char* messages() const { return device::shared_memory() + KL_HEADER; }
   TNT_DEVICE char* slot(bool reference) const {
-    return messages() + 2 * blocks_ * KL_WARPS * KL_MESSAGE + (reference ? l_.slice * int(sizeof(Logit)) : 0);
+    return messages() + 2 * blocks_ * KL_WARPS * MESSAGE + (reference ? l_.slice * int(sizeof(Logit)) : 0);
   }
   TNT_DEVICE uint32_t* mask() const { return reinterpret_cast<uint32_t*>(slot(true) + l_.slice * int(sizeof(Logit))); }
   TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
@@ -246,7 +246,7 @@ class KlBlock {
   // i + 1, and a warp sends those after it has read i.
   template <int VECTORS>
   TNT_DEVICE const Vector* exchange(int i, const Vector (&message)[VECTORS]) {
-    char* const here = messages() + (i & 1) * blocks_ * KL_WARPS * KL_MESSAGE;
+    char* const here = messages() + (i & 1) * blocks_ * KL_WARPS * MESSAGE;
     uint64_t* const barrier = s_.exchange + (i & 1);
     constexpr int bytes = VECTORS * sizeof(Vector);
     if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * KL_WARPS * bytes));

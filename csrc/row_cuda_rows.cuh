@@ -142,7 +142,7 @@ KlPlan choose_kl(int64_t vocab, int device) {
     // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
     const int64_t slice = (vocab + Stored<Logit>::GROUP - 1 + cluster - 1) / cluster;
     plan.slice = int((slice + 63) / 64 * 64);
-    plan.shared_bytes = kl_shared_bytes(plan.slice, cluster, sizeof(Logit));
+    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster);
     if (plan.slice > KL_STEPS * KlBlock<Logit, Gradient, STATS>::STEP || plan.shared_bytes > limit) continue;
     if (device::active_clusters(kernel, cluster, device::KL_THREADS, plan.shared_bytes) < 1) continue;
     plan.cluster = cluster;
