@@ -26,7 +26,7 @@ struct KlShared {
   uint64_t arrivals[KL_STEPS];
   uint64_t exchange[2];
   uint32_t flags;
-  float weight, alpha, scale;  // of the row; 1/normaliser/T. No register holds them through the passes.
+  float weight, alpha, scale, eps;  // of the row; 1/normaliser/T. No register holds them through the passes.
 };
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
 constexpr int KL_WARPS = device::KL_THREADS / device::WARP;
@@ -74,6 +74,7 @@ class KlBlock {
       s_.weight = weight;
       s_.alpha = p_.alpha ? static_cast<const float*>(p_.alpha)[row() * p_.alpha_stride] : float(p_.alpha_value);
       if (p_.negative_loss == UNLIKELIHOOD && weight < 0.0f) s_.alpha *= -weight;
+      s_.eps = float(p_.eps);
       s_.scale = float((l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature);
     }
     levels();
@@ -131,7 +132,10 @@ class KlBlock {
   }
   TNT_DEVICE uint32_t* mask() const { return reinterpret_cast<uint32_t*>(slot(true) + l_.slice * int(sizeof(Logit))); }
   TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
-  TNT_DEVICE uint32_t set_bits(int column) const { return mask()[column / 32] >> (column & 31) & ((1u << GROUP) - 1); }
+  TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (STEP / 8);
+    return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
+  }
   TNT_DEVICE void mark(int64_t id) {  // any 64-bit number may come
     if (id < 0 || id >= p_.vocab) return;
     const int at = int(id) + before_ - begin_;
@@ -272,33 +276,40 @@ class KlBlock {
 
   // ---- a row
 
-  // The rows' levels: their maxima over a few entries all along them, which every warp of the cluster looks at.
+  // The rows' levels, their maxima over a few entries all along them, and how far z lies above r there on average.
+  // Every warp of the cluster looks.
   TNT_DEVICE void levels() {
     const int vocab = int(p_.vocab), lead = before_ > 0 ? GROUP - before_ : 0;
     const bool wide = vocab >= 2 * device::WARP * GROUP;
     const int at = wide             ? lead + lane() * ((vocab - lead) / GROUP / device::WARP) * GROUP
                    : lane() < vocab ? lane()
                                     : vocab - 1;
-    float z_top = level(z_row() + at, wide), r_top = p_.ref_logits ? level(r_row() + at, wide) : 0.0f;
-    z_level_ = max_of_warp(z_top), r_level_ = max_of_warp(r_top);
-  }
-  TNT_DEVICE static float level(const Logit* at, bool wide) {
-    if (!wide) return Stored<Logit>::load(at);
-    float x[GROUP];
-    Stored<Logit>::unpack(device::load_vector(at), x);
+    float z[GROUP], r[GROUP];
+    sample(z_row() + at, wide, z);
+    sample(p_.ref_logits ? r_row() + at : z_row() + at, wide, r);
+    float z_top = z[0], r_top = r[0], above = z[0] - r[0];
 #pragma unroll
-    for (int i = 1; i < GROUP; ++i) x[0] = fmaxf(x[0], x[i]);
-    return x[0];
+    for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]), r_top = fmaxf(r_top, r[i]), above += z[i] - r[i];
+    z_level_ = max_of_warp(z_top), r_level_ = max_of_warp(r_top);
+    // The average difference is nearer to L than that of the maxima; infinities have none.
+    const float more = sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_level_ - r_level_);
+    more_ = fabsf(more) < 16.0f ? more : 0.0f;
+  }
+  TNT_DEVICE static void sample(const Logit* at, bool wide, float (&x)[GROUP]) {
+    if (wide) return Stored<Logit>::unpack(device::load_vector(at), x);
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) x[i] = Stored<Logit>::load(at);
   }
 
   template <bool REVERSE, bool SET>
   TNT_DEVICE void compute() {
-    const float inverse_t = float(1 / p_.temperature), eps = float(p_.eps);
+    const float inverse_t = float(1 / p_.temperature);
     const int offset = thread_ * 16;
     const char *const base = slot(!REVERSE) + offset, *const other = slot(REVERSE) + offset;
     const int full = n_ / STEP, steps = this->steps();
     const bool in_tail = full * STEP + thread_ * GROUP < n_;
-    float x_ref = REVERSE ? z_level_ : r_level_, o_ref = REVERSE ? r_level_ : z_level_, more = 0.0f;
+    float x_ref = REVERSE ? z_level_ : r_level_, o_ref = REVERSE ? r_level_ : z_level_;
+    float more = (REVERSE ? -more_ : more_) * inverse_t;
     KlShift k;
     KlRow sums;
     uint32_t far;
@@ -315,7 +326,7 @@ class KlBlock {
         device::arrival_wait(s_.arrivals + s);
         Group g = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
         if (SET) {
-          const uint32_t bits = set_bits(s * STEP + thread_ * GROUP);
+          const uint32_t bits = set_bits(s);
           if (bits) remove(bits, g);
         }
         if (add<REVERSE>(t, k, g)) far |= bit;
@@ -323,7 +334,7 @@ class KlBlock {
       if (full < steps) {
         device::arrival_wait(s_.arrivals + full);
         Group g = load(base + full * STEP_BYTES, other + full * STEP_BYTES, in_tail);
-        if (SET && in_tail) remove(set_bits(full * STEP + thread_ * GROUP), g);
+        if (SET && in_tail) remove(set_bits(full), g);
         if (add<REVERSE>(t, k, g)) far |= bit;
       }
       constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
@@ -374,12 +385,14 @@ class KlBlock {
       const bool usable = device::all_of_warp(sums.s > 0x1p-40f && sums.s < 0x1p100f);
       // Below -3, S + A has lost its digits.
       const bool in_range = device::all_of_warp(usable && sums.s + a < 0x1p100f && sums.l > -3.0f);
+      // Phi/S and phi(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
+      const bool near = comparable(k.x_ref, k.o_ref);
       good = device::all_of_warp(in_range && sums.phi < INFINITY && sums.set.sum < INFINITY &&
-                                 !(excess > 8.0f * fabsf(sums.kl)) && comparable(k.x_ref, k.o_ref));
+                                 !(excess > 0.5f * fabsf(sums.kl)) && near);
       const bool again = STATS && attempt == 0 && good && device::all_of_warp(entropy_cancels<REVERSE>(sums));
       if ((good && !again) || (usable && device::all_of_warp(sums.phi == INFINITY))) break;
-      if (attempt == KL_ATTEMPTS - 1) break;
-      if ((in_range && !again) || attempt > 0) {
+      if (attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) break;
+      if ((in_range && near && !again) || attempt > 0) {
         more += sums.l;
         continue;
       }
@@ -389,7 +402,7 @@ class KlBlock {
       for (int s = 0; s < steps; ++s) {
         if (s == full && !in_tail) break;
         Group g = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
-        if (SET) remove(set_bits(s * STEP + thread_ * GROUP), g);
+        if (SET) remove(set_bits(s), g);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) x_top = fmaxf(x_top, g.x[i]), o_top = fmaxf(o_top, g.o[i]);
       }
@@ -404,13 +417,13 @@ class KlBlock {
       x_ref = max_of_warp(x_ref), o_ref = max_of_warp(o_ref);
       more = 0.0f;
     }
-    if (!good || (REVERSE && SET && !(eps > 1e-30f))) return leave();
+    if (!good || (REVERSE && SET && !(s_.eps > 1e-30f))) return leave();
     sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
     float loss;
     typename KlGradient<REVERSE>::Type gradient;
     SetGradient set_gradient_of;
     const float row_weight = SET ? s_.alpha : s_.weight;
-    if (kl_coefficients<SET>(k, sums, row_weight * s_.scale, eps, gradient, set_gradient_of, loss)) far = ~0u;
+    if (kl_coefficients<SET>(k, sums, row_weight * s_.scale, s_.eps, gradient, set_gradient_of, loss)) far = ~0u;
     if (p_.grad) {
 #pragma unroll 1
       for (int s = 0; s < full; ++s, far >>= 1)
@@ -446,7 +459,7 @@ class KlBlock {
         if (s == full && !in_tail) break;
         float x[GROUP];
         Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
-        const uint32_t bits = set_bits(s * STEP + thread_ * GROUP);
+        const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
           if (bits >> i & 1) x[i] = AWAY;
@@ -491,7 +504,7 @@ class KlBlock {
         float x[GROUP], out[GROUP];
         Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
         const int column = s * STEP + thread_ * GROUP;
-        const uint32_t bits = set_bits(column);
+        const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) out[i] = g.kept * power(fmaf(x[i], k.scale, -k.c));
         if (bits) {
@@ -516,7 +529,7 @@ class KlBlock {
                         const char* other, bool far) {
     const int column = s * STEP + thread_ * GROUP;
     Group pairs = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
-    const uint32_t bits = SET ? set_bits(column) : 0;
+    const uint32_t bits = SET ? set_bits(s) : 0;
     float z[GROUP], out[GROUP];
     if (SET && bits) {
 #pragma unroll
@@ -582,7 +595,7 @@ class KlBlock {
   const KlLaunch& l_;
   KlShared& s_;
   const int thread_, rank_, blocks_;
-  float z_level_ = 0, r_level_ = 0;
+  float z_level_ = 0, r_level_ = 0, more_ = 0;
   int before_, begin_, n_, first_;  // columns before the row; of this block: its first, how many, the first that is one
 };
 

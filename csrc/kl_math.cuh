@@ -213,8 +213,8 @@ TNT_DEVICE float set_gradient(const SetGradient& s, const KlShift& k, float z) {
 
 // ----------------------------------------------------------------------------------------------------- coefficients
 
-struct Odds {  // p(R) and p(K) = 1 - p(R), each with all its digits
-  float log2_odds, log2_kept, kept, removed;
+struct Odds {  // p(R) and p(K) = 1 - p(R), each with all its digits; the entropy of that choice in bits
+  float log2_odds, log2_kept, kept, removed, entropy;
 };
 TNT_DEVICE Odds odds_of(float log2_odds) {
   const float ratio = power(-fabsf(log2_odds)), small = ratio / (1.0f + ratio), soft = log1pf(ratio) * LOG2_E_F;
@@ -223,6 +223,7 @@ TNT_DEVICE Odds odds_of(float log2_odds) {
   o.log2_kept = -soft - fmaxf(log2_odds, 0.0f);
   o.kept = log2_odds > 0.0f ? small : 1.0f - small;
   o.removed = log2_odds > 0.0f ? 1.0f - small : small;
+  o.entropy = soft + (small > 0.0f ? small * fabsf(log2_odds) : 0.0f);
   return o;
 }
 
@@ -272,8 +273,9 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
   return fabsf(up) > 0.25f;  // |y*| <= 1.25 elsewhere
 }
 
-// The reverse loss is p(K) KL + log(1 + eps n) + log p(K) + p(R) (...), by way of D_K - D_R = KL - o + H_R + log eps,
-// where o are the log-odds of R and H_R the entropy of p within R.
+// The reverse loss is p(K) KL + log(1 + eps n) - H(p(R)) - p(R) (H_R + log eps), its gradient by way of D_K - D_R = KL
+// - o
+// + H_R + log eps, where o are the log-odds of R and H_R the entropy of p within R.
 template <bool SET>
 TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor, float eps, ReverseGradient& g,
                                 SetGradient& sg, float& loss) {
@@ -287,8 +289,9 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
     const float rest = LN_2_F * (o.log2_odds + mean - log2f(eps)), delta = row.kl - rest;
     kept = o.kept;
     extra = o.removed > 0.0f ? o.removed * delta : 0.0f;
-    loss = fmaf(kept, row.kl,
-                (LN_2_F * o.log2_kept + log1pf(eps * row.set.n)) + (o.removed > 0.0f ? o.removed * rest : 0.0f));
+    // p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
+    loss =
+        fmaf(kept, row.kl, (log1pf(eps * row.set.n) - LN_2_F * o.entropy) + LN_2_F * o.removed * (mean - log2f(eps)));
     sg.ref = row.set.max;
     sg.shift = o.log2_odds + o.log2_kept - log2_sum;
     sg.k1 = factor * LN_2_F;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -11,9 +12,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,7 +32,13 @@ MUTATIONS = (
     "dropped cluster barrier",
     "unawaited copy",
     "early exit",
+    "lost message",
+    "stuck exchange",
+    "unawaited message",
+    "early leave",
+    "short expect",
 )
+T = TypeVar("T")
 
 
 def build() -> ModuleType:
@@ -79,3 +87,24 @@ def installed(module: ModuleType) -> Iterator[ModuleType]:
         patch.setattr(cuda, "_device", lambda x: 0)
         patch.setattr(cuda, "_stream", lambda x: 0)
         yield module
+
+
+def rows_left(
+    module: ModuleType, call: Callable[..., T], *of_call: Any
+) -> tuple[T, list[int] | None]:
+    """The result of a call, and the rows that kl_kernel has left to another kernel; None if it was not asked."""
+    launch, left = module.run_rows_cuda, None
+
+    def watched(*arguments: Any) -> None:
+        nonlocal left
+        rows, workspace = arguments[1], arguments[-1]
+        # csrc/row_cuda.h: behind 1 + N doubles
+        numbers = (ctypes.c_int * (1 + rows)).from_address(workspace + 8 * (1 + rows))
+        numbers[0] = -1
+        launch(*arguments)
+        left = sorted(numbers[1 : 1 + numbers[0]]) if numbers[0] >= 0 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_rows_cuda", watched)
+        result = call(*of_call)
+    return result, left

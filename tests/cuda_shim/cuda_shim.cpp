@@ -137,6 +137,8 @@ struct World {
   int current = 0;
   void* scheduler = nullptr;
   std::exception_ptr error;
+  bool lost = false;              // a message, by a mutation
+  ptrdiff_t first_exchange = -1;  // where in shared memory the barrier of the first message is
 };
 World* world = nullptr;
 
@@ -153,12 +155,15 @@ void give_way(std::function<bool()> ready) {
 // An exception may not cross stacks: it is kept, and the fiber never runs again.
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("CUDA model: " + what); }
 
+struct Exit {};  // of a thread, by a mutation
+
 void enter() {
   try {
     const bool exits = mutation == Mutation::EARLY_EXIT && me().block == world->size - 1 && world->size > 1;
     if (!exits) (*world->kernel)();
     if (me().arrived && world->size > 1)
       fail("a thread leaves between arriving at a cluster barrier and waiting there");
+  } catch (const Exit&) {
   } catch (...) {
     if (!world->error) world->error = std::current_exception();
   }
@@ -169,9 +174,12 @@ void enter() {
   block.meeting.leave();
   world->cluster.leave();
   if (--block.running == 0) {
-    for (const Copy& copy : world->copies)
-      if (copy.block == fiber.block && !world->error)
-        world->error = std::make_exception_ptr(std::runtime_error("CUDA model: a block leaves before its copies came"));
+    // What is still on its way here, or was not expected, would meet the memory of the next block.
+    bool settled = true;
+    for (const Copy& copy : world->copies) settled = settled && copy.block != fiber.block;
+    for (const auto& [at, arrival] : block.arrivals) settled = settled && arrival.bytes == 0;
+    if (!settled && !world->error)
+      world->error = std::make_exception_ptr(std::runtime_error("CUDA model: a block leaves before its copies came"));
     block.memory.reset();
   }
   void* ignored;
@@ -179,17 +187,33 @@ void enter() {
   __builtin_unreachable();
 }
 
-void complete(size_t index) {
+// Until it completes, its destination holds NaN: who still wants what was there before, or does not wait, reads that.
+void begin(const Copy& copy) {
+  for (const Copy& other : world->copies)
+    if (copy.to < other.to + other.bytes && other.to < copy.to + copy.bytes)
+      fail("a copy to where another one is on its way");
+  memset(copy.to, 0xff, copy.bytes);
+  world->copies.push_back(copy);
+}
+
+// Whether that ends a phase, for which someone may have waited.
+bool complete(size_t index) {
   const Copy copy = world->copies[index];
   world->copies.erase(world->copies.begin() + long(index));
   memcpy(copy.to, copy.from ? copy.from : reinterpret_cast<const char*>(&copy.message), copy.bytes);
   copy.arrival->bytes -= copy.bytes;
+  const uint64_t before = copy.arrival->phase;
   copy.arrival->settle();
+  return copy.arrival->phase != before;
 }
 
 void run_cluster(std::vector<char>& stacks) {
   World& w = *world;
   std::mt19937 random(static_cast<unsigned>(w.first_block));
+  const auto one_of = [&](size_t n) { return size_t(random()) % n; };
+  const size_t nobody = w.warps.size();
+  // A warp that runs only when the others cannot.
+  size_t resting = schedule == Schedule::SHUFFLED ? one_of(nobody + 1) : nobody;
   std::vector<size_t> order(w.fibers.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = schedule == Schedule::REVERSE ? order.size() - 1 - i : i;
   for (size_t i = 0; i < w.fibers.size(); ++i) {
@@ -202,10 +226,14 @@ void run_cluster(std::vector<char>& stacks) {
   }
   for (size_t left = w.fibers.size(); left > 0;) {
     if (schedule == Schedule::SHUFFLED) std::shuffle(order.begin(), order.end(), random);
-    bool progress = false;
+    bool progress = false, rested = false;
     for (const size_t i : order) {
       Fiber& fiber = w.fibers[i];
       if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+      if (i / WARP == resting) {
+        rested = true;
+        continue;
+      }
       fiber.ready = nullptr;
       progress = true;
       w.current = int(i);
@@ -213,9 +241,17 @@ void run_cluster(std::vector<char>& stacks) {
       if (w.error) std::rethrow_exception(w.error);
       left -= fiber.done;
     }
+    if (schedule == Schedule::SHUFFLED) {
+      if (!w.copies.empty() && one_of(2)) {
+        for (size_t n = one_of(w.copies.size()) + 1; n > 0; --n) complete(one_of(w.copies.size()));
+        continue;
+      }
+      if (!progress) resting = one_of(nobody + 1);
+      if (rested) continue;
+    }
     if (progress) continue;
     if (w.copies.empty()) fail("deadlock");
-    complete(schedule == Schedule::REVERSE ? w.copies.size() - 1 : 0);
+    while (!complete(schedule == Schedule::FORWARD ? 0 : w.copies.size() - 1) && !w.copies.empty()) continue;
   }
   for (const Warp& warp : w.warps)
     if (warp.meeting.arrived) fail("a thread left before others of its warp met it");
@@ -249,6 +285,7 @@ void meet(Barrier which, bool arrive, bool wait) {
     if (!fiber.arrived) fail("waiting at a cluster barrier without arriving");
     const uint64_t phase = fiber.cluster_phase;
     fiber.arrived = false;
+    if (mutation == Mutation::DROPPED_CLUSTER_BARRIER) return;
     give_way([&meeting, phase] { return meeting.phase != phase; });
   }
 }
@@ -288,16 +325,33 @@ void barrier_wait(uint64_t* at, int parity) {
   const Arrival* arrival = &found->second;
   give_way([arrival, parity] { return int(arrival->phase & 1) != parity; });
 }
+void await_messages(uint64_t* at, int parity) {
+  if (mutation == Mutation::UNAWAITED_MESSAGE) return;
+  if (mutation == Mutation::EARLY_LEAVE && rank() == cluster() - 1) throw Exit{};
+  if (mutation == Mutation::STUCK_EXCHANGE) at = reinterpret_cast<uint64_t*>(shared() + world->first_exchange);
+  if (mutation == Mutation::SHORT_EXPECT && thread() == 0) {
+    Arrival& arrival = my_block().arrivals.at(at);
+    arrival.bytes -= sizeof(Vector);
+    arrival.settle();
+  }
+  barrier_wait(at, parity);
+}
 void send(void* to, const Vector& x, uint64_t* barrier, int rank) {
   if (rank < 0 || rank >= world->size) fail("shared memory of a block that is not in the cluster");
   Block& other = world->blocks[size_t(rank)];
   if (!other.memory) fail("shared memory of a block that has left");
-  const auto there = [&](void* at) { return other.memory->begin + (static_cast<char*>(at) - shared()); };
-  if (there(to) < other.memory->begin || there(to) + sizeof x > other.memory->begin + other.memory->bytes)
-    fail("outside of a block's shared memory");
-  const auto found = other.arrivals.find(reinterpret_cast<uint64_t*>(there(barrier)));
+  const auto offset = [](const void* at) { return static_cast<const char*>(at) - shared(); };
+  if (offset(to) < 0 || size_t(offset(to)) + sizeof x > other.memory->bytes) fail("outside of a block's shared memory");
+  if (offset(to) % 16) fail("a message that is not aligned to 16 bytes");
+  if (world->first_exchange < 0) world->first_exchange = offset(barrier);
+  const ptrdiff_t counter = mutation == Mutation::STUCK_EXCHANGE ? world->first_exchange : offset(barrier);
+  const auto found = other.arrivals.find(reinterpret_cast<uint64_t*>(other.memory->begin + counter));
   if (found == other.arrivals.end()) fail("a message for a barrier that is not initialised");
-  world->copies.push_back({there(to), nullptr, sizeof x, &found->second, rank, x});
+  if (mutation == Mutation::LOST_MESSAGE && rank == world->size - 1 && !world->lost) {
+    world->lost = true;
+    return;
+  }
+  begin({other.memory->begin + offset(to), nullptr, sizeof x, &found->second, rank, x});
 }
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
@@ -305,8 +359,7 @@ void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   char* const at = static_cast<char*>(to);
   const Memory& memory = *my_block().memory;
   if (at < memory.begin || at + bytes > memory.begin + memory.bytes) fail("a bulk copy beyond shared memory");
-  memset(to, 0xff, bytes);
-  world->copies.push_back({at, static_cast<const char*>(from), bytes, &my_block().arrivals.at(barrier), me().block, {}});
+  begin({at, static_cast<const char*>(from), bytes, &my_block().arrivals.at(barrier), me().block, {}});
 }
 
 void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes) {
@@ -344,11 +397,11 @@ void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int t
 PYBIND11_MODULE(TNT_MODULE, m) {
   namespace model = tnt::device::model;
   tnt::bind_cuda(m);
-  m.def("machine", [](bool clusters, int largest_cluster, int shared_per_block, int architecture, int schedule,
-                      int mutation) {
-    model::mutation = static_cast<model::Mutation>(mutation);
-    model::machine = {clusters, largest_cluster, shared_per_block, architecture};
-    model::schedule = static_cast<model::Schedule>(schedule);
-    tnt::forget_plans();
-  });
+  m.def("machine",
+        [](bool clusters, int largest_cluster, int shared_per_block, int architecture, int schedule, int mutation) {
+          model::mutation = static_cast<model::Mutation>(mutation);
+          model::machine = {clusters, largest_cluster, shared_per_block, architecture};
+          model::schedule = static_cast<model::Schedule>(schedule);
+          tnt::forget_plans();
+        });
 }

@@ -1,9 +1,10 @@
 // A host model of csrc/row_device.cuh and csrc/row_launch.cuh: the CUDA kernels compiled as C++ and run on a CPU, a
 // fiber for every thread. A cluster runs at a time. A fiber runs until it waits: for a barrier, a shuffle or a copy;
 // who runs next depends on the schedule. Shared memory starts as NaN and ends at a page that may not be touched, and is
-// taken away when its block has left. A bulk copy completes when nobody can go on without it, and until then its
-// destination holds NaN. If nobody can go on at all, or a barrier is met by threads of different minds, that is an
-// error.
+// taken away when its block has left. Bulk copies and messages to other blocks complete when nobody can go on without
+// them, the first or the last one first, or (shuffled) any of them at any time, while some warp rests as long as others
+// can run; until then their destinations hold NaN. If nobody can go on at all, a barrier is met by threads of different
+// minds, or a block leaves while something is on its way to it, that is an error.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +50,7 @@ void write_remote(float* to, int rank, float x);
 void barrier_init(uint64_t* at, int count);
 void barrier_expect(uint64_t* at, uint32_t bytes);
 void barrier_wait(uint64_t* at, int parity);
+void await_messages(uint64_t* at, int parity);
 void send(void* to, const Vector& x, uint64_t* barrier, int rank);
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
 void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes);
@@ -62,7 +64,19 @@ struct Machine {
 extern Machine machine;
 
 // What the tests break to see whether the model notices.
-enum class Mutation { NONE, DROPPED_BARRIER, WRONG_SHUFFLE, DROPPED_CLUSTER_BARRIER, UNAWAITED_COPY, EARLY_EXIT };
+enum class Mutation {
+  NONE,
+  DROPPED_BARRIER,
+  WRONG_SHUFFLE,
+  DROPPED_CLUSTER_BARRIER,
+  UNAWAITED_COPY,
+  EARLY_EXIT,
+  LOST_MESSAGE,    // the first one to the last block
+  STUCK_EXCHANGE,  // all messages count on, and all wait for, the barrier of the first exchange
+  UNAWAITED_MESSAGE,
+  EARLY_LEAVE,   // the last block, instead of waiting for messages
+  SHORT_EXPECT,  // of an exchange: a message too few
+};
 extern Mutation mutation;
 
 }  // namespace model
@@ -160,10 +174,7 @@ inline int cluster_index() { return static_cast<int>(model::block() / model::clu
 inline int cluster_rank() { return model::rank(); }
 inline void cluster_arrive() { model::meet(model::Barrier::CLUSTER, true, false); }
 inline void cluster_arrive_relaxed() { cluster_arrive(); }
-inline void cluster_wait() {
-  if (model::mutation == model::Mutation::DROPPED_CLUSTER_BARRIER) return;
-  model::meet(model::Barrier::CLUSTER, false, true);
-}
+inline void cluster_wait() { model::meet(model::Barrier::CLUSTER, false, true); }
 inline void store_remote(float* to, int rank, float x) { model::write_remote(to, rank, x); }
 
 inline void arrival_init(uint64_t* barrier, int arrivals) {
@@ -176,7 +187,7 @@ inline void arrival_wait(uint64_t* barrier) {
   if (model::mutation == model::Mutation::UNAWAITED_COPY) return;
   model::barrier_wait(barrier, 0);
 }
-inline void arrival_wait_cluster(uint64_t* barrier, int parity) { model::barrier_wait(barrier, parity); }
+inline void arrival_wait_cluster(uint64_t* barrier, int parity) { model::await_messages(barrier, parity); }
 inline void send(void* to, const Vector& x, uint64_t* barrier, int rank) { model::send(to, x, barrier, rank); }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   model::copy(to, from, bytes, barrier);
