@@ -31,8 +31,6 @@ struct KlShared {
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
 constexpr int KL_WARPS = device::KL_THREADS / device::WARP;
 
-enum KlFlags : uint32_t { KL_HAS_IDS = 1, KL_ID_OUTSIDE = 2 };
-
 template <class Logit, class Gradient, bool STATS>
 class KlBlock {
  public:
@@ -51,7 +49,7 @@ class KlBlock {
         thread_(device::thread_index()),
         rank_(device::cluster_rank()),
         blocks_(device::cluster_size()) {
-    // Columns count from the 16-byte boundary before the row, which is the same one for all its tensors.
+    // Columns count from the 16-byte boundary before the row, which both logits have at the same place.
     before_ = int(reinterpret_cast<uintptr_t>(z_row()) & 15) / int(sizeof(Logit));
     const int end = int(p_.vocab) + before_, begin = rank_ * l_.slice < end ? rank_ * l_.slice : end;
     begin_ = begin;
@@ -86,21 +84,21 @@ class KlBlock {
       for (int64_t k = thread_; k < p_.negative_ids_count; k += THREADS) {
         const int64_t id = ids[k];
         if (id == -1) continue;
-        flags |= KL_HAS_IDS | (id < 0 || id >= p_.vocab_size ? KL_ID_OUTSIDE : 0);
+        flags |= HAS_IDS | (id < 0 || id >= p_.vocab_size ? ID_OUTSIDE : 0);
         mark(id);
       }
       if (flags) device::atomic_or(&s_.flags, flags);
     }
     if (late) device::sync_block();
-    const bool known = late && (weight < 0.0f || (s_.flags & KL_HAS_IDS));
+    const bool known = late && (weight < 0.0f || (s_.flags & HAS_IDS));
     if (late) begin_copies(is_kl(known ? p_.negative_loss : p_.positive_loss));
     if (weight < 0.0f && thread_ == 0) mark(label);
     device::sync_block();
     device::cluster_wait();  // all blocks have initialised their barriers
-    const bool negative = s_.weight < 0.0f || (s_.flags & KL_HAS_IDS);
+    const bool negative = s_.weight < 0.0f || (s_.flags & HAS_IDS);
     const int kind = negative ? p_.negative_loss : p_.positive_loss;
     const float factor = fabsf((negative ? s_.alpha : s_.weight) * s_.scale);
-    if (!(factor > 1e-30f && factor < 1e30f) || (s_.flags & KL_ID_OUTSIDE)) {
+    if (!(factor > 1e-30f && factor < 1e30f) || (s_.flags & ID_OUTSIDE)) {
       for (int s = 0; s < steps(); ++s) device::arrival_wait(s_.arrivals + s);
       return leave();
     }
@@ -120,7 +118,6 @@ class KlBlock {
     return static_cast<const Logit*>(p_.ref_logits) + row() * p_.ref_logits_stride;
   }
 
-  static TNT_DEVICE bool is_kl(int loss) { return loss == FORWARD_KL || loss == REVERSE_KL; }
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
   TNT_DEVICE int steps() const { return (n_ + STEP - 1) / STEP; }
   TNT_DEVICE int warp() const { return thread_ / device::WARP; }
@@ -396,7 +393,7 @@ class KlBlock {
         more += sums.l;
         continue;
       }
-      // The row's maxima in place of those of the first entries.
+      // The row's maxima in place of those of a few entries.
       float x_top = AWAY, o_top = AWAY;
 #pragma unroll 1
       for (int s = 0; s < steps; ++s) {
@@ -570,20 +567,11 @@ class KlBlock {
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (column + i < first_ || column + i >= n_) continue;
-      if constexpr (sizeof(Gradient) == 4)
-        reinterpret_cast<uint32_t*>(to)[i] = packed.words[i];
-      else
-        reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(packed.words[i / 2] >> (i % 2 * 16));
+      store_entry(to, packed, i);
     }
   }
 
-  TNT_DEVICE void write_loss(double weighted) const {
-    if (!p_.loss) return;
-    if (p_.reduction == Reduction::NONE)
-      static_cast<float*>(p_.loss)[row()] = float(weighted);
-    else
-      l_.losses[row()] = weighted;
-  }
+  TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, row(), weighted); }
 
   TNT_DEVICE void write_stats(float loss, float kl, const KlDiagnosis& d) const {
     const float values[5] = {loss, kl, d.negative_mass, d.ref_negative_mass, d.entropy};

@@ -37,7 +37,7 @@ struct KlShift {           // of a row, the same in every block
 };
 
 // x_ref and o_ref: near the maxima of x and of o. rho makes c, a and o_ref agree, though each was rounded. `more` is
-// added to a by a second attempt.
+// added to a, which should be near L.
 TNT_DEVICE KlShift kl_shift(float x_ref, float o_ref, float inverse_t, float more) {
   if (!(fabsf(x_ref) < 1e29f)) x_ref = 0.0f;
   if (!(fabsf(o_ref) < 1e29f)) o_ref = 0.0f;
@@ -273,9 +273,8 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
   return fabsf(up) > 0.25f;  // |y*| <= 1.25 elsewhere
 }
 
-// The reverse loss is p(K) KL + log(1 + eps n) - H(p(R)) - p(R) (H_R + log eps), its gradient by way of D_K - D_R = KL
-// - o
-// + H_R + log eps, where o are the log-odds of R and H_R the entropy of p within R.
+// The reverse loss is p(K) KL + log(1 + eps n) - H(p(R)) - p(R) (H_R + log eps); its gradient takes
+// D_K - D_R = KL - o + H_R + log eps, where o are the log-odds of R and H_R the entropy of p within R.
 template <bool SET>
 TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor, float eps, ReverseGradient& g,
                                 SetGradient& sg, float& loss) {

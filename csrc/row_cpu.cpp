@@ -538,7 +538,7 @@ class Row {
     label_ -= first;
   }
 
-  bool reads_reference() const { return row_.loss == FORWARD_KL || row_.loss == REVERSE_KL; }
+  bool reads_reference() const { return is_kl(row_.loss); }
   bool uniform_kl() const { return row_.uniform && reads_reference(); }
 
   struct Tile {

@@ -116,17 +116,21 @@ const CudaRows* const ALL_ROWS[] = {&cuda_rows_float32, &cuda_rows_float32_bfloa
 
 void run_rows_cuda(const RowParams& p, const CudaCall& call) {
   const device::Guard guard(call.device);
-  const CudaRows& rows = rows_of(p);
+  rows_of(p).run(p, call);
+}
+
+const double* prepare_rows(const RowParams& p, const CudaCall& call, int* left) {
   // Statistics need no normaliser, and coefficients have it in them.
   const bool mean = p.reduction == Reduction::MEAN && !p.statistics && !(p.upstream && p.coefficients);
   double* const inverse = mean ? call.workspace : nullptr;
-  int* const left = rows.leaves(p, call.device) ? reinterpret_cast<int*>(call.workspace + 1 + p.rows) : nullptr;
   if (mean || left) device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p, inverse, left);
-  rows.run(p, call, inverse, left);
+  return inverse;
+}
+
+void finish_rows(const RowParams& p, const CudaCall& call, const double* inverse) {
   if (p.loss && p.reduction != Reduction::NONE)
     device::launch(loss_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream,
-                   static_cast<const double*>(call.workspace + 1), p.rows, static_cast<const double*>(inverse),
-                   static_cast<float*>(p.loss));
+                   static_cast<const double*>(call.workspace + 1), p.rows, inverse, static_cast<float*>(p.loss));
 }
 
 void scale_rows_cuda(DType dtype, void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor,

@@ -20,12 +20,16 @@ void run_rows_cuda(const RowParams&, const CudaCall&);
 
 // The rows of one dtype of logits and gradient.
 struct CudaRows {
-  void (*run)(const RowParams&, const CudaCall&, const double* inverse_normalizer, int* left);
-  bool (*leaves)(const RowParams&, int device);  // whether the call needs the list of rows that are left
+  void (*run)(const RowParams&, const CudaCall&);
   void (*load)(int device);
   void (*forget)();
 };
 extern const CudaRows cuda_rows_float32, cuda_rows_float32_bfloat16, cuda_rows_bfloat16, cuda_rows_float16;
+
+// What a call launches around its rows: before them 1 / normaliser, which is returned (null: 1), and an empty list of
+// rows that are left, unless that is null; after them the sum of the losses.
+const double* prepare_rows(const RowParams&, const CudaCall&, int* left);
+void finish_rows(const RowParams&, const CudaCall&, const double* inverse_normalizer);
 
 // Multiplies (rows, columns) of dtype by the number at `factor` (float, on the device), and returns at once where that
 // is 1.

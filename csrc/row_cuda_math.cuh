@@ -84,6 +84,15 @@ struct Stored<Float16> {
   }
 };
 
+// Entry i of a packed group, to its place behind `to`.
+template <class Number>
+TNT_DEVICE void store_entry(Number* to, const Vector& packed, int i) {
+  if constexpr (sizeof(Number) == 4)
+    reinterpret_cast<uint32_t*>(to)[i] = packed.words[i];
+  else
+    reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(packed.words[i / 2] >> (i % 2 * 16));
+}
+
 // Bytes [offset, offset + 16) of two vectors in a row; 0 < offset < 16, even.
 TNT_DEVICE Vector join(const Vector& a, const Vector& b, int offset) {
   uint32_t w[8] = {a.words[0], a.words[1], a.words[2], a.words[3], b.words[0], b.words[1], b.words[2], b.words[3]};
@@ -100,6 +109,19 @@ TNT_DEVICE Vector join(const Vector& a, const Vector& b, int offset) {
     for (int i = 0; i < 4; ++i) w[i] = device::funnel_right(w[i], w[i + 1], 16);
   }
   return {{w[0], w[1], w[2], w[3]}};
+}
+
+// ----------------------------------------------------------------------------------------------------- around a row
+
+enum RowFlags : uint32_t { HAS_IDS = 1, ID_OUTSIDE = 2, LABEL_AMONG_IDS = 4 };
+
+// `losses` are summed by another kernel.
+TNT_DEVICE void write_loss(const RowParams& p, double* losses, int64_t row, double weighted) {
+  if (!p.loss) return;
+  if (p.reduction == Reduction::NONE)
+    static_cast<float*>(p.loss)[row] = float(weighted);
+  else
+    losses[row] = weighted;
 }
 
 // ----------------------------------------------------------------------------------------------------- statistics

@@ -182,13 +182,12 @@ KlPlan kl_plan_for(const RowParams& p, int device) {
   return at->second;
 }
 
-// What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. All tensors of a row begin
-// equally far behind a 16-byte boundary of logits.
+// What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. Both logits begin equally far
+// behind a 16-byte boundary in every row.
 template <class Logit>
 bool is_kl_call(const RowParams& p) {
-  const auto kl = [](int loss) { return loss == FORWARD_KL || loss == REVERSE_KL; };
-  if (!kl(p.positive_loss) && p.positive_loss != LOG_LIKELIHOOD) return false;
-  if (!kl(p.negative_loss) && p.negative_loss != UNLIKELIHOOD) return false;
+  if (!is_kl(p.positive_loss) && p.positive_loss != LOG_LIKELIHOOD) return false;
+  if (!is_kl(p.negative_loss) && p.negative_loss != UNLIKELIHOOD) return false;
   if (p.uniform_smoothing && p.eps > 0) return false;
   if (p.statistics || p.gathered || p.coefficients || p.upstream) return false;
   constexpr int GROUP = Stored<Logit>::GROUP;
@@ -210,16 +209,14 @@ void load_rows(int device) {
 }
 
 template <class Logit, class Gradient>
-KlPlan kl_plan_of_call(const RowParams& p, int device) {
-  if (p.rows == 0 || !is_kl_call<Logit>(p)) return {};
-  return p.row_stats ? kl_plan_for<Logit, Gradient, true>(p, device) : kl_plan_for<Logit, Gradient, false>(p, device);
-}
-
-template <class Logit, class Gradient>
-void run(const RowParams& p, const CudaCall& call, const double* inverse, int* left) {
-  if (p.rows == 0) return;
+void run(const RowParams& p, const CudaCall& call) {
+  KlPlan kl;
+  if (p.rows > 0 && is_kl_call<Logit>(p))
+    kl = p.row_stats ? kl_plan_for<Logit, Gradient, true>(p, call.device)
+                     : kl_plan_for<Logit, Gradient, false>(p, call.device);
+  int* const left = kl.cluster > 0 ? reinterpret_cast<int*>(call.workspace + 1 + p.rows) : nullptr;
   double* const losses = call.workspace ? call.workspace + 1 : nullptr;
-  const KlPlan kl = kl_plan_of_call<Logit, Gradient>(p, call.device);
+  const double* const inverse = prepare_rows(p, call, left);
   if (kl.cluster > 0) {
     const KlLaunch launch{kl.slice, inverse, losses, left};
     device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
@@ -230,22 +227,20 @@ void run(const RowParams& p, const CudaCall& call, const double* inverse, int* l
     const int64_t blocks = std::min<int64_t>(kl.left_blocks, p.rows * kl.left.cluster);
     device::launch(left_rows_kernel<Logit, Gradient>, blocks, kl.left.cluster, device::STREAM_THREADS,
                    kl.left.shared_bytes, call.stream, p, rest, static_cast<const int*>(left));
-    return;
+  } else if (p.rows > 0) {
+    Plan plan = plan_for<Logit, Gradient>(p, call.device);
+    plan.launch.inverse_normalizer = inverse;
+    plan.launch.losses = losses;
+    device::launch(plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>,
+                   p.rows * plan.cluster, plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS,
+                   plan.shared_bytes, call.stream, p, plan.launch);
   }
-  Plan plan = plan_for<Logit, Gradient>(p, call.device);
-  plan.launch.inverse_normalizer = inverse;
-  plan.launch.losses = losses;
-  device::launch(plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>,
-                 p.rows * plan.cluster, plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS,
-                 plan.shared_bytes, call.stream, p, plan.launch);
+  finish_rows(p, call, inverse);
 }
 
 template <class Logit, class Gradient>
 constexpr CudaRows cuda_rows() {
-  return {run<Logit, Gradient>,
-          [](const RowParams& p, int device) { return kl_plan_of_call<Logit, Gradient>(p, device).cluster > 0; },
-          load_rows<Logit, Gradient>,
-          [] {
+  return {run<Logit, Gradient>, load_rows<Logit, Gradient>, [] {
             const std::lock_guard<std::mutex> lock(known_plans_mutex);
             known_plans.clear();
             known_kl_plans.clear();

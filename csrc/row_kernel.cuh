@@ -37,8 +37,6 @@ struct RowShared {
 };
 constexpr int SHARED_HEADER = (sizeof(RowShared) + 127) / 128 * 128;
 
-enum RowFlags : uint32_t { HAS_IDS = 1, ID_OUTSIDE = 2, LABEL_AMONG_IDS = 4 };
-
 template <class Logit, class Gradient, bool ON_CHIP>
 class RowBlock {
  public:
@@ -82,7 +80,7 @@ class RowBlock {
 
  private:
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
-  TNT_DEVICE bool is_kl() const { return kind_ == FORWARD_KL || kind_ == REVERSE_KL; }
+  TNT_DEVICE bool is_kl() const { return tnt::is_kl(kind_); }
   TNT_DEVICE bool is_negative() const { return weight_ < 0.0f || (s_.flags & HAS_IDS); }
   // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
   TNT_DEVICE bool is_in_part() const {
@@ -270,9 +268,7 @@ class RowBlock {
 
   // The reference is on its way at once if both kinds of rows read it; otherwise when it is known that this row does.
   TNT_DEVICE void begin_copies() {
-    const bool positive = p_.positive_loss == FORWARD_KL || p_.positive_loss == REVERSE_KL;
-    const bool negative = p_.negative_loss == FORWARD_KL || p_.negative_loss == REVERSE_KL;
-    r_copied_ = positive && negative;
+    r_copied_ = tnt::is_kl(p_.positive_loss) && tnt::is_kl(p_.negative_loss);
     if (thread_ == 0) {
       for (int k = 0; k < CHUNKS; ++k) device::arrival_init(s_.arrivals + k, r_copied_ ? 1 : 2);
       device::arrival_fence();
@@ -331,10 +327,7 @@ class RowBlock {
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (i < from || i >= to || v + i >= end_) continue;
-      if constexpr (sizeof(Gradient) == 4)
-        reinterpret_cast<uint32_t*>(g_)[v + i] = x.words[i];
-      else
-        reinterpret_cast<uint16_t*>(g_)[v + i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
+      store_entry(g_ + v, x, i);
     }
   }
   // bfloat16 of float32 logits. Rows that begin elsewhere than at a multiple of 8 bytes are not worth lanes that help
@@ -733,13 +726,7 @@ class RowBlock {
     parts_out()[index_ * ROW_PARTS + 1] = float(active);
   }
 
-  TNT_DEVICE void write_loss(double weighted) const {
-    if (!p_.loss) return;
-    if (p_.reduction == Reduction::NONE)
-      static_cast<float*>(p_.loss)[index_] = float(weighted);
-    else
-      l_.losses[index_] = weighted;
-  }
+  TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, index_, weighted); }
 
   TNT_DEVICE void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
     if (!p_.row_stats) return;

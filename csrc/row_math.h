@@ -38,6 +38,7 @@ enum RowLoss : int {  // as tnt_kernels.objectives.RowLoss
   UNLIKELIHOOD = 4,
   NEGATIVE_LIKELIHOOD = 5,
 };
+TNT_FN bool is_kl(int loss) { return loss == FORWARD_KL || loss == REVERSE_KL; }
 
 // ------------------------------------------------------------------------------------------ elementary functions
 
@@ -384,7 +385,7 @@ TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatisti
     c.weight = -removed / s.policy.sum;
   } else if (row.loss == NEGATIVE_LIKELIHOOD) {  // Σ log p_s, taken over the set; outside it the gradient is -n p_v
     c.weight = -c.kept_inverse;                  // for one active token; their number and the loss come from the set
-  } else if (row.loss == FORWARD_KL || row.loss == REVERSE_KL) {
+  } else if (is_kl(row.loss)) {
     c.reference_max = s.reference.max;
     c.reference_inverse = 1 / s.reference.sum;
     // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number. Where no kept entry has
