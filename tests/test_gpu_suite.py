@@ -425,7 +425,7 @@ def test_profiles_become_figures(
         assert set(archive.namelist()) == expected
     text = summary({**empty(), "profiles": [{**found[0], "stage": "ncu"}]})
     assert "| cuda, tnff, elements moved a pair | 3 |  |  | 3 |" in text
-    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 44 |" in text
+    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 32.8–35 |" in text
     assert "| cuda | tnff | 3.21 | 2.1 | 1.05 | 54.9 | 50.6 | 23.9 |  | barrier 1.80 |" in text
 
 
@@ -465,8 +465,8 @@ def test_verdicts() -> None:
     text = summary(results)
     for line in (
         "# NVIDIA H100 80GB HBM3, 2026-01-02T03:04, commit 0123456789",
-        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.4 |",
-        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.4 |",
+        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.88–0.95 |",
+        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.88–0.95 |",
         "| cuda, tnff forward, of the floor | 0.2 | ≥ 0.9 | **no** |  |",
         "| triton, tnff in place, of the floor | 0.6 | ≥ 0.7 | **no** | 0.58–0.72 |",
         "| cuda, 10% active, of its floor | 0.76 | ≥ 0.75 | yes |  |",
@@ -482,7 +482,7 @@ def test_verdicts() -> None:
     assert "cuda, V = 32000, of the floor" in missing
     assert "cuda, tnff in place" not in missing
     other = summary({**results, "machine": {"device": "NVIDIA H200"}})
-    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.28 |" in other
+    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.79–0.89 |" in other
     unknown = summary({**results, "machine": {"device": "A GPU"}})
     assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes |  |" in unknown
 
