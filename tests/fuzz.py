@@ -298,7 +298,7 @@ def layout(d: Draw, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(N, V) values as (..., V), maybe in rows of a wider buffer; and that buffer."""
     vocab = x.size(-1)
     left, right = (0, 0) if d.chance(0.5) else (d.one((0, 1, 3, 8)), d.one((0, 1, 5, 64)))
-    wide = torch.full((*shape, left + vocab + right), math.nan, dtype=x.dtype)
+    wide = torch.full((*shape, left + vocab + right), math.nan, dtype=x.dtype, device=x.device)
     view = wide[..., left : left + vocab]
     view.copy_(x.reshape(*shape, vocab))
     return view, wide
@@ -392,31 +392,38 @@ class LogitsCall:
                 arithmetic,
             )
 
-    def run(self, backend: str) -> tuple[Tensor, Tensor, Any]:
+    def run(self, backend: str, device: str = "cpu") -> tuple[Tensor, Tensor, Any]:
+        """The loss and its gradient, and the statistics if the call asks for them, on the CPU."""
+
+        def put(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
         d = Draw(len(self.name), self.vocab)
-        logits, wide = layout(d, self.z_rows, self.shape)
-        ref = None if self.r_rows is None else layout(d, self.r_rows, self.shape)[0]
+        logits, wide = layout(d, put(self.z_rows), self.shape)
+        ref = None if self.r_rows is None else layout(d, put(self.r_rows), self.shape)[0]
         leaf = logits.detach().requires_grad_()
-        options = {**self.options, "backend": backend}
+        options = {name: put(x) for name, x in self.options.items()} | {"backend": backend}
         x = leaf
         if self.inplace:
             x = leaf * 1  # the output of a model
             options["inplace"] = True
         before = wide.clone()
-        out = tnt.tnt_loss(x, ref, self.labels, self.weights, **options)
+        out = tnt.tnt_loss(x, ref, put(self.labels), put(self.weights), **options)
         loss, stats = out if isinstance(out, tuple) else (out, None)
         upstream = torch.ones_like(loss)
         if self.upstream is not None:
-            upstream = self.upstream.reshape(self.shape)
+            upstream = put(self.upstream).reshape(self.shape)
         (gradient,) = torch.autograd.grad(loss, x, upstream)
         if not torch.equal(wide.nan_to_num(7.0), before.nan_to_num(7.0)):
             raise Disagreement(f"{self.name}: the logits' buffer was written to")
-        return loss.detach(), gradient, stats
+        if stats is not None:
+            stats = tnt.RowStats(*(value.cpu() for value in stats))
+        return loss.detach().cpu(), gradient.cpu(), stats
 
-    def check(self, backend: str, *, truncated: bool = False) -> None:
+    def check(self, backend: str, *, device: str = "cpu", truncated: bool = False) -> None:
         """Raises ``Disagreement``. ``truncated``: where bfloat16 is stored, its last bits are cut off."""
         expected = self.expected(apart=sums_apart(backend))
-        loss, gradient, stats = self.run(backend)
+        loss, gradient, stats = self.run(backend, device)
         report = Report(f"{self.name}.check({backend!r})", self.describe)
         real = F64 if self.dtype == F64 else F32
         if loss.dtype != real or gradient.dtype != self.dtype:
@@ -458,6 +465,13 @@ class SmallCall(LogitsCall):
     dtypes = (F32, BF16, F16)
     vocabularies = (1, 2, 3, 7, 17, 64, 130, 200, 803)
     most_rows = 3
+
+
+class GpuCall(LogitsCall):
+    """For kernels that cut a row into pieces: rows of one block, of several, and edges of every length."""
+
+    dtypes = (F32, BF16, BF16, F16)
+    vocabularies = (1, 2, 7, 64, 803, 1025, 4099, 8192, 20011, 32000, 50257)
 
 
 class Report:

@@ -78,6 +78,11 @@ def on_gpu(batch: Batch) -> Batch:
     return Batch(*map(move, tensors), options)  # type: ignore[arg-type]
 
 
+def on_cpu(result: Result) -> Result:
+    stats = None if result.stats is None else tnt.RowStats(*(x.cpu() for x in result.stats))
+    return Result(result.loss.cpu(), result.gradient.cpu(), stats)
+
+
 def rows_where(batch: Batch, rows: Tensor) -> Batch:
     options = dict(batch.options)
     ids = options.get("negative_ids")

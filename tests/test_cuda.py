@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
+import hard_rows
 import pytest
 import torch
+from fuzz import Disagreement, GpuCall
 from oracle import (
     BF16,
     F16,
@@ -16,6 +19,7 @@ from oracle import (
     Result,
     assert_agrees,
     mixed_batch,
+    on_cpu,
     on_gpu,
     run,
     truth,
@@ -35,11 +39,6 @@ def gpu_run(batch: Batch, **keywords: object) -> Result:
     return on_cpu(run(on_gpu(batch), "cuda", **keywords))  # type: ignore[arg-type]
 
 
-def on_cpu(result: Result) -> Result:
-    stats = None if result.stats is None else tnt.RowStats(*(x.cpu() for x in result.stats))
-    return Result(result.loss.cpu(), result.gradient.cpu(), stats)
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("vocab", [17, 32003, 128256, 262144])
 def test_agreement(vocab: int, dtype: torch.dtype) -> None:
@@ -50,6 +49,34 @@ def test_agreement(vocab: int, dtype: torch.dtype) -> None:
         again = gpu_run(batch)
         assert torch.equal(result.loss, again.loss)
         assert torch.equal(result.gradient.nan_to_num(7.0), again.gradient.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_calls(part: int) -> None:
+    """Against the oracle that shares no code with the library."""
+    failures = []
+    for index in range(part, 800, 8):
+        try:
+            GpuCall(0, index).check("cuda", device="cuda")
+        except Disagreement as error:
+            failures.append(str(error))
+    if failures:
+        shown = "\n".join(failures[:5])  # as many as can be read
+        pytest.fail(f"{len(failures)} calls disagree:\n{shown}", pytrace=False)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_hard_rows(dtype: torch.dtype) -> None:
+    """Any finite logit is a logit, one side may be shifted, and one rule says what is broken."""
+    for reduction in ("mean", "none"):
+        hard_rows.assert_known(
+            partial(gpu_run, reduction=reduction, return_stats=True), dtype, reduction
+        )
+    for batches in (hard_rows.masks, hard_rows.shifts, hard_rows.broken):
+        for batch in itertools.chain(batches(dtype, 803), batches(dtype, 20011)):
+            result = gpu_run(batch, return_stats=True)
+            label = f"{batches.__name__} {batch.options['method']}"
+            assert_agrees(result, truth(batch), batch, label=label)
 
 
 # Few and small enough for `compute-sanitizer python -m pytest tests/test_cuda.py -k small`.
