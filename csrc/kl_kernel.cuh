@@ -1,7 +1,8 @@
 // Loss and gradient of KL rows at the speed of memory: one row a cluster, its slices in shared memory, read once. Every
-// warp sums its entries (kl_math.cuh), sends its sums to every block of the cluster, and goes on when all have come:
-// one exchange a row, no barrier after it. Rows that this arithmetic does not serve (what is broken, infinite, pushed
-// down in part or shifted too far) go on a list, which the kernel in two passes (row_kernel.cuh) works off afterwards.
+// warp sums its entries (kl_math.cuh) and sends its sums to every block of the cluster; the first warp of each merges
+// what has come, and tells its block the gradient's coefficients: one exchange a row, no barrier after it. Rows that
+// this arithmetic does not serve (what is broken, infinite, pushed down in part or shifted too far) go on a list, which
+// the kernel in two passes (row_kernel.cuh) works off afterwards.
 #pragma once
 
 #include <type_traits>
@@ -16,17 +17,40 @@ constexpr int KL_STEPS = 16;  // of a block at most: each has a barrier for its 
 constexpr int KL_ATTEMPTS = 3;
 
 struct KlLaunch {
-  int slice;                         // columns of a block, a multiple of 64
+  int slice;       // columns of a block, a multiple of 64
+  int mask_bytes;  // of their bits
+  float inverse_temperature;
   const double* inverse_normalizer;  // null: 1
   double* losses;                    // (N) weighted, or null
   int* left;                         // how many rows are left to the other kernel, then their numbers
 };
 
+// What the first warp of a block says of the row's sums.
+enum KlVerdict : int { KL_GOOD, KL_LEFT, KL_AGAIN, KL_BY_MAXIMA };
+
+// What one warp finds for all of a block; no register holds it through the passes.
 struct KlShared {
   uint64_t arrivals[KL_STEPS];
   uint64_t exchange[2];
+  KlShift shifts[2];  // of forward and of reverse KL
+  float z_level;
   uint32_t flags;
-  float weight, alpha, scale, eps;  // of the row; 1/normaliser/T. No register holds them through the passes.
+  float weights[2];  // the row's, if it is positive, and if it is negative
+  float scale, eps;  // 1/normaliser/T
+  int verdict;
+  float loss;
+  bool far;  // the short form of the gradient does not hold
+  ForwardGradient forward;
+  ReverseGradient reverse;
+  SetGradient set;
+  LikelihoodGradient likelihood;
+  template <bool REVERSE>
+  TNT_DEVICE auto& gradient() {
+    if constexpr (REVERSE)
+      return reverse;
+    else
+      return forward;
+  }
 };
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
 constexpr int KL_WARPS = device::KL_THREADS / device::WARP;
@@ -38,8 +62,10 @@ class KlBlock {
   static constexpr int STEP_BYTES = STEP * int(sizeof(Logit));
   // Of a warp at most: its sums, those of its removed entries, and what the statistics need besides.
   static constexpr int MESSAGE = (STATS ? 3 : 2) * int(sizeof(Vector));
-  static constexpr int shared_bytes(int slice, int blocks) {
-    return KL_HEADER + 2 * blocks * KL_WARPS * MESSAGE + 2 * slice * int(sizeof(Logit)) + slice / 8;
+  static constexpr int mask_bytes(int slice) { return (slice / 8 + 127) / 128 * 128; }
+  static constexpr int shared_bytes(int slice, int blocks, bool pair) {
+    return KL_HEADER + 2 * blocks * KL_WARPS * MESSAGE + mask_bytes(slice) +
+           (pair ? 2 : 1) * slice * int(sizeof(Logit));
   }
 
   TNT_DEVICE KlBlock(const RowParams& params, const KlLaunch& launch)
@@ -60,45 +86,50 @@ class KlBlock {
   TNT_DEVICE void run() {
     const int64_t label = p_.labels[row()];
     const float weight = p_.weights ? static_cast<const float*>(p_.weights)[row()] : 1.0f;
+    // Asked for at once: what the levels are taken from comes with the label.
+    const bool wide = p_.vocab >= 2 * device::WARP * GROUP;
+    Vector z_some{}, r_some{};
+    if (warp() == LEVELS && wide) {
+      const int lead = before_ > 0 ? GROUP - before_ : 0;
+      const int at = lead + lane() * ((int(p_.vocab) - lead) / (GROUP * device::WARP)) * GROUP;
+      z_some = device::load_vector(z_row() + at);
+      if (p_.ref_logits) r_some = device::load_vector(r_row() + at);
+    }
     if (weight == 0.0f || label == p_.ignore_index) return inactive();
     const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
     if (label < 0 || label >= p_.vocab_size || in_part) return leave();
     // Whether the reference is read is known at once, unless ids decide which loss the row has.
     const bool late = p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
+    const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
     if (!late) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
-    for (unsigned i = thread_; i < mask_words(); i += THREADS) mask()[i] = 0;
-    if (thread_ == 0) {
+    if (marks)
+      for (unsigned i = thread_; i < mask_words(); i += THREADS) mask()[i] = 0;
+    if (thread_ == SCALARS * device::WARP) {
       s_.flags = 0;
-      s_.weight = weight;
-      s_.alpha = p_.alpha ? static_cast<const float*>(p_.alpha)[row() * p_.alpha_stride] : float(p_.alpha_value);
-      if (p_.negative_loss == UNLIKELIHOOD && weight < 0.0f) s_.alpha *= -weight;
+      s_.weights[0] = weight;
+      float alpha = p_.alpha ? static_cast<const float*>(p_.alpha)[row() * p_.alpha_stride] : float(p_.alpha_value);
+      if (p_.negative_loss == UNLIKELIHOOD && weight < 0.0f) alpha *= -weight;
+      s_.weights[1] = alpha;
       s_.eps = float(p_.eps);
-      s_.scale = float((l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature);
+      s_.scale = l_.inverse_temperature * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
     }
-    levels();
+    if (warp() == LEVELS) levels(wide, z_some, r_some);
     device::sync_block();
-    if (p_.negative_ids) {
-      const int64_t* const ids = p_.negative_ids + row() * p_.negative_ids_stride;
-      uint32_t flags = 0;
-#pragma unroll 4
-      for (int64_t k = thread_; k < p_.negative_ids_count; k += THREADS) {
-        const int64_t id = ids[k];
-        if (id == -1) continue;
-        flags |= HAS_IDS | (id < 0 || id >= p_.vocab_size ? ID_OUTSIDE : 0);
-        mark(id);
+    if (marks) {
+      if (p_.negative_ids) collect_ids();
+      if (late) {
+        device::sync_block();
+        begin_copies(is_kl(weight < 0.0f || (s_.flags & HAS_IDS) ? p_.negative_loss : p_.positive_loss));
       }
-      if (flags) device::atomic_or(&s_.flags, flags);
+      if (weight < 0.0f && thread_ == 0) mark(label);
+      device::sync_block();
     }
-    if (late) device::sync_block();
-    const bool known = late && (weight < 0.0f || (s_.flags & HAS_IDS));
-    if (late) begin_copies(is_kl(known ? p_.negative_loss : p_.positive_loss));
-    if (weight < 0.0f && thread_ == 0) mark(label);
-    device::sync_block();
     device::cluster_wait();  // all blocks have initialised their barriers
-    const bool negative = s_.weight < 0.0f || (s_.flags & HAS_IDS);
+    const uint32_t flags = s_.flags;
+    const bool negative = weight < 0.0f || (flags & HAS_IDS);
     const int kind = negative ? p_.negative_loss : p_.positive_loss;
-    const float factor = fabsf((negative ? s_.alpha : s_.weight) * s_.scale);
-    if (!(factor > 1e-30f && factor < 1e30f) || (s_.flags & ID_OUTSIDE)) {
+    const float factor = fabsf(s_.weights[negative] * s_.scale);
+    if (!(factor > 1e-30f && factor < 1e30f) || (flags & ID_OUTSIDE)) {
       for (int s = 0; s < steps(); ++s) device::arrival_wait(s_.arrivals + s);
       return leave();
     }
@@ -111,6 +142,9 @@ class KlBlock {
   }
 
  private:
+  // The warps that do something for all of the block.
+  static constexpr int JUDGE = 0, LEVELS = 1 % KL_WARPS, SCALARS = 2 % KL_WARPS;
+
   // Asked for again rather than kept: registers are what is short.
   TNT_DEVICE int64_t row() const { return device::cluster_index(); }
   TNT_DEVICE const Logit* z_row() const { return static_cast<const Logit*>(p_.logits) + row() * p_.logits_stride; }
@@ -124,14 +158,37 @@ class KlBlock {
   TNT_DEVICE int lane() const { return thread_ % device::WARP; }
 
   TNT_DEVICE char* messages() const { return device::shared_memory() + KL_HEADER; }
-  TNT_DEVICE char* slot(bool reference) const {
-    return messages() + 2 * blocks_ * KL_WARPS * MESSAGE + (reference ? l_.slice * int(sizeof(Logit)) : 0);
+  TNT_DEVICE uint32_t* mask() const {
+    return reinterpret_cast<uint32_t*>(messages() + 2 * blocks_ * KL_WARPS * MESSAGE);
   }
-  TNT_DEVICE uint32_t* mask() const { return reinterpret_cast<uint32_t*>(slot(true) + l_.slice * int(sizeof(Logit))); }
+  TNT_DEVICE char* slot(bool reference) const {
+    return reinterpret_cast<char*>(mask()) + l_.mask_bytes + (reference ? l_.slice * int(sizeof(Logit)) : 0);
+  }
   TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
   TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
     const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (STEP / 8);
     return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
+  }
+  TNT_DEVICE void collect_ids() {
+    const int64_t* const ids = p_.negative_ids + row() * p_.negative_ids_stride;
+    uint32_t flags = 0;
+    constexpr int AHEAD = 8;  // asked for before the first is looked at
+#pragma unroll 1
+    for (int64_t first = thread_; first < p_.negative_ids_count; first += AHEAD * THREADS) {
+      int64_t some[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int64_t k = first + i * THREADS;
+        some[i] = k < p_.negative_ids_count ? ids[k] : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (some[i] == -1) continue;
+        flags |= HAS_IDS | (some[i] < 0 || some[i] >= p_.vocab_size ? ID_OUTSIDE : 0);
+        mark(some[i]);
+      }
+    }
+    if (flags) device::atomic_or(&s_.flags, flags);
   }
   TNT_DEVICE void mark(int64_t id) {  // any 64-bit number may come
     if (id < 0 || id >= p_.vocab) return;
@@ -142,9 +199,7 @@ class KlBlock {
   // ---- rows that are not computed here
 
   TNT_DEVICE void inactive() {
-    constexpr float zeros[GROUP] = {};
-    if (p_.grad)
-      for (int at = thread_ * GROUP; at < n_; at += STEP) store(at, zeros);
+    if (p_.grad) write([](int) { return Output{}; });
     if (!leader()) return;
     write_loss(0.0);
     if (STATS) write_stats(0.0f, NAN, {NAN, NAN, NAN});
@@ -158,35 +213,41 @@ class KlBlock {
   TNT_DEVICE void begin_copies(bool pair) {
     const Logit *const z = z_row() - before_ + begin_, *const r = pair ? r_row() - before_ + begin_ : z;  // aligned
     const int whole = n_ / GROUP * GROUP, from = first_ > 0 ? GROUP : 0;
-    if (thread_ == 0) {
-      for (int s = 0; s < steps(); ++s) device::arrival_init(s_.arrivals + s, 1);
-      device::arrival_init(s_.exchange, 1);
-      device::arrival_init(s_.exchange + 1, 1);
+    // Each warp begins the copies of its own steps: one after the other would take longer than the first needs to come.
+    if (lane() == 0) {
+      if (warp() == 0) {
+        device::arrival_init(s_.exchange, 1);
+        device::arrival_init(s_.exchange + 1, 1);
+      }
+#pragma unroll 1
+      for (int s = warp(); s < steps(); s += KL_WARPS) device::arrival_init(s_.arrivals + s, 1);
       device::arrival_fence();
-    }
-    device::cluster_arrive_relaxed();
-    if (thread_ == 0) {
-      for (int s = 0; s < steps(); ++s) {
-        const int at = s == 0 ? from : s * STEP, end = whole < (s + 1) * STEP ? whole : (s + 1) * STEP;
-        const int bytes = end > at ? (end - at) * int(sizeof(Logit)) : 0;
-        device::arrival_expect(s_.arrivals + s, uint32_t(pair ? 2 * bytes : bytes));
+      const uint32_t end = uint32_t(whole) * sizeof(Logit);
+#pragma unroll 1
+      for (int s = warp(); s < steps(); s += KL_WARPS) {
+        const uint32_t at = s == 0 ? uint32_t(from) * sizeof(Logit) : uint32_t(s) * STEP_BYTES;
+        const uint32_t limit = uint32_t(s + 1) * STEP_BYTES, to = limit < end ? limit : end;
+        const uint32_t bytes = to > at ? to - at : 0;
+        uint64_t* const arrival = s_.arrivals + s;
+        device::arrival_expect(arrival, pair ? 2 * bytes : bytes);
         if (bytes == 0) continue;
-        device::bulk_copy(slot(false) + at * int(sizeof(Logit)), z + at, uint32_t(bytes), s_.arrivals + s);
-        if (pair) device::bulk_copy(slot(true) + at * int(sizeof(Logit)), r + at, uint32_t(bytes), s_.arrivals + s);
+        device::bulk_copy(slot(false) + at, reinterpret_cast<const char*>(z) + at, bytes, arrival);
+        if (pair) device::bulk_copy(slot(true) + at, reinterpret_cast<const char*>(r) + at, bytes, arrival);
       }
     }
+    device::cluster_arrive_relaxed();
     if (from > 0 || whole < n_) {
       if (thread_ < GROUP)
-        edge(thread_, from > 0 && thread_ < from, z, r);
+        edge(thread_, from > 0 && thread_ < from, pair, z, r);
       else if (thread_ < 2 * GROUP)
-        edge(whole + thread_ - GROUP, whole < n_ && !(from > 0 && whole == 0), z, r);
+        edge(whole + thread_ - GROUP, whole < n_ && !(from > 0 && whole == 0), pair, z, r);
     }
   }
-  TNT_DEVICE void edge(int at, bool copies, const Logit* z, const Logit* r) {
+  TNT_DEVICE void edge(int at, bool copies, bool pair, const Logit* z, const Logit* r) {
     if (!copies) return;
     const bool inside = at >= first_ && at < n_;
     reinterpret_cast<Logit*>(slot(false))[at] = inside ? z[at] : Stored<Logit>::nothing();
-    reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : Stored<Logit>::nothing();
+    if (pair) reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : Stored<Logit>::nothing();
   }
 
   struct Group {
@@ -222,7 +283,7 @@ class KlBlock {
       y2[i] = fmaf(g.o[i] - g.x[i], k.y_scale, -k.y_shift);
       any |= bits_as<uint32_t>(y2[i]);
     }
-    if (!device::any_of_warp((any & 0x40000000u) != 0)) {
+    if (!device::any_of_warp(!(fabsf(bits_as<float>(any)) < 2.0f))) {  // bit 30
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) add_near<REVERSE, STATS>(t, k, g.x[i], y2[i]);
       return false;
@@ -243,21 +304,31 @@ class KlBlock {
     return true;
   }
 
-  // Every warp's numbers to every block. Two places in turn suffice: who sends exchange i + 2 has all messages of
-  // i + 1, and a warp sends those after it has read i.
+  // Every warp's numbers to every block, whose judge waits for them. Two places in turn suffice: who sends in exchange
+  // i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that is launched alone
+  // sends nothing: the number that it has in a cluster is undefined.
+  TNT_DEVICE char* place(int i) const { return messages() + (i & 1) * blocks_ * KL_WARPS * MESSAGE; }
   template <int VECTORS>
-  TNT_DEVICE const Vector* exchange(int i, const Vector (&message)[VECTORS]) {
-    char* const here = messages() + (i & 1) * blocks_ * KL_WARPS * MESSAGE;
-    uint64_t* const barrier = s_.exchange + (i & 1);
+  TNT_DEVICE void send(int i, const Vector (&message)[VECTORS]) {
     constexpr int bytes = VECTORS * sizeof(Vector);
+    char* const to = place(i) + (rank_ * KL_WARPS + warp()) * bytes;
+    if (blocks_ == 1) {
+      if (lane() == 0) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) reinterpret_cast<Vector*>(to)[v] = message[v];
+      }
+      return device::sync_block();
+    }
+    uint64_t* const barrier = s_.exchange + (i & 1);
     if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * KL_WARPS * bytes));
     if (lane() < blocks_) {
-      char* const to = here + (rank_ * KL_WARPS + warp()) * bytes;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) device::send(to + v * sizeof(Vector), message[v], barrier, lane());
     }
-    device::arrival_wait_cluster(barrier, i >> 1 & 1);
-    return reinterpret_cast<const Vector*>(here);
+  }
+  TNT_DEVICE const Vector* receive(int i) {
+    if (blocks_ > 1) device::arrival_wait_cluster(s_.exchange + (i & 1), i >> 1 & 1);
+    return reinterpret_cast<const Vector*>(place(i));
   }
   static TNT_DEVICE Vector pack(float a, float b, float c, float d) {
     return {{bits_as<uint32_t>(a), bits_as<uint32_t>(b), bits_as<uint32_t>(c), bits_as<uint32_t>(d)}};
@@ -273,48 +344,47 @@ class KlBlock {
 
   // ---- a row
 
-  // The rows' levels, their maxima over a few entries all along them, and how far z lies above r there on average.
-  // Every warp of the cluster looks.
-  TNT_DEVICE void levels() {
-    const int vocab = int(p_.vocab), lead = before_ > 0 ? GROUP - before_ : 0;
-    const bool wide = vocab >= 2 * device::WARP * GROUP;
-    const int at = wide             ? lead + lane() * ((vocab - lead) / GROUP / device::WARP) * GROUP
-                   : lane() < vocab ? lane()
-                                    : vocab - 1;
+  // The rows' levels, their maxima over a few entries all along them, and how far z lies above r there on average; from
+  // these the shift. The same in every block of the cluster.
+  TNT_DEVICE void levels(bool wide, const Vector& z_some, const Vector& r_some) {
     float z[GROUP], r[GROUP];
-    sample(z_row() + at, wide, z);
-    sample(p_.ref_logits ? r_row() + at : z_row() + at, wide, r);
+    if (wide) {
+      Stored<Logit>::unpack(z_some, z);
+      Stored<Logit>::unpack(r_some, r);
+    } else {
+      const int at = lane() < p_.vocab ? lane() : int(p_.vocab) - 1;
+      const float z_at = Stored<Logit>::load(z_row() + at);
+      const float r_at = p_.ref_logits ? Stored<Logit>::load(r_row() + at) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) z[i] = z_at, r[i] = r_at;
+    }
     float z_top = z[0], r_top = r[0], above = z[0] - r[0];
 #pragma unroll
     for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]), r_top = fmaxf(r_top, r[i]), above += z[i] - r[i];
-    z_level_ = max_of_warp(z_top), r_level_ = max_of_warp(r_top);
+    z_top = max_of_warp(z_top), r_top = max_of_warp(r_top);
     // The average difference is nearer to L than that of the maxima; infinities have none.
-    const float more = sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_level_ - r_level_);
-    more_ = fabsf(more) < 16.0f ? more : 0.0f;
-  }
-  TNT_DEVICE static void sample(const Logit* at, bool wide, float (&x)[GROUP]) {
-    if (wide) return Stored<Logit>::unpack(device::load_vector(at), x);
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) x[i] = Stored<Logit>::load(at);
+    float more = (sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_top - r_top)) * l_.inverse_temperature;
+    more = fabsf(more) < 16.0f ? more : 0.0f;
+    if (lane() > 1) return;
+    const bool reverse = lane() == 1;
+    s_.z_level = z_top;
+    s_.shifts[reverse] =
+        kl_shift(reverse ? z_top : r_top, reverse ? r_top : z_top, l_.inverse_temperature, reverse ? -more : more);
   }
 
+  // The first pass until its sums are fit, then the second.
   template <bool REVERSE, bool SET>
   TNT_DEVICE void compute() {
-    const float inverse_t = float(1 / p_.temperature);
-    const int offset = thread_ * 16;
-    const char *const base = slot(!REVERSE) + offset, *const other = slot(REVERSE) + offset;
+    constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
+    const char *const base = slot(!REVERSE) + thread_ * 16, *const other = slot(REVERSE) + thread_ * 16;
     const int full = n_ / STEP, steps = this->steps();
     const bool in_tail = full * STEP + thread_ * GROUP < n_;
-    float x_ref = REVERSE ? z_level_ : r_level_, o_ref = REVERSE ? r_level_ : z_level_;
-    float more = (REVERSE ? -more_ : more_) * inverse_t;
-    KlShift k;
-    KlRow sums;
     uint32_t far;
     int count = 0;  // exchanges so far
-    bool good = false;
+    int verdict = KL_AGAIN;
 #pragma unroll 1
     for (int attempt = 0; attempt < KL_ATTEMPTS; ++attempt) {
-      k = kl_shift(x_ref, o_ref, inverse_t, more);
+      const KlShift k = s_.shifts[REVERSE];
       KlSums t;
       uint32_t bit = 1;
       far = 0;
@@ -334,7 +404,6 @@ class KlBlock {
         if (SET && in_tail) remove(set_bits(full), g);
         if (add<REVERSE>(t, k, g)) far |= bit;
       }
-      constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
       Vector mine[VECTORS];
       mine[0] =
           pack(sum_of_warp(t.s), sum_of_warp(t.a_or_m(REVERSE)), sum_of_warp(t.phi()), STATS ? sum_of_warp(t.h) : 0.0f);
@@ -352,6 +421,7 @@ class KlBlock {
             if (!(r_at < INFINITY)) removed.sum = NAN;  // a broken reference
           }
         }
+        device::sync_warp();
         removed.merge_warp(k.scale);
         mine[1] = pack(removed.max, removed.sum, removed.moment, removed.n);
         if constexpr (STATS) {
@@ -360,39 +430,13 @@ class KlBlock {
           mine[2].words[1] = bits_as<uint32_t>(of_reference.sum);
         }
       }
-      const Vector* const from = exchange(count++, mine);
-      sums = KlRow();
-#pragma unroll 1
-      for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
-        const Vector m = from[VECTORS * i];
-        sums.s += at(m, 0), sums.a_or_m += at(m, 1), sums.phi += at(m, 2);
-        if (STATS) sums.h += at(m, 3), sums.a += at(from[VECTORS * i + VECTORS - 1], 2);
-        if (SET) sums.set.merge(of(from[VECTORS * i + 1]), k.scale);
-        if (SET && STATS) sums.reference_set.merge(of_mass(from[VECTORS * i + VECTORS - 1]), k.scale);
-      }
-      sums.s = sum_of_warp(sums.s), sums.a_or_m = sum_of_warp(sums.a_or_m), sums.phi = sum_of_warp(sums.phi);
-      if (STATS) sums.h = sum_of_warp(sums.h), sums.a = sum_of_warp(sums.a);
-      if (SET) sums.set.merge_warp(k.scale);
-      if (SET && STATS) sums.reference_set.merge_warp(k.scale);
-      // Is it fit? All warps of the cluster have the same numbers in the same order, hence the same answer.
-      const float a = REVERSE ? sums.a_or_m + sums.phi : sums.a_or_m;
-      sums.l = log1pf(a / sums.s);
-      const float excess = phi(sums.l);
-      sums.kl = sums.phi / sums.s - excess;
-      const bool usable = device::all_of_warp(sums.s > 0x1p-40f && sums.s < 0x1p100f);
-      // Below -3, S + A has lost its digits.
-      const bool in_range = device::all_of_warp(usable && sums.s + a < 0x1p100f && sums.l > -3.0f);
-      // Phi/S and phi(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
-      const bool near = comparable(k.x_ref, k.o_ref);
-      good = device::all_of_warp(in_range && sums.phi < INFINITY && sums.set.sum < INFINITY &&
-                                 !(excess > 0.5f * fabsf(sums.kl)) && near);
-      const bool again = STATS && attempt == 0 && good && device::all_of_warp(entropy_cancels<REVERSE>(sums));
-      if ((good && !again) || (usable && device::all_of_warp(sums.phi == INFINITY))) break;
-      if (attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) break;
-      if ((in_range && near && !again) || attempt > 0) {
-        more += sums.l;
-        continue;
-      }
+      send(count, mine);
+      if (warp() == JUDGE) judge<REVERSE, SET>(receive(count), attempt);
+      ++count;
+      device::sync_block();
+      verdict = s_.verdict;
+      if (verdict == KL_GOOD || verdict == KL_LEFT) break;
+      if (verdict == KL_AGAIN) continue;
       // The row's maxima in place of those of a few entries.
       float x_top = AWAY, o_top = AWAY;
 #pragma unroll 1
@@ -403,52 +447,97 @@ class KlBlock {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) x_top = fmaxf(x_top, g.x[i]), o_top = fmaxf(o_top, g.o[i]);
       }
+      device::sync_warp();
       const Vector mine_of_tops[1] = {pack(max_of_warp(x_top), max_of_warp(o_top), 0.0f, 0.0f)};
-      const Vector* const tops = exchange(count++, mine_of_tops);
-      x_ref = o_ref = AWAY;
+      send(count, mine_of_tops);
+      if (warp() == JUDGE) {
+        const Vector* const tops = receive(count);
+        x_top = o_top = AWAY;
 #pragma unroll 1
-      for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
-        x_ref = fmaxf(x_ref, at(tops[i], 0));
-        o_ref = fmaxf(o_ref, at(tops[i], 1));
+        for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP)
+          x_top = fmaxf(x_top, at(tops[i], 0)), o_top = fmaxf(o_top, at(tops[i], 1));
+        device::sync_warp();
+        x_top = max_of_warp(x_top), o_top = max_of_warp(o_top);
+        if (lane() == 0) s_.shifts[REVERSE] = kl_shift(x_top, o_top, l_.inverse_temperature, 0.0f);
       }
-      x_ref = max_of_warp(x_ref), o_ref = max_of_warp(o_ref);
-      more = 0.0f;
+      ++count;
+      device::sync_block();
     }
-    if (!good || (REVERSE && SET && !(s_.eps > 1e-30f))) return leave();
-    sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
-    float loss;
-    typename KlGradient<REVERSE>::Type gradient;
-    SetGradient set_gradient_of;
-    const float row_weight = SET ? s_.alpha : s_.weight;
-    if (kl_coefficients<SET>(k, sums, row_weight * s_.scale, s_.eps, gradient, set_gradient_of, loss)) far = ~0u;
+    if (verdict != KL_GOOD) return leave();
     if (p_.grad) {
-#pragma unroll 1
-      for (int s = 0; s < full; ++s, far >>= 1)
-        write<REVERSE, SET>(gradient, set_gradient_of, k, s, base, other, far & 1);
-      if (in_tail) write<REVERSE, SET>(gradient, set_gradient_of, k, full, base, other, far & 1);
+      const KlShift k = s_.shifts[REVERSE];
+      const auto g = s_.template gradient<REVERSE>();
+      if (s_.far) far = ~0u;
+      if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
+      write([&](int s) { return gradient<REVERSE, SET>(g, k, s, base, other, far >> s & 1); });
     }
-    if (!leader()) return;
-    write_loss(double(row_weight) * double(loss));
-    if (STATS) write_stats(loss, loss, kl_diagnosis<REVERSE, SET>(k, sums));
+    if (leader()) write_loss(double(s_.weights[SET]) * double(s_.loss));
+  }
+
+  // By one warp: the row's sums, and from them the coefficients of its gradient, or what to do instead. All blocks of
+  // the cluster have the same numbers in the same order, hence the same answer.
+  template <bool REVERSE, bool SET>
+  TNT_DEVICE void judge(const Vector* from, int attempt) {
+    constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
+    const KlShift k = s_.shifts[REVERSE];
+    KlRow sums;
+#pragma unroll 1
+    for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
+      const Vector m = from[VECTORS * i];
+      sums.s += at(m, 0), sums.a_or_m += at(m, 1), sums.phi += at(m, 2);
+      if (STATS) sums.h += at(m, 3), sums.a += at(from[VECTORS * i + VECTORS - 1], 2);
+      if (SET) sums.set.merge(of(from[VECTORS * i + 1]), k.scale);
+      if (SET && STATS) sums.reference_set.merge(of_mass(from[VECTORS * i + VECTORS - 1]), k.scale);
+    }
+    device::sync_warp();
+    sums.s = sum_of_warp(sums.s), sums.a_or_m = sum_of_warp(sums.a_or_m), sums.phi = sum_of_warp(sums.phi);
+    if (STATS) sums.h = sum_of_warp(sums.h), sums.a = sum_of_warp(sums.a);
+    if (SET) sums.set.merge_warp(k.scale);
+    if (SET && STATS) sums.reference_set.merge_warp(k.scale);
+    if (lane() > 0) return;
+    const float a = REVERSE ? sums.a_or_m + sums.phi : sums.a_or_m;
+    sums.inverse = 1.0f / sums.s;
+    sums.l = log1pf(a * sums.inverse);
+    const float excess = phi(sums.l);
+    sums.kl = sums.phi * sums.inverse - excess;
+    const bool usable = sums.s > 0x1p-40f && sums.s < 0x1p100f;
+    // Below -3, S + A has lost its digits.
+    const bool in_range = usable && sums.s + a < 0x1p100f && sums.l > -3.0f;
+    // Phi/S and phi(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
+    const bool near = comparable(k.x_ref, k.o_ref);
+    const bool good =
+        in_range && sums.phi < INFINITY && sums.set.sum < INFINITY && !(excess > 0.5f * fabsf(sums.kl)) && near;
+    const bool again = STATS && attempt == 0 && good && entropy_cancels<REVERSE>(sums);
+    if (good && !again) {
+      s_.verdict = REVERSE && SET && !(s_.eps > 1e-30f) ? KL_LEFT : KL_GOOD;
+      sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
+      s_.far = kl_coefficients<SET>(k, sums, s_.weights[SET] * s_.scale, s_.eps, s_.template gradient<REVERSE>(),
+                                    s_.set, s_.loss);
+      if (STATS && rank_ == 0 && s_.verdict == KL_GOOD)
+        write_stats(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
+    } else if ((usable && sums.phi == INFINITY) || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) {
+      s_.verdict = KL_LEFT;
+    } else if ((in_range && near && !again) || attempt > 0) {
+      s_.verdict = KL_AGAIN;
+      s_.shifts[REVERSE] = kl_shift(k.x_ref, k.o_ref, l_.inverse_temperature, k.more + sums.l);
+    } else {
+      s_.verdict = KL_BY_MAXIMA;
+    }
   }
 
   // ---- LL and UL: the policy's row alone, with a set always
 
   TNT_DEVICE void compute_likelihood(bool unlikelihood, bool negative) {
-    const float inverse_t = float(1 / p_.temperature);
     const char* const base = slot(false) + thread_ * 16;
     const int full = n_ / STEP, steps = this->steps();
     const bool in_tail = full * STEP + thread_ * GROUP < n_;
     if (!unlikelihood && thread_ == 0) mark(p_.labels[row()]);
     device::sync_block();
-    float x_ref = z_level_;
     KlShift k;
-    KlRow sums;
-    int count = 0;
-    bool good = false;
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
-      k = kl_shift(x_ref, x_ref, inverse_t, 0.0f);
+      const float x_ref = s_.z_level;
+      k = kl_shift(x_ref, x_ref, l_.inverse_temperature, 0.0f);
       float sum = 0.0f, h = 0.0f, top = AWAY;
 #pragma unroll 1
       for (int s = 0; s < steps; ++s) {
@@ -471,103 +560,135 @@ class KlBlock {
       for (unsigned i = thread_; i < mask_words(); i += THREADS)
         for (uint32_t b = mask()[i]; b; b &= b - 1)
           removed.add(Stored<Logit>::load(z + i * 32 + device::lowest_bit(b)), k.scale);
+      device::sync_warp();
       removed.merge_warp(k.scale);
       const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), STATS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
-      const Vector* const from = exchange(count++, mine);
-      sums = KlRow();
-      x_ref = AWAY;
-#pragma unroll 1
-      for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
-        sums.s += at(from[2 * i], 0), sums.h += at(from[2 * i], 2);
-        x_ref = fmaxf(x_ref, at(from[2 * i], 1));
-        sums.set.merge(of(from[2 * i + 1]), k.scale);
-      }
-      sums.s = sum_of_warp(sums.s), x_ref = max_of_warp(x_ref);
-      if (STATS) sums.h = sum_of_warp(sums.h);
-      sums.set.merge_warp(k.scale);
-      // The row's maximum in place of that of a few entries where the sum is out of range.
-      good = device::all_of_warp(sums.s > 0x1p-40f && sums.s < 0x1p100f && sums.set.sum < INFINITY);
-      if (good && !(STATS && device::all_of_warp(entropy_cancels<true>(sums)))) break;
+      send(attempt, mine);
+      if (warp() == JUDGE) judge_likelihood(receive(attempt), k, attempt, unlikelihood, negative);
+      device::sync_block();
+      if (s_.verdict != KL_AGAIN) break;
     }
-    if (!good || (!unlikelihood && !(sums.set.sum > 0.0f))) return leave();
-    float loss;
-    const float row_weight = negative ? s_.alpha : s_.weight;
-    const LikelihoodGradient g = likelihood_coefficients(k, sums, unlikelihood, row_weight * s_.scale, loss);
+    if (s_.verdict != KL_GOOD) return leave();
     if (p_.grad) {
-#pragma unroll 1
-      for (int s = 0; s < steps; ++s) {
-        if (s == full && !in_tail) break;
-        float x[GROUP], out[GROUP];
+      const LikelihoodGradient g = s_.likelihood;
+      put_set_gradients([&](float z) { return unlikelihood ? set_gradient(g.set, k, z) : g.label; });
+      write([&](int s) {
+        float x[GROUP];
+        Output out;
         Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
-        const int column = s * STEP + thread_ * GROUP;
         const uint32_t bits = set_bits(s);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) out[i] = g.kept * power(fmaf(x[i], k.scale, -k.c));
-        if (bits) {
-#pragma unroll
-          for (int i = 0; i < GROUP; ++i)
-            if (bits >> i & 1) out[i] = unlikelihood ? set_gradient(g.set, k, x[i]) : g.label;
-        }
-        store(column, out);
-      }
+        for (int i = 0; i < GROUP; ++i) out.x[i] = bits >> i & 1 ? x[i] : g.kept * power(fmaf(x[i], k.scale, -k.c));
+        return out;
+      });
     }
-    if (!leader()) return;
-    write_loss(double(row_weight) * double(loss));
-    if (!STATS) return;
-    KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
-    write_stats(loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
+    if (leader()) write_loss(double(s_.weights[negative]) * double(s_.loss));
   }
 
-  // ---- second pass: one group
-
-  template <bool REVERSE, bool SET, class KlGradients>
-  TNT_DEVICE void write(const KlGradients& g, const SetGradient& sg, const KlShift& k, int s, const char* base,
-                        const char* other, bool far) {
-    const int column = s * STEP + thread_ * GROUP;
-    Group pairs = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
-    const uint32_t bits = SET ? set_bits(s) : 0;
-    float z[GROUP], out[GROUP];
-    if (SET && bits) {
-#pragma unroll
-      for (int i = 0; i < GROUP; ++i) z[i] = REVERSE ? pairs.x[i] : pairs.o[i];
-      remove(bits, pairs);
+  TNT_DEVICE void judge_likelihood(const Vector* from, const KlShift& k, int attempt, bool unlikelihood,
+                                   bool negative) {
+    KlRow sums;
+    float top = AWAY;
+#pragma unroll 1
+    for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
+      sums.s += at(from[2 * i], 0), sums.h += at(from[2 * i], 2);
+      top = fmaxf(top, at(from[2 * i], 1));
+      sums.set.merge(of(from[2 * i + 1]), k.scale);
     }
+    device::sync_warp();
+    sums.s = sum_of_warp(sums.s), top = max_of_warp(top);
+    if (STATS) sums.h = sum_of_warp(sums.h);
+    sums.set.merge_warp(k.scale);
+    if (lane() > 0) return;
+    const bool good = sums.s > 0x1p-40f && sums.s < 0x1p100f && sums.set.sum < INFINITY;
+    if (attempt == 0 && !(good && !(STATS && entropy_cancels<true>(sums)))) {
+      // The row's maximum in place of that of a few entries.
+      s_.verdict = KL_AGAIN;
+      s_.z_level = top;
+      return;
+    }
+    s_.verdict = good && (unlikelihood || sums.set.sum > 0.0f) ? KL_GOOD : KL_LEFT;
+    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, s_.weights[negative] * s_.scale, s_.loss);
+    if (!STATS || rank_ != 0 || s_.verdict != KL_GOOD) return;
+    const KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
+    write_stats(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
+  }
+
+  // ---- second pass
+
+  struct Output {  // a group of the gradient
+    float x[GROUP] = {};
+    TNT_DEVICE Vector pack() const {
+      if constexpr (std::is_same_v<Gradient, Logit>)
+        return Stored<Logit>::pack(x);
+      else
+        return {{device::floats_to_bfloats(x[0], x[1]), device::floats_to_bfloats(x[2], x[3]), 0, 0}};
+    }
+  };
+
+  template <bool REVERSE, bool SET, class KlGradient>
+  TNT_DEVICE Output gradient(const KlGradient& g, const KlShift& k, int s, const char* base, const char* other,
+                             bool far) const {
+    const Group pairs = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
+    Output out;
     if (!far) {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) out[i] = near_gradient(g, k, pairs.x[i], pairs.o[i] - pairs.x[i]);
+      for (int i = 0; i < GROUP; ++i) out.x[i] = near_gradient(g, k, pairs.x[i], pairs.o[i] - pairs.x[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) out[i] = far_gradient(g, k, pairs.x[i], pairs.o[i]);
+      for (int i = 0; i < GROUP; ++i) out.x[i] = far_gradient(g, k, pairs.x[i], pairs.o[i]);
     }
-    if (SET && bits) {
+    if (SET) {
+      const uint32_t bits = set_bits(s);
+      if (bits) {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i)
-        if (bits >> i & 1) out[i] = set_gradient(sg, k, z[i]);
+        for (int i = 0; i < GROUP; ++i) out.x[i] = bits >> i & 1 ? (REVERSE ? pairs.x[i] : pairs.o[i]) : out.x[i];
+      }
     }
-    store(column, out);
+    return out;
   }
 
-  TNT_DEVICE void store(int column, const float (&x)[GROUP]) {
-    Gradient* const to = static_cast<Gradient*>(p_.grad) + row() * p_.grad_stride + (begin_ - before_ + column);
-    // A gradient that begins elsewhere than its logits is not worth lanes that help each other.
-    constexpr int bytes = GROUP * int(sizeof(Gradient));
-    const bool whole = column >= first_ && column + GROUP <= n_ && reinterpret_cast<uintptr_t>(to) % bytes == 0;
-    if constexpr (std::is_same_v<Gradient, Logit>) {
-      const Vector packed = Stored<Logit>::pack(x);
-      if (whole) return device::store_vector(to, packed);
-      store_entries(to, column, packed);
-    } else {
-      const uint32_t low = device::floats_to_bfloats(x[0], x[1]), high = device::floats_to_bfloats(x[2], x[3]);
-      if (whole) return device::store_half_vector(to, low, high);
-      store_entries(to, column, {{low, high, 0, 0}});
+  // The gradients of removed entries take the place of their logits: entry by entry no lane waits for another's.
+  template <class Compute>
+  TNT_DEVICE void put_set_gradients(Compute compute) {
+    Logit* const z = reinterpret_cast<Logit*>(slot(false));
+    for (unsigned i = thread_; i < mask_words(); i += THREADS) {
+      for (uint32_t b = mask()[i]; b; b &= b - 1) {
+        const unsigned at = i * 32 + device::lowest_bit(b);
+        store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0);
+      }
     }
+    device::sync_block();
   }
-  TNT_DEVICE void store_entries(Gradient* to, int column, const Vector& packed) {
+
+  // Writes this thread's groups, step by step: whole ones by vectors, then those at the row's edges by entries. (A
+  // gradient that begins elsewhere than its logits is not worth lanes that help each other.)
+  template <class Compute>
+  TNT_DEVICE void write(Compute compute) {
+    constexpr int bytes = GROUP * int(sizeof(Gradient));
+    const int first = thread_ * GROUP, steps = first < n_ ? (n_ - first + STEP - 1) / STEP : 0;  // of this thread
+    Gradient* const row = static_cast<Gradient*>(p_.grad) + this->row() * p_.grad_stride + (begin_ - before_);
+    const bool aligned = reinterpret_cast<uintptr_t>(row) % bytes == 0;
+    const int begin = first < first_;
+    int end = aligned && first < n_ ? (n_ - first - GROUP + STEP) / STEP : 0;
+    end = end > begin ? end : begin;
+    Gradient* to = row + first + begin * STEP;
+#pragma unroll 1
+    for (int s = begin; s < end; ++s, to += STEP) {
+      const Vector packed = compute(s).pack();
+      if constexpr (bytes == 16)
+        device::store_vector(to, packed);
+      else
+        device::store_half_vector(to, packed.words[0], packed.words[1]);
+    }
+#pragma unroll 1
+    for (int s = begin > 0 ? 0 : end; s < steps; s = s < begin ? end : s + 1) {
+      const Vector packed = compute(s).pack();
+      const int column = s * STEP + first;
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      if (column + i < first_ || column + i >= n_) continue;
-      store_entry(to, packed, i);
+      for (int i = 0; i < GROUP; ++i)
+        if (column + i >= first_ && column + i < n_) store_entry(row + column, packed, i);
     }
   }
 
@@ -583,7 +704,6 @@ class KlBlock {
   const KlLaunch& l_;
   KlShared& s_;
   const int thread_, rank_, blocks_;
-  float z_level_ = 0, r_level_ = 0, more_ = 0;
   int before_, begin_, n_, first_;  // columns before the row; of this block: its first, how many, the first that is one
 };
 

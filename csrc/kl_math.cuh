@@ -34,6 +34,7 @@ struct KlShift {           // of a row, the same in every block
   float y_scale, y_shift;  // Y = 2y = (o - x) y_scale - y_shift: |y| >= 1 shows in one bit of Y, as do NaN and infinity
   float a, inverse_t, x_ref;
   float o_ref, rho;  // e e^y = 2^((o - o_ref) scale + rho)
+  float more;
 };
 
 // x_ref and o_ref: near the maxima of x and of o. rho makes c, a and o_ref agree, though each was rounded. `more` is
@@ -48,7 +49,7 @@ TNT_DEVICE KlShift kl_shift(float x_ref, float o_ref, float inverse_t, float mor
   const float a = fmaf(d, inverse_t, more);
   s.a = a, s.inverse_t = inverse_t, s.x_ref = x_ref;
   s.y_scale = 2.0f * inverse_t, s.y_shift = 2.0f * a;
-  s.o_ref = o_ref;
+  s.o_ref = o_ref, s.more = more;
   s.rho = fmaf(fmaf(d, inverse_t, -a) + lost * inverse_t, LOG2_E_F, fmaf(x_ref, s.scale, -s.c));
   return s;
 }
@@ -181,14 +182,6 @@ struct ReverseGradient {  // factor p (M/S - y + p(R) (D_K - D_R)) = e (k1 Y + k
 struct SetGradient {
   float ref, shift, k0, k1;
 };
-template <bool REVERSE>
-struct KlGradient {
-  using Type = ForwardGradient;
-};
-template <>
-struct KlGradient<true> {
-  using Type = ReverseGradient;
-};
 
 TNT_DEVICE float near_gradient(const ForwardGradient& g, const KlShift& k, float x, float d) {
   const float y = fmaf(d, g.y_scale, -g.y_shift), square = y * y;
@@ -214,13 +207,14 @@ TNT_DEVICE float set_gradient(const SetGradient& s, const KlShift& k, float z) {
 // ----------------------------------------------------------------------------------------------------- coefficients
 
 struct Odds {  // p(R) and p(K) = 1 - p(R), each with all its digits; the entropy of that choice in bits
-  float log2_odds, log2_kept, kept, removed, entropy;
+  float log2_odds, log2_kept, log2_removed, kept, removed, entropy;
 };
 TNT_DEVICE Odds odds_of(float log2_odds) {
   const float ratio = power(-fabsf(log2_odds)), small = ratio / (1.0f + ratio), soft = log1pf(ratio) * LOG2_E_F;
   Odds o;
   o.log2_odds = log2_odds;
   o.log2_kept = -soft - fmaxf(log2_odds, 0.0f);
+  o.log2_removed = -soft - fmaxf(-log2_odds, 0.0f);
   o.kept = log2_odds > 0.0f ? small : 1.0f - small;
   o.removed = log2_odds > 0.0f ? 1.0f - small : small;
   o.entropy = soft + (small > 0.0f ? small * fabsf(log2_odds) : 0.0f);
@@ -228,7 +222,7 @@ TNT_DEVICE Odds odds_of(float log2_odds) {
 }
 
 struct KlRow {  // the row's sums, over all slices; of removed entries those of the policy, and of the reference
-  float s, a_or_m, phi, h, a, l, kl;
+  float s = 0, a_or_m = 0, phi = 0, h = 0, a = 0, inverse = 0, l = 0, kl = 0;  // inverse: 1/s
   KlSetSums set, reference_set;
 };
 
@@ -259,16 +253,16 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
     const Odds o = odds_of(log2_odds<false>(k, row, true));
     log2_kept = o.log2_kept;
     loss -= LN_2_F * log2_kept;
-    sg = {row.set.max, o.log2_odds + o.log2_kept - log2f(row.set.sum), factor, 0.0f};
+    sg = {row.set.max, o.log2_removed - log2f(row.set.sum), factor, 0.0f};
   }
   const float up = row.l - LN_2_F * log2_kept;  // y* = y - up
-  const float h = factor / row.s;
+  const float h = factor * row.inverse;
   g.y_scale = k.inverse_t;
   g.y_shift = k.a + up;
   g.h0 = 0x1.000006p+0f * h, g.h1 = 0x1.554c74p-5f * h, g.h2 = 0x1.14e172p-11f * h;
   g.x_ref = k.x_ref;
   g.sign = factor < 0.0f ? -1.0f : 1.0f;
-  g.q_shift = own - log2f(row.s) + log2f(fabsf(factor));
+  g.q_shift = own + log2f(fabsf(h));
   g.p_shift = g.q_shift + (k.rho - own) - (row.l * LOG2_E_F - log2_kept);
   return fabsf(up) > 0.25f;  // |y*| <= 1.25 elsewhere
 }
@@ -292,13 +286,13 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
     loss =
         fmaf(kept, row.kl, (log1pf(eps * row.set.n) - LN_2_F * o.entropy) + LN_2_F * o.removed * (mean - log2f(eps)));
     sg.ref = row.set.max;
-    sg.shift = o.log2_odds + o.log2_kept - log2_sum;
+    sg.shift = o.log2_removed - log2_sum;
     sg.k1 = factor * LN_2_F;
-    sg.k0 = -sg.k1 * (mean + o.log2_odds + o.log2_kept) - factor * kept * delta;
+    sg.k0 = -sg.k1 * (mean + o.log2_removed) - factor * kept * delta;
   }
-  const float h = factor * kept / row.s;
+  const float h = factor * kept * row.inverse;
   g.k1 = -0.5f * h;
-  g.k0 = h * (row.a_or_m / row.s + extra);
+  g.k0 = h * (row.a_or_m * row.inverse + extra);
   return false;
 }
 
@@ -315,13 +309,12 @@ TNT_DEVICE LikelihoodGradient likelihood_coefficients(const KlShift& k, const Kl
   loss = 0.0f;
   if (!(row.set.sum > 0.0f)) return g;  // UL of a set without mass
   const Odds o = odds_of(log2_odds<true>(k, row, true));
-  const float log2_removed = o.log2_odds + o.log2_kept;
   if (unlikelihood) {
     loss = -LN_2_F * o.log2_kept;
     g.kept = -factor * o.removed / row.s;
-    g.set = {row.set.max, log2_removed - log2f(row.set.sum), factor, 0.0f};
+    g.set = {row.set.max, o.log2_removed - log2f(row.set.sum), factor, 0.0f};
   } else {
-    loss = -LN_2_F * log2_removed;
+    loss = -LN_2_F * o.log2_removed;
     g.kept = factor * o.kept / row.s;
     g.label = -factor * o.kept;
   }
@@ -355,7 +348,7 @@ TNT_DEVICE KlDiagnosis kl_diagnosis(const KlShift& k, const KlRow& row) {
   const float of_removed = log2f(row.set.sum) - row.set.moment / row.set.sum;
   d.negative_mass = o.removed;
   d.entropy = o.kept > 0.0f ? o.kept * (of_kept - o.log2_kept) : 0.0f;
-  if (o.removed > 0.0f) d.entropy += o.removed * (of_removed - (o.log2_odds + o.log2_kept));
+  if (o.removed > 0.0f) d.entropy += o.removed * (of_removed - o.log2_removed);
   d.entropy *= LN_2_F;
   return d;
 }

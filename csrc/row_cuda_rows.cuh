@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "kl_kernel.cuh"
 #include "row_cuda.h"
@@ -116,13 +117,13 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
 // How kl_kernel is launched, and the kernel for the rows that it leaves.
 struct KlPlan {
   int cluster = 0;  // 0: it does not serve this vocabulary on this device
-  int slice, shared_bytes;
+  int slice, mask_bytes, shared_bytes;
   Plan left;
   int64_t left_blocks;
 };
 
 template <class Logit, class Gradient, bool STATS>
-KlPlan choose_kl(int64_t vocab, int device) {
+KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   const device::Properties properties = device::properties(device);
   const auto kernel = kl_kernel<Logit, Gradient, STATS>;
   KlPlan plan;
@@ -133,16 +134,17 @@ KlPlan choose_kl(int64_t vocab, int device) {
   const int only = forced ? std::atoi(forced) : 0;
   const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
   const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
-  // Measured on an H100: three blocks on a multiprocessor hide each other's waiting, and fewer clusters of 16 than of 8
-  // find room. One row on 8 blocks with a multiprocessor each comes last.
-  const std::pair<int, int> order[] = {{1, three}, {2, three}, {4, three},  {8, three}, {1, two}, {2, two},
-                                       {4, two},   {8, two},   {16, three}, {16, two},  {8, one}, {16, one}};
+  // Two or three blocks on a multiprocessor hide each other's waiting; small clusters wait less than large ones.
+  std::vector<std::pair<int, int>> order = {{1, three}, {1, two}, {2, three},  {2, two},  {4, three}, {4, two},
+                                            {8, three}, {8, two}, {16, three}, {16, two}, {8, one},   {16, one}};
+  if (only > 0) order = {{only, one}};
   for (const auto& [cluster, limit] : order) {
-    if (cluster > properties.largest_cluster || (only > 0 && cluster != only)) continue;
+    if (cluster > properties.largest_cluster) continue;
     // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
     const int64_t slice = (vocab + Stored<Logit>::GROUP - 1 + cluster - 1) / cluster;
     plan.slice = int((slice + 63) / 64 * 64);
-    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster);
+    plan.mask_bytes = KlBlock<Logit, Gradient, STATS>::mask_bytes(plan.slice);
+    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster, pair);
     if (plan.slice > KL_STEPS * KlBlock<Logit, Gradient, STATS>::STEP || plan.shared_bytes > limit) continue;
     if (device::active_clusters(kernel, cluster, device::KL_THREADS, plan.shared_bytes) < 1) continue;
     plan.cluster = cluster;
@@ -156,7 +158,7 @@ KlPlan choose_kl(int64_t vocab, int device) {
   return plan;
 }
 
-using PlanKey = std::tuple<int64_t, int, DType, DType, bool>;
+using PlanKey = std::tuple<int64_t, int, DType, DType, bool, bool>;
 std::map<PlanKey, Plan> known_plans;
 std::map<PlanKey, KlPlan> known_kl_plans;
 std::mutex known_plans_mutex;
@@ -166,7 +168,7 @@ template <class Logit, class Gradient>
 Plan plan_for(const RowParams& p, int device) {
   const bool on_chip = !p.statistics && !p.gathered;
   const std::lock_guard<std::mutex> lock(known_plans_mutex);
-  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip);
+  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip, false);
   auto at = known_plans.find(key);
   if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit, Gradient>(p.vocab, device, on_chip)).first;
   return at->second;
@@ -175,10 +177,11 @@ Plan plan_for(const RowParams& p, int device) {
 template <class Logit, class Gradient, bool STATS>
 KlPlan kl_plan_for(const RowParams& p, int device) {
   const std::lock_guard<std::mutex> lock(known_plans_mutex);
-  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS);
+  const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
+  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS, pair);
   auto at = known_kl_plans.find(key);
   if (at == known_kl_plans.end())
-    at = known_kl_plans.emplace(key, choose_kl<Logit, Gradient, STATS>(p.vocab, device)).first;
+    at = known_kl_plans.emplace(key, choose_kl<Logit, Gradient, STATS>(p.vocab, pair, device)).first;
   return at->second;
 }
 
@@ -218,7 +221,7 @@ void run(const RowParams& p, const CudaCall& call) {
   double* const losses = call.workspace ? call.workspace + 1 : nullptr;
   const double* const inverse = prepare_rows(p, call, left);
   if (kl.cluster > 0) {
-    const KlLaunch launch{kl.slice, inverse, losses, left};
+    const KlLaunch launch{kl.slice, kl.mask_bytes, float(1 / p.temperature), inverse, losses, left};
     device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
                    p.rows * kl.cluster, kl.cluster, device::KL_THREADS, kl.shared_bytes, call.stream, p, launch);
     RowLaunch rest = kl.left.launch;

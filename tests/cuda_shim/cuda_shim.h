@@ -109,6 +109,7 @@ inline uint32_t shuffle_up(uint32_t x) {
   const int lane = thread_index() % WARP;
   return exchange(x, lane > 0 ? lane - 1 : lane);
 }
+inline void sync_warp() { shuffle_xor(0.0f, 1); }
 inline bool any_of_warp(bool x) {
   uint32_t any = x;
   for (int mask = 16; mask > 0; mask >>= 1) any |= shuffle_xor(any, mask);
