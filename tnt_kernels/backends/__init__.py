@@ -12,7 +12,7 @@ from tnt_kernels.backends import cpu, cuda, eager, triton
 #: By name. Importing one queries no device and loads no compiler.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
 #: Where none is asked for, the first of these that serves the tensors is taken. The CUDA kernels are not among them:
-#: the one that serves most calls has not run on a GPU yet, and the others are slower than Triton's.
+#: the one that serves most calls has not been measured on the same GPU as Triton's, and the others are slower.
 AUTOMATIC = ("cpu", "triton", "torch")
 
 
