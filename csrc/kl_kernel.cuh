@@ -19,6 +19,8 @@ constexpr int KL_ATTEMPTS = 3;
 struct KlLaunch {
   int slice;       // columns of a block, a multiple of 64
   int mask_bytes;  // of their bits
+  int threads;     // of a block
+  int step_log2;   // columns that they read at once
   float inverse_temperature;
   const double* inverse_normalizer;  // null: 1
   double* losses;                    // (N) weighted, or null
@@ -53,18 +55,16 @@ struct KlShared {
   }
 };
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
-constexpr int KL_WARPS = device::KL_THREADS / device::WARP;
 
 template <class Logit, class Gradient, bool STATS>
 class KlBlock {
  public:
-  static constexpr int THREADS = device::KL_THREADS, GROUP = Stored<Logit>::GROUP, STEP = THREADS * GROUP;
-  static constexpr int STEP_BYTES = STEP * int(sizeof(Logit));
+  static constexpr int GROUP = Stored<Logit>::GROUP;
   // Of a warp at most: its sums, those of its removed entries, and what the statistics need besides.
   static constexpr int MESSAGE = (STATS ? 3 : 2) * int(sizeof(Vector));
   static constexpr int mask_bytes(int slice) { return (slice / 8 + 127) / 128 * 128; }
-  static constexpr int shared_bytes(int slice, int blocks, bool pair) {
-    return KL_HEADER + 2 * blocks * KL_WARPS * MESSAGE + mask_bytes(slice) +
+  static constexpr int shared_bytes(int slice, int blocks, int threads, bool pair) {
+    return KL_HEADER + 2 * blocks * (threads / device::WARP) * MESSAGE + mask_bytes(slice) +
            (pair ? 2 : 1) * slice * int(sizeof(Logit));
   }
 
@@ -103,8 +103,8 @@ class KlBlock {
     const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
     if (!late) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
     if (marks)
-      for (unsigned i = thread_; i < mask_words(); i += THREADS) mask()[i] = 0;
-    if (thread_ == SCALARS * device::WARP) {
+      for (unsigned i = thread_; i < mask_words(); i += threads()) mask()[i] = 0;
+    if (thread_ == threads() - device::WARP) {  // of the last
       s_.flags = 0;
       s_.weights[0] = weight;
       float alpha = p_.alpha ? static_cast<const float*>(p_.alpha)[row() * p_.alpha_stride] : float(p_.alpha_value);
@@ -143,7 +143,7 @@ class KlBlock {
 
  private:
   // The warps that do something for all of the block.
-  static constexpr int JUDGE = 0, LEVELS = 1 % KL_WARPS, SCALARS = 2 % KL_WARPS;
+  static constexpr int JUDGE = 0, LEVELS = 1;
 
   // Asked for again rather than kept: registers are what is short.
   TNT_DEVICE int64_t row() const { return device::cluster_index(); }
@@ -153,20 +153,25 @@ class KlBlock {
   }
 
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
-  TNT_DEVICE int steps() const { return (n_ + STEP - 1) / STEP; }
+  TNT_DEVICE int step() const { return l_.threads * GROUP; }
+  TNT_DEVICE int step_bytes() const { return step() * int(sizeof(Logit)); }
+  TNT_DEVICE int full_steps() const { return n_ >> l_.step_log2; }
+  TNT_DEVICE int steps() const { return (n_ + step() - 1) >> l_.step_log2; }
+  TNT_DEVICE int threads() const { return l_.threads; }
+  TNT_DEVICE int warps() const { return threads() / device::WARP; }
   TNT_DEVICE int warp() const { return thread_ / device::WARP; }
   TNT_DEVICE int lane() const { return thread_ % device::WARP; }
 
   TNT_DEVICE char* messages() const { return device::shared_memory() + KL_HEADER; }
   TNT_DEVICE uint32_t* mask() const {
-    return reinterpret_cast<uint32_t*>(messages() + 2 * blocks_ * KL_WARPS * MESSAGE);
+    return reinterpret_cast<uint32_t*>(messages() + 2 * blocks_ * warps() * MESSAGE);
   }
   TNT_DEVICE char* slot(bool reference) const {
     return reinterpret_cast<char*>(mask()) + l_.mask_bytes + (reference ? l_.slice * int(sizeof(Logit)) : 0);
   }
   TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
   TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
-    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (STEP / 8);
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (l_.threads * GROUP / 8);
     return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
   }
   TNT_DEVICE void collect_ids() {
@@ -174,11 +179,11 @@ class KlBlock {
     uint32_t flags = 0;
     constexpr int AHEAD = 8;  // asked for before the first is looked at
 #pragma unroll 1
-    for (int64_t first = thread_; first < p_.negative_ids_count; first += AHEAD * THREADS) {
+    for (int64_t first = thread_; first < p_.negative_ids_count; first += AHEAD * threads()) {
       int64_t some[AHEAD];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        const int64_t k = first + i * THREADS;
+        const int64_t k = first + i * threads();
         some[i] = k < p_.negative_ids_count ? ids[k] : -1;
       }
 #pragma unroll
@@ -220,13 +225,13 @@ class KlBlock {
         device::arrival_init(s_.exchange + 1, 1);
       }
 #pragma unroll 1
-      for (int s = warp(); s < steps(); s += KL_WARPS) device::arrival_init(s_.arrivals + s, 1);
+      for (int s = warp(); s < steps(); s += warps()) device::arrival_init(s_.arrivals + s, 1);
       device::arrival_fence();
       const uint32_t end = uint32_t(whole) * sizeof(Logit);
 #pragma unroll 1
-      for (int s = warp(); s < steps(); s += KL_WARPS) {
-        const uint32_t at = s == 0 ? uint32_t(from) * sizeof(Logit) : uint32_t(s) * STEP_BYTES;
-        const uint32_t limit = uint32_t(s + 1) * STEP_BYTES, to = limit < end ? limit : end;
+      for (int s = warp(); s < steps(); s += warps()) {
+        const uint32_t at = s == 0 ? uint32_t(from) * sizeof(Logit) : uint32_t(s) * step_bytes();
+        const uint32_t limit = uint32_t(s + 1) * step_bytes(), to = limit < end ? limit : end;
         const uint32_t bytes = to > at ? to - at : 0;
         uint64_t* const arrival = s_.arrivals + s;
         device::arrival_expect(arrival, pair ? 2 * bytes : bytes);
@@ -253,12 +258,14 @@ class KlBlock {
   struct Group {
     float x[GROUP], o[GROUP];
   };
-  // x and o of a group; away where this thread has none.
-  TNT_DEVICE Group load(const char* base, const char* other, bool present) const {
+  // x and o of the group at this place of the policy's slot; away where this thread has none.
+  template <bool REVERSE>
+  TNT_DEVICE Group load(const char* z, bool present) const {
     Group g;
     if (present) {
-      Stored<Logit>::unpack(device::load_vector(base), g.x);
-      Stored<Logit>::unpack(device::load_vector(other), g.o);
+      const char* const r = z + l_.slice * int(sizeof(Logit));
+      Stored<Logit>::unpack(device::load_vector(REVERSE ? z : r), g.x);
+      Stored<Logit>::unpack(device::load_vector(REVERSE ? r : z), g.o);
     } else {
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) g.x[i] = g.o[i] = AWAY;
@@ -307,11 +314,11 @@ class KlBlock {
   // Every warp's numbers to every block, whose judge waits for them. Two places in turn suffice: who sends in exchange
   // i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that is launched alone
   // sends nothing: the number that it has in a cluster is undefined.
-  TNT_DEVICE char* place(int i) const { return messages() + (i & 1) * blocks_ * KL_WARPS * MESSAGE; }
+  TNT_DEVICE char* place(int i) const { return messages() + (i & 1) * blocks_ * warps() * MESSAGE; }
   template <int VECTORS>
   TNT_DEVICE void send(int i, const Vector (&message)[VECTORS]) {
     constexpr int bytes = VECTORS * sizeof(Vector);
-    char* const to = place(i) + (rank_ * KL_WARPS + warp()) * bytes;
+    char* const to = place(i) + (rank_ * warps() + warp()) * bytes;
     if (blocks_ == 1) {
       if (lane() == 0) {
 #pragma unroll
@@ -320,7 +327,7 @@ class KlBlock {
       return device::sync_block();
     }
     uint64_t* const barrier = s_.exchange + (i & 1);
-    if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * KL_WARPS * bytes));
+    if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * warps() * bytes));
     if (lane() < blocks_) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) device::send(to + v * sizeof(Vector), message[v], barrier, lane());
@@ -376,9 +383,9 @@ class KlBlock {
   template <bool REVERSE, bool SET>
   TNT_DEVICE void compute() {
     constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
-    const char *const base = slot(!REVERSE) + thread_ * 16, *const other = slot(REVERSE) + thread_ * 16;
-    const int full = n_ / STEP, steps = this->steps();
-    const bool in_tail = full * STEP + thread_ * GROUP < n_;
+    const char* const z = slot(false) + thread_ * 16;
+    const int full = full_steps(), steps = this->steps();
+    const bool in_tail = full * step() + thread_ * GROUP < n_;
     uint32_t far;
     int count = 0;  // exchanges so far
     int verdict = KL_AGAIN;
@@ -387,11 +394,12 @@ class KlBlock {
       const KlShift k = s_.shifts[REVERSE];
       KlSums t;
       uint32_t bit = 1;
+      const char* group = z;
       far = 0;
 #pragma unroll 1
-      for (int s = 0; s < full; ++s, bit += bit) {
+      for (int s = 0; s < full; ++s, group += step_bytes(), bit += bit) {
         device::arrival_wait(s_.arrivals + s);
-        Group g = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
+        Group g = load<REVERSE>(group, true);
         if (SET) {
           const uint32_t bits = set_bits(s);
           if (bits) remove(bits, g);
@@ -400,7 +408,7 @@ class KlBlock {
       }
       if (full < steps) {
         device::arrival_wait(s_.arrivals + full);
-        Group g = load(base + full * STEP_BYTES, other + full * STEP_BYTES, in_tail);
+        Group g = load<REVERSE>(group, in_tail);
         if (SET && in_tail) remove(set_bits(full), g);
         if (add<REVERSE>(t, k, g)) far |= bit;
       }
@@ -412,7 +420,7 @@ class KlBlock {
         KlSetSums removed, of_reference;
         const Logit *const z = reinterpret_cast<const Logit*>(slot(false)), *const r = reinterpret_cast<const Logit*>(
                                                                                 slot(true));
-        for (unsigned i = thread_; i < mask_words(); i += THREADS) {
+        for (unsigned i = thread_; i < mask_words(); i += threads()) {
           for (uint32_t b = mask()[i]; b; b &= b - 1) {
             const unsigned at = i * 32 + device::lowest_bit(b);
             const float r_at = Stored<Logit>::load(r + at);
@@ -442,7 +450,7 @@ class KlBlock {
 #pragma unroll 1
       for (int s = 0; s < steps; ++s) {
         if (s == full && !in_tail) break;
-        Group g = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
+        Group g = load<REVERSE>(z + s * step_bytes(), true);
         if (SET) remove(set_bits(s), g);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) x_top = fmaxf(x_top, g.x[i]), o_top = fmaxf(o_top, g.o[i]);
@@ -454,7 +462,7 @@ class KlBlock {
         const Vector* const tops = receive(count);
         x_top = o_top = AWAY;
 #pragma unroll 1
-        for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP)
+        for (int i = lane(); i < blocks_ * warps(); i += device::WARP)
           x_top = fmaxf(x_top, at(tops[i], 0)), o_top = fmaxf(o_top, at(tops[i], 1));
         device::sync_warp();
         x_top = max_of_warp(x_top), o_top = max_of_warp(o_top);
@@ -469,7 +477,7 @@ class KlBlock {
       const auto g = s_.template gradient<REVERSE>();
       if (s_.far) far = ~0u;
       if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
-      write([&](int s) { return gradient<REVERSE, SET>(g, k, s, base, other, far >> s & 1); });
+      write([&](int s) { return gradient<REVERSE, SET>(g, k, s, z + s * step_bytes(), far >> s & 1); });
     }
     if (leader()) write_loss(double(s_.weights[SET]) * double(s_.loss));
   }
@@ -482,7 +490,7 @@ class KlBlock {
     const KlShift k = s_.shifts[REVERSE];
     KlRow sums;
 #pragma unroll 1
-    for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
+    for (int i = lane(); i < blocks_ * warps(); i += device::WARP) {
       const Vector m = from[VECTORS * i];
       sums.s += at(m, 0), sums.a_or_m += at(m, 1), sums.phi += at(m, 2);
       if (STATS) sums.h += at(m, 3), sums.a += at(from[VECTORS * i + VECTORS - 1], 2);
@@ -529,8 +537,8 @@ class KlBlock {
 
   TNT_DEVICE void compute_likelihood(bool unlikelihood, bool negative) {
     const char* const base = slot(false) + thread_ * 16;
-    const int full = n_ / STEP, steps = this->steps();
-    const bool in_tail = full * STEP + thread_ * GROUP < n_;
+    const int full = full_steps(), steps = this->steps();
+    const bool in_tail = full * step() + thread_ * GROUP < n_;
     if (!unlikelihood && thread_ == 0) mark(p_.labels[row()]);
     device::sync_block();
     KlShift k;
@@ -544,7 +552,7 @@ class KlBlock {
         device::arrival_wait(s_.arrivals + s);
         if (s == full && !in_tail) break;
         float x[GROUP];
-        Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
+        Stored<Logit>::unpack(device::load_vector(base + s * step_bytes()), x);
         const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
@@ -557,7 +565,7 @@ class KlBlock {
       }
       KlSetSums removed;
       const Logit* const z = reinterpret_cast<const Logit*>(slot(false));
-      for (unsigned i = thread_; i < mask_words(); i += THREADS)
+      for (unsigned i = thread_; i < mask_words(); i += threads())
         for (uint32_t b = mask()[i]; b; b &= b - 1)
           removed.add(Stored<Logit>::load(z + i * 32 + device::lowest_bit(b)), k.scale);
       device::sync_warp();
@@ -576,7 +584,7 @@ class KlBlock {
       write([&](int s) {
         float x[GROUP];
         Output out;
-        Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
+        Stored<Logit>::unpack(device::load_vector(base + s * step_bytes()), x);
         const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) out.x[i] = bits >> i & 1 ? x[i] : g.kept * power(fmaf(x[i], k.scale, -k.c));
@@ -591,7 +599,7 @@ class KlBlock {
     KlRow sums;
     float top = AWAY;
 #pragma unroll 1
-    for (int i = lane(); i < blocks_ * KL_WARPS; i += device::WARP) {
+    for (int i = lane(); i < blocks_ * warps(); i += device::WARP) {
       sums.s += at(from[2 * i], 0), sums.h += at(from[2 * i], 2);
       top = fmaxf(top, at(from[2 * i], 1));
       sums.set.merge(of(from[2 * i + 1]), k.scale);
@@ -628,9 +636,8 @@ class KlBlock {
   };
 
   template <bool REVERSE, bool SET, class KlGradient>
-  TNT_DEVICE Output gradient(const KlGradient& g, const KlShift& k, int s, const char* base, const char* other,
-                             bool far) const {
-    const Group pairs = load(base + s * STEP_BYTES, other + s * STEP_BYTES, true);
+  TNT_DEVICE Output gradient(const KlGradient& g, const KlShift& k, int s, const char* z, bool far) const {
+    const Group pairs = load<REVERSE>(z, true);
     Output out;
     if (!far) {
 #pragma unroll
@@ -653,7 +660,7 @@ class KlBlock {
   template <class Compute>
   TNT_DEVICE void put_set_gradients(Compute compute) {
     Logit* const z = reinterpret_cast<Logit*>(slot(false));
-    for (unsigned i = thread_; i < mask_words(); i += THREADS) {
+    for (unsigned i = thread_; i < mask_words(); i += threads()) {
       for (uint32_t b = mask()[i]; b; b &= b - 1) {
         const unsigned at = i * 32 + device::lowest_bit(b);
         store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0);
@@ -667,15 +674,16 @@ class KlBlock {
   template <class Compute>
   TNT_DEVICE void write(Compute compute) {
     constexpr int bytes = GROUP * int(sizeof(Gradient));
-    const int first = thread_ * GROUP, steps = first < n_ ? (n_ - first + STEP - 1) / STEP : 0;  // of this thread
+    const int first = thread_ * GROUP,
+              steps = first < n_ ? (n_ - first + step() - 1) >> l_.step_log2 : 0;  // of this thread
     Gradient* const row = static_cast<Gradient*>(p_.grad) + this->row() * p_.grad_stride + (begin_ - before_);
     const bool aligned = reinterpret_cast<uintptr_t>(row) % bytes == 0;
     const int begin = first < first_;
-    int end = aligned && first < n_ ? (n_ - first - GROUP + STEP) / STEP : 0;
+    int end = aligned && first < n_ ? (n_ - first - GROUP + step()) >> l_.step_log2 : 0;
     end = end > begin ? end : begin;
-    Gradient* to = row + first + begin * STEP;
+    Gradient* to = row + first + begin * step();
 #pragma unroll 1
-    for (int s = begin; s < end; ++s, to += STEP) {
+    for (int s = begin; s < end; ++s, to += step()) {
       const Vector packed = compute(s).pack();
       if constexpr (bytes == 16)
         device::store_vector(to, packed);
@@ -685,7 +693,7 @@ class KlBlock {
 #pragma unroll 1
     for (int s = begin > 0 ? 0 : end; s < steps; s = s < begin ? end : s + 1) {
       const Vector packed = compute(s).pack();
-      const int column = s * STEP + first;
+      const int column = s * step() + first;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i)
         if (column + i >= first_ && column + i < n_) store_entry(row + column, packed, i);

@@ -117,7 +117,7 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
 // How kl_kernel is launched, and the kernel for the rows that it leaves.
 struct KlPlan {
   int cluster = 0;  // 0: it does not serve this vocabulary on this device
-  int slice, mask_bytes, shared_bytes;
+  int threads, slice, mask_bytes, shared_bytes;
   Plan left;
   int64_t left_blocks;
 };
@@ -129,9 +129,14 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   KlPlan plan;
   if (!properties.clusters || device::architecture(kernel) < 90) return plan;
   device::prefer_shared_memory(kernel);
-  // For measurements: no other size of cluster than this.
-  const char* const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER");
+  // For measurements: no other size of cluster than this, and so many threads of a block, a power of two.
+  const char *const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER"), *const width =
+                                                                          std::getenv("TNT_KERNELS_CUDA_THREADS");
   const int only = forced ? std::atoi(forced) : 0;
+  plan.threads = width ? std::atoi(width) : device::KL_THREADS;
+  if (plan.threads != 64 && plan.threads != 128 && plan.threads != 256)
+    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(plan.threads) +
+                             ", expected 64, 128 or 256");
   const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
   const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
   // Two or three blocks on a multiprocessor hide each other's waiting; small clusters wait less than large ones.
@@ -144,9 +149,9 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
     const int64_t slice = (vocab + Stored<Logit>::GROUP - 1 + cluster - 1) / cluster;
     plan.slice = int((slice + 63) / 64 * 64);
     plan.mask_bytes = KlBlock<Logit, Gradient, STATS>::mask_bytes(plan.slice);
-    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster, pair);
-    if (plan.slice > KL_STEPS * KlBlock<Logit, Gradient, STATS>::STEP || plan.shared_bytes > limit) continue;
-    if (device::active_clusters(kernel, cluster, device::KL_THREADS, plan.shared_bytes) < 1) continue;
+    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster, plan.threads, pair);
+    if (plan.slice > KL_STEPS * plan.threads * Stored<Logit>::GROUP || plan.shared_bytes > limit) continue;
+    if (device::active_clusters(kernel, cluster, plan.threads, plan.shared_bytes) < 1) continue;
     plan.cluster = cluster;
     break;
   }
@@ -221,9 +226,12 @@ void run(const RowParams& p, const CudaCall& call) {
   double* const losses = call.workspace ? call.workspace + 1 : nullptr;
   const double* const inverse = prepare_rows(p, call, left);
   if (kl.cluster > 0) {
-    const KlLaunch launch{kl.slice, kl.mask_bytes, float(1 / p.temperature), inverse, losses, left};
+    int step_log2 = 0;
+    while (1 << step_log2 < kl.threads * Stored<Logit>::GROUP) ++step_log2;
+    const KlLaunch launch{kl.slice, kl.mask_bytes, kl.threads, step_log2, float(1 / p.temperature),
+                          inverse,  losses,        left};
     device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
-                   p.rows * kl.cluster, kl.cluster, device::KL_THREADS, kl.shared_bytes, call.stream, p, launch);
+                   p.rows * kl.cluster, kl.cluster, kl.threads, kl.shared_bytes, call.stream, p, launch);
     RowLaunch rest = kl.left.launch;
     rest.inverse_normalizer = inverse;
     rest.losses = losses;

@@ -474,6 +474,23 @@ def test_kl_kernel(model: ModuleType, machine: str, dtype: torch.dtype) -> None:
         check_kl(model, mixed_batch(1, dtype).with_options(method=method), "V=1", "mean")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_threads_a_block(
+    model: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TNT_KERNELS_CUDA_THREADS", "128")
+    for shared_bytes, method in itertools.product((1 << 18, 8000), KL_METHODS):
+        model.machine(True, 4, shared_bytes, 90, SCHEDULES["shuffled"], 0)
+        batch = plain_batch(2100, dtype, rows=4).with_options(method=method)
+        assert check_kl(model, batch, f"{shared_bytes}") == [[], []]
+    monkeypatch.setenv("TNT_KERNELS_CUDA_THREADS", "96")
+    model.machine(*KL_MACHINES["one block"], SCHEDULES["forward"], 0)
+    with pytest.raises(RuntimeError, match="THREADS is 96, expected 64, 128 or 256"):
+        check_kl(model, batch)
+    monkeypatch.delenv("TNT_KERNELS_CUDA_THREADS")
+    model.machine(*KL_MACHINES["one block"], SCHEDULES["forward"], 0)
+
+
 @pytest.mark.parametrize("keywords", KEYWORDS, ids=lambda x: next(iter(x)))
 def test_keywords_of_kl_kernel(model: ModuleType, keywords: dict[str, Any]) -> None:
     if keywords.get("smoothing") == "uniform":
