@@ -26,6 +26,7 @@ import torch
 
 import tnt_kernels as tnt
 from benchmarks import accuracy, linear, peers
+from tnt_kernels import _C
 from tnt_kernels.backends import BACKENDS, tuning
 from tnt_kernels.bench.contenders import make_loss, model_output, training_step
 from tnt_kernels.bench.measure import bandwidths, time_calls
@@ -345,23 +346,38 @@ class Stages:
     # --- launch settings ---
 
     def settings(self) -> None:
-        """Triton's, at three vocabularies; every one in this process, so the most likely come first."""
-        if self.backend != "triton":
-            print("no settings to try", flush=True)
-            return
-        default = tuning.row_config
+        """Every one in this process, so the most likely come first."""
         for vocab in SETTINGS_VOCABULARIES[: 1 if self.tiny else None]:
             size = self.size(MAIN._replace(vocab=vocab, rows=MAIN.rows * MAIN.vocab // vocab // 2))
             problem, gb_per_s = self.problem(size)
-            usual = default(
-                vocab, 2, True, True, False, BACKENDS["triton"].architecture(self.device)
-            )
-            for config in (usual, *SETTINGS):
-                tuning.row_config = lambda *_, config=config: config
+            each = self.triton_settings if self.backend == "triton" else self.cuda_settings
+            for setting in each(vocab):
                 step = library_step("in place", "tnff", self.kernel_backend)
                 record = measure_step(step, problem, gb_per_s, self.seconds / 4)
-                self.emit("setting", **config._asdict(), **record)
-            tuning.row_config = default
+                self.emit("setting", **setting, **record)
+
+    def triton_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
+        """The usual columns and warps, then others."""
+        default = tuning.row_config
+        architecture = BACKENDS["triton"].architecture(self.device)
+        usual = default(vocab, 2, True, True, False, architecture)
+        for config in (usual, *SETTINGS):
+            tuning.row_config = lambda *_, config=config: config
+            yield config._asdict()
+        tuning.row_config = default
+
+    def cuda_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
+        """The usual blocks a row and threads a block, then others that the kernel has room for."""
+        for setting in ({}, *CUDA_SETTINGS[vocab]):
+            for name, value in setting.items():
+                os.environ[f"TNT_KERNELS_CUDA_{name.upper()}"] = str(value)
+            if self.device.type == "cuda":
+                _C.forget_plans()
+            yield setting
+            for name in setting:
+                del os.environ[f"TNT_KERNELS_CUDA_{name.upper()}"]
+        if self.device.type == "cuda":
+            _C.forget_plans()
 
     # --- the fused linear loss ---
 
@@ -525,6 +541,14 @@ SETTINGS = (
     tuning.RowConfig(8192, 16, 1), tuning.RowConfig(1024, 4, 1), tuning.RowConfig(2048, 4, 1),
     tuning.RowConfig(4096, 8, 1), tuning.RowConfig(4096, 16, 2),
 )  # fmt: skip
+#: Blocks of half the threads: as many warps in twice the blocks, or half of them with twice the work.
+CUDA_SETTINGS: dict[int, tuple[dict[str, int], ...]] = {
+    32000: tuple({"cluster": c, "threads": t} for c, t in ((4, 128), (2, 128), (8, 64), (4, 256))),
+    128256: tuple(
+        {"cluster": c, "threads": t} for c, t in ((16, 128), (8, 128), (16, 64), (16, 256))
+    ),
+    262144: tuple({"cluster": c, "threads": t} for c, t in ((16, 128), (8, 256), (8, 128))),
+}
 
 
 def _forget_compiled() -> None:
