@@ -26,7 +26,6 @@ import torch
 
 import tnt_kernels as tnt
 from benchmarks import accuracy, linear, peers
-from tnt_kernels import _C
 from tnt_kernels.backends import BACKENDS, tuning
 from tnt_kernels.bench.contenders import make_loss, model_output, training_step
 from tnt_kernels.bench.measure import bandwidths, time_calls
@@ -369,15 +368,15 @@ class Stages:
     def cuda_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
         """The usual blocks a row and threads a block, then others that the kernel has room for."""
         for setting in ({}, *CUDA_SETTINGS[vocab]):
-            for name, value in setting.items():
-                os.environ[f"TNT_KERNELS_CUDA_{name.upper()}"] = str(value)
-            if self.device.type == "cuda":
-                _C.forget_plans()
+            variables = {f"TNT_KERNELS_CUDA_{k.upper()}": str(v) for k, v in setting.items()}
+            os.environ.update(variables)
             yield setting
-            for name in setting:
-                del os.environ[f"TNT_KERNELS_CUDA_{name.upper()}"]
-        if self.device.type == "cuda":
-            _C.forget_plans()
+            for name in variables:
+                del os.environ[name]
+            if self.device.type == "cuda":
+                from tnt_kernels import _C  # other stages run while it is built
+
+                _C.forget_plans()
 
     # --- the fused linear loss ---
 

@@ -360,6 +360,11 @@ def test_a_process_measures_what_is_missing(
     assert cases(other, *first[1:]) == every[:1]
 
 
+def test_stages_run_while_the_extension_is_built() -> None:
+    script = "import sys; sys.modules['tnt_kernels._C'] = None; from benchmarks import gpu_stages"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_settings_of_the_cuda_kernel_last_for_one_measurement(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
