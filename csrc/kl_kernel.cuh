@@ -28,7 +28,7 @@ struct KlLaunch {
 };
 
 // What the first warp of a block says of the row's sums.
-enum KlVerdict : int { KL_GOOD, KL_LEFT, KL_AGAIN, KL_BY_MAXIMA };
+enum KlVerdict { KL_GOOD, KL_LEFT, KL_AGAIN, KL_BY_MAXIMA };
 
 // What one warp finds for all of a block; no register holds it through the passes.
 struct KlShared {
@@ -39,7 +39,7 @@ struct KlShared {
   uint32_t flags;
   float weights[2];  // the row's, if it is positive, and if it is negative
   float scale, eps;  // 1/normaliser/T
-  int verdict;
+  KlVerdict verdict;
   float loss;
   bool far;  // the short form of the gradient does not hold
   ForwardGradient forward;
@@ -60,8 +60,10 @@ template <class Logit, class Gradient, bool STATS>
 class KlBlock {
  public:
   static constexpr int GROUP = Stored<Logit>::GROUP;
-  // Of a warp at most: its sums, those of its removed entries, and what the statistics need besides.
-  static constexpr int MESSAGE = (STATS ? 3 : 2) * int(sizeof(Vector));
+  // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
+  template <bool SET>
+  static constexpr int VECTORS = 1 + SET + STATS;
+  static constexpr int MESSAGE = VECTORS<true> * int(sizeof(Vector));  // at most
   static constexpr int mask_bytes(int slice) { return (slice / 8 + 127) / 128 * 128; }
   static constexpr int shared_bytes(int slice, int blocks, int threads, bool pair) {
     return KL_HEADER + 2 * blocks * (threads / device::WARP) * MESSAGE + mask_bytes(slice) +
@@ -173,6 +175,13 @@ class KlBlock {
   TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
     const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (l_.threads * GROUP / 8);
     return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
+  }
+  // Calls body(at) for the marked columns of this thread's words. A warp meets afterwards.
+  template <class Body>
+  TNT_DEVICE void for_each_marked(Body body) const {
+    for (unsigned i = thread_; i < mask_words(); i += threads())
+      for (uint32_t b = mask()[i]; b; b &= b - 1) body(i * 32 + device::lowest_bit(b));
+    device::sync_warp();
   }
   TNT_DEVICE void collect_ids() {
     const int64_t* const ids = p_.negative_ids + row() * p_.negative_ids_stride;
@@ -315,14 +324,14 @@ class KlBlock {
   // i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that is launched alone
   // sends nothing: the number that it has in a cluster is undefined.
   TNT_DEVICE char* place(int i) const { return messages() + (i & 1) * blocks_ * warps() * MESSAGE; }
-  template <int VECTORS>
-  TNT_DEVICE void send(int i, const Vector (&message)[VECTORS]) {
-    constexpr int bytes = VECTORS * sizeof(Vector);
+  template <int N>
+  TNT_DEVICE void send(int i, const Vector (&message)[N]) {
+    constexpr int bytes = N * sizeof(Vector);
     char* const to = place(i) + (rank_ * warps() + warp()) * bytes;
     if (blocks_ == 1) {
       if (lane() == 0) {
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) reinterpret_cast<Vector*>(to)[v] = message[v];
+        for (int v = 0; v < N; ++v) reinterpret_cast<Vector*>(to)[v] = message[v];
       }
       return device::sync_block();
     }
@@ -330,7 +339,7 @@ class KlBlock {
     if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * warps() * bytes));
     if (lane() < blocks_) {
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) device::send(to + v * sizeof(Vector), message[v], barrier, lane());
+      for (int v = 0; v < N; ++v) device::send(to + v * sizeof(Vector), message[v], barrier, lane());
     }
   }
   TNT_DEVICE const Vector* receive(int i) {
@@ -382,13 +391,13 @@ class KlBlock {
   // The first pass until its sums are fit, then the second.
   template <bool REVERSE, bool SET>
   TNT_DEVICE void compute() {
-    constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
+    constexpr int VECTORS = KlBlock::VECTORS<SET>;
     const char* const z = slot(false) + thread_ * 16;
     const int full = full_steps(), steps = this->steps();
     const bool in_tail = full * step() + thread_ * GROUP < n_;
     uint32_t far;
     int count = 0;  // exchanges so far
-    int verdict = KL_AGAIN;
+    KlVerdict verdict = KL_AGAIN;
 #pragma unroll 1
     for (int attempt = 0; attempt < KL_ATTEMPTS; ++attempt) {
       const KlShift k = s_.shifts[REVERSE];
@@ -420,16 +429,12 @@ class KlBlock {
         KlSetSums removed, of_reference;
         const Logit *const z = reinterpret_cast<const Logit*>(slot(false)), *const r = reinterpret_cast<const Logit*>(
                                                                                 slot(true));
-        for (unsigned i = thread_; i < mask_words(); i += threads()) {
-          for (uint32_t b = mask()[i]; b; b &= b - 1) {
-            const unsigned at = i * 32 + device::lowest_bit(b);
-            const float r_at = Stored<Logit>::load(r + at);
-            removed.add(Stored<Logit>::load(z + at), k.scale);
-            if (STATS) of_reference.add(r_at, k.scale);
-            if (!(r_at < INFINITY)) removed.sum = NAN;  // a broken reference
-          }
-        }
-        device::sync_warp();
+        for_each_marked([&](unsigned at) {
+          const float r_at = Stored<Logit>::load(r + at);
+          removed.add(Stored<Logit>::load(z + at), k.scale);
+          if (STATS) of_reference.add(r_at, k.scale);
+          if (!(r_at < INFINITY)) removed.sum = NAN;  // a broken reference
+        });
         removed.merge_warp(k.scale);
         mine[1] = pack(removed.max, removed.sum, removed.moment, removed.n);
         if constexpr (STATS) {
@@ -486,7 +491,7 @@ class KlBlock {
   // the cluster have the same numbers in the same order, hence the same answer.
   template <bool REVERSE, bool SET>
   TNT_DEVICE void judge(const Vector* from, int attempt) {
-    constexpr int VECTORS = SET ? STATS ? 3 : 2 : 1 + STATS;
+    constexpr int VECTORS = KlBlock::VECTORS<SET>;
     const KlShift k = s_.shifts[REVERSE];
     KlRow sums;
 #pragma unroll 1
@@ -565,10 +570,7 @@ class KlBlock {
       }
       KlSetSums removed;
       const Logit* const z = reinterpret_cast<const Logit*>(slot(false));
-      for (unsigned i = thread_; i < mask_words(); i += threads())
-        for (uint32_t b = mask()[i]; b; b &= b - 1)
-          removed.add(Stored<Logit>::load(z + i * 32 + device::lowest_bit(b)), k.scale);
-      device::sync_warp();
+      for_each_marked([&](unsigned at) { removed.add(Stored<Logit>::load(z + at), k.scale); });
       removed.merge_warp(k.scale);
       const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), STATS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
@@ -660,12 +662,8 @@ class KlBlock {
   template <class Compute>
   TNT_DEVICE void put_set_gradients(Compute compute) {
     Logit* const z = reinterpret_cast<Logit*>(slot(false));
-    for (unsigned i = thread_; i < mask_words(); i += threads()) {
-      for (uint32_t b = mask()[i]; b; b &= b - 1) {
-        const unsigned at = i * 32 + device::lowest_bit(b);
-        store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0);
-      }
-    }
+    for_each_marked(
+        [&](unsigned at) { store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0); });
     device::sync_block();
   }
 

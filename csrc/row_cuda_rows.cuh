@@ -117,7 +117,8 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
 // How kl_kernel is launched, and the kernel for the rows that it leaves.
 struct KlPlan {
   int cluster = 0;  // 0: it does not serve this vocabulary on this device
-  int threads, slice, mask_bytes, shared_bytes;
+  KlLaunch launch;
+  int shared_bytes;
   Plan left;
   int64_t left_blocks;
 };
@@ -130,13 +131,15 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   if (!properties.clusters || device::architecture(kernel) < 90) return plan;
   device::prefer_shared_memory(kernel);
   // For measurements: no other size of cluster than this, and so many threads of a block, a power of two.
-  const char *const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER"), *const width =
-                                                                          std::getenv("TNT_KERNELS_CUDA_THREADS");
-  const int only = forced ? std::atoi(forced) : 0;
-  plan.threads = width ? std::atoi(width) : device::KL_THREADS;
-  if (plan.threads != 64 && plan.threads != 128 && plan.threads != 256)
-    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(plan.threads) +
-                             ", expected 64, 128 or 256");
+  const char* const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER");
+  const char* const width = std::getenv("TNT_KERNELS_CUDA_THREADS");
+  const int only = forced ? std::atoi(forced) : 0, threads = width ? std::atoi(width) : device::KL_THREADS;
+  if (threads != 64 && threads != 128 && threads != 256)
+    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(threads) + ", expected 64, 128 or 256");
+  using Block = KlBlock<Logit, Gradient, STATS>;
+  plan.launch.threads = threads;
+  plan.launch.step_log2 = 0;
+  while (1 << plan.launch.step_log2 < threads * Block::GROUP) ++plan.launch.step_log2;
   const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
   const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
   // Two or three blocks on a multiprocessor hide each other's waiting; small clusters wait less than large ones.
@@ -146,12 +149,12 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   for (const auto& [cluster, limit] : order) {
     if (cluster > properties.largest_cluster) continue;
     // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
-    const int64_t slice = (vocab + Stored<Logit>::GROUP - 1 + cluster - 1) / cluster;
-    plan.slice = int((slice + 63) / 64 * 64);
-    plan.mask_bytes = KlBlock<Logit, Gradient, STATS>::mask_bytes(plan.slice);
-    plan.shared_bytes = KlBlock<Logit, Gradient, STATS>::shared_bytes(plan.slice, cluster, plan.threads, pair);
-    if (plan.slice > KL_STEPS * plan.threads * Stored<Logit>::GROUP || plan.shared_bytes > limit) continue;
-    if (device::active_clusters(kernel, cluster, plan.threads, plan.shared_bytes) < 1) continue;
+    const int slice = int(((vocab + Block::GROUP - 1 + cluster - 1) / cluster + 63) / 64 * 64);
+    plan.launch.slice = slice;
+    plan.launch.mask_bytes = Block::mask_bytes(slice);
+    plan.shared_bytes = Block::shared_bytes(slice, cluster, threads, pair);
+    if (slice > KL_STEPS * threads * Block::GROUP || plan.shared_bytes > limit) continue;
+    if (device::active_clusters(kernel, cluster, threads, plan.shared_bytes) < 1) continue;
     plan.cluster = cluster;
     break;
   }
@@ -163,31 +166,34 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   return plan;
 }
 
-using PlanKey = std::tuple<int64_t, int, DType, DType, bool, bool>;
+using PlanKey = std::tuple<int64_t, int, DType, DType, bool>;
+using KlPlanKey = std::tuple<int64_t, int, DType, DType, bool, bool>;
 std::map<PlanKey, Plan> known_plans;
-std::map<PlanKey, KlPlan> known_kl_plans;
+std::map<KlPlanKey, KlPlan> known_kl_plans;
 std::mutex known_plans_mutex;
 
-// Asking the runtime costs more than a launch. A shard's passes are launches of their own: nothing stays on chip.
+// Asking the runtime costs more than a launch.
+template <class Key, class Chosen, class Choose>
+Chosen known(std::map<Key, Chosen>& plans, const Key& key, Choose choose) {
+  const std::lock_guard<std::mutex> lock(known_plans_mutex);
+  auto at = plans.find(key);
+  if (at == plans.end()) at = plans.emplace(key, choose()).first;
+  return at->second;
+}
+
+// A shard's passes are launches of their own: nothing stays on chip.
 template <class Logit, class Gradient>
 Plan plan_for(const RowParams& p, int device) {
   const bool on_chip = !p.statistics && !p.gathered;
-  const std::lock_guard<std::mutex> lock(known_plans_mutex);
-  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip, false);
-  auto at = known_plans.find(key);
-  if (at == known_plans.end()) at = known_plans.emplace(key, choose<Logit, Gradient>(p.vocab, device, on_chip)).first;
-  return at->second;
+  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip);
+  return known(known_plans, key, [&] { return choose<Logit, Gradient>(p.vocab, device, on_chip); });
 }
 
 template <class Logit, class Gradient, bool STATS>
 KlPlan kl_plan_for(const RowParams& p, int device) {
-  const std::lock_guard<std::mutex> lock(known_plans_mutex);
   const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
-  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS, pair);
-  auto at = known_kl_plans.find(key);
-  if (at == known_kl_plans.end())
-    at = known_kl_plans.emplace(key, choose_kl<Logit, Gradient, STATS>(p.vocab, pair, device)).first;
-  return at->second;
+  const KlPlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS, pair);
+  return known(known_kl_plans, key, [&] { return choose_kl<Logit, Gradient, STATS>(p.vocab, pair, device); });
 }
 
 // What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. Both logits begin equally far
@@ -226,12 +232,12 @@ void run(const RowParams& p, const CudaCall& call) {
   double* const losses = call.workspace ? call.workspace + 1 : nullptr;
   const double* const inverse = prepare_rows(p, call, left);
   if (kl.cluster > 0) {
-    int step_log2 = 0;
-    while (1 << step_log2 < kl.threads * Stored<Logit>::GROUP) ++step_log2;
-    const KlLaunch launch{kl.slice, kl.mask_bytes, kl.threads, step_log2, float(1 / p.temperature),
-                          inverse,  losses,        left};
+    kl.launch.inverse_temperature = float(1 / p.temperature);
+    kl.launch.inverse_normalizer = inverse;
+    kl.launch.losses = losses;
+    kl.launch.left = left;
     device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
-                   p.rows * kl.cluster, kl.cluster, kl.threads, kl.shared_bytes, call.stream, p, launch);
+                   p.rows * kl.cluster, kl.cluster, kl.launch.threads, kl.shared_bytes, call.stream, p, kl.launch);
     RowLaunch rest = kl.left.launch;
     rest.inverse_normalizer = inverse;
     rest.losses = losses;

@@ -12,6 +12,7 @@ from typing import Any
 
 import exact
 import numpy as np
+import pytest
 import torch
 from exact import DOUBLE, HALF, NAN, REAL, SINGLE, Arithmetic, Array, Outcome, Row, Settings
 from torch import Tensor
@@ -292,6 +293,13 @@ def stored(value: Array, bound: Array, dtype: torch.dtype, truncated: bool) -> t
 
 class Disagreement(AssertionError):
     pass
+
+
+def assert_none(failures: list[str]) -> None:
+    """Of many calls: as many as can be read."""
+    if failures:
+        shown = "\n".join(failures[:5])
+        pytest.fail(f"{len(failures)} calls disagree:\n{shown}", pytrace=False)
 
 
 def layout(d: Draw, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

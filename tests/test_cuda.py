@@ -9,7 +9,7 @@ from functools import partial
 import hard_rows
 import pytest
 import torch
-from fuzz import Disagreement, GpuCall
+from fuzz import Disagreement, GpuCall, assert_none
 from oracle import (
     BF16,
     F16,
@@ -62,9 +62,7 @@ def test_random_calls(part: int) -> None:
             GpuCall(0, index).check("cuda", device="cuda")
         except Disagreement as error:
             failures.append(str(error))
-    if failures:
-        shown = "\n".join(failures[:5])  # as many as can be read
-        pytest.fail(f"{len(failures)} calls disagree:\n{shown}", pytrace=False)
+    assert_none(failures)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
