@@ -260,7 +260,7 @@ def test_many_phrases():
 
 def build(kind: str):
     tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
     corpus = ["the classes of a class, of course", "naïve façade — “quoted” ß"] * 3
     special = ["<pad>", "<s>", "</s>"]
@@ -296,6 +296,32 @@ def build(kind: str):
             show_progress=False,
         )
         tokenizer.train_from_iterator(corpus, trainer)
+    elif kind == "word ends":
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+        trainer = trainers.BpeTrainer(
+            vocab_size=90,
+            special_tokens=[*special, "<unk>"],
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(corpus, trainer)
+    elif kind == "replaced":
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Replace(" ", "~")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("~", "merged_with_next")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("~", " "), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(
+            vocab_size=70, special_tokens=[*special, "<unk>"], show_progress=False
+        )
+        tokenizer.train_from_iterator(corpus, trainer)
+    elif kind == "no decoder":  # words, and spaces between them
+        known = dict.fromkeys([*special, "<unk>", "class", ",", *corpus[0].split()])
+        vocab = {token: i for i, token in enumerate(known)}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens([*special, "<unk>"])
     else:
         tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -308,7 +334,12 @@ def build(kind: str):
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "unigram", "word pieces"])
+KINDS = (
+    "byte-level", "byte fallback", "unigram", "word pieces", "word ends", "replaced", "no decoder",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapped", [False, True], ids=["tokenizers", "transformers"])
 def test_bytes_of_tokens(kind, wrapped):
     tokenizer = build(kind)
@@ -331,7 +362,7 @@ def test_bytes_of_tokens(kind, wrapped):
     for ids in encoded + ([] if kind.startswith("byte") else samples):
         text = tokenizer.decode(ids)
         read = b"".join(tokens[i] for i in ids if i not in special).decode()
-        assert read.lstrip(" ") == text.lstrip(" ")
+        assert read.strip(" ") == text.strip(" ")
 
     table = tnt.negative_ids_from_phrases(tokenizer, ["class"])
     for ids in encoded:
@@ -357,6 +388,104 @@ def test_bytes_by_decoding():
             return "".join(["", "it", "er "][i] for i in ids)
 
     assert token_bytes(Plain()) == [b"\0", b"it", b"er "]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_phrases_of_a_tokenizer_s_decoder(kind):
+    """Phrases of several words, in random tokens too, are where the decoded text has them."""
+    tokenizer, draw = build(kind), random.Random(0)
+    spaced = kind in ("word pieces", "word ends", "no decoder")
+    phrases = ["class of", "a class", "s , o" if spaced else "s, o"]
+    table = tnt.negative_ids_from_phrases(tokenizer, phrases)
+    special = tokenizer.get_added_tokens_decoder()
+    known = [
+        i for i in range(tokenizer.get_vocab_size()) if not (i in special and special[i].special)
+    ]
+    text = "a class of class , of a class" if spaced else "a class of class, of a class"
+    encoded = tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = [[i] for i in known] + [encoded[n : n + 6] for n in range(len(encoded))] * len(known)
+    found = 0
+    for _ in range(40):
+        ids = [*encoded[:1], *(i for piece in draw.choices(pieces, k=12) for i in piece)]
+        texts = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
+        # A space behind the last word comes with the next one, or not at all.
+        counts = [sum((text + " ").count(phrase) for phrase in phrases) for text in texts]
+        done = table.read(torch.tensor([ids]))[1][0].tolist()
+        assert done == [b > a for a, b in itertools.pairwise(counts)]
+        found += sum(done)
+    assert found > 20
+
+
+def test_decoders_that_cannot_be_verified():
+    tokenizers = pytest.importorskip("tokenizers")
+    decoders = tokenizers.decoders
+    tokenizer = build("unigram")
+    for decoder, message in (
+        (decoders.CTC(pad_token="<pad>"), "Tokenizer with the decoder CTC: the tokens .* decode to '"),
+        (decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), decoders.Replace("ss", "s")]),
+         "with the decoder Metaspace, Fuse, Replace: the tokens"),
+        (decoders.Sequence([decoders.Fuse(), decoders.Replace(tokenizers.Regex("[^x]"), "")]),
+         "what a token adds cannot be told"),
+    ):  # fmt: skip
+        tokenizer.decoder = decoder
+        with pytest.raises(ValueError, match=message):
+            token_bytes(tokenizer)
+
+
+def test_rare_punctuation_is_verified_too():
+    """It is what decoders clean up, and in a large vocabulary next to never drawn."""
+    tokenizers = pytest.importorskip("tokenizers")
+    decoders = tokenizers.decoders
+    words = [f"▁word{n}" for n in range(5000)]
+    vocab = {token: n for n, token in enumerate(["▁", ".", "?", "!", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="."))
+    steps = [decoders.Replace("▁", " "), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    assert token_bytes(tokenizer)[:2] == [b" ", b"."]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Replace(" .", ".")])
+    with pytest.raises(ValueError, match="with the decoder Replace, Fuse, Replace: the tokens"):
+        token_bytes(tokenizer)
+
+
+def test_a_clean_up_that_changes_words_is_refused():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = build("word pieces")
+    tokenizer.add_tokens(["'", "isn", "t", "don"])
+    options = {"clean_up_tokenization_spaces": True, "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    with pytest.raises(ValueError, match="unless its clean_up_tokenization_spaces is False"):
+        token_bytes(tokenizer)
+    tokenizer.clean_up_tokenization_spaces = False
+    assert b" isn" in token_bytes(tokenizer)
+
+
+def test_slow_tokenizers_are_verified():
+    class Parts:
+        """Its tokens are bytes, which are no text by themselves."""
+
+        all_special_ids = ()
+
+        def __len__(self) -> int:
+            return 256
+
+        def convert_ids_to_tokens(self, ids):
+            return [str(i) for i in ids]
+
+        def decode(self, ids, **_):
+            return bytes(ids).decode(errors=self.errors)
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(text.encode())}
+
+    tokenizer = Parts()
+    tokenizer.errors = "replace"
+    with pytest.raises(
+        ValueError, match="Parts with the decoder none: what a token adds cannot be told"
+    ):
+        token_bytes(tokenizer)
+    tokenizer.errors = "ignore"
+    with pytest.raises(ValueError, match="Parts with the decoder none: the tokens"):
+        token_bytes(tokenizer)
 
 
 def test_offsets_of_tokens():
