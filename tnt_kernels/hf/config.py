@@ -54,6 +54,13 @@ class TNTConfig(TrainingArguments):
         default=True,
         metadata={"help": "No dropout in the model: the target is what it says without."},
     )
+    adapter_reference: str = field(
+        default="base",
+        metadata={
+            "help": "What the reference of a model with adapters is, where no ref_model is given: base, the model "
+            "without them, or start, the model with them as they are when the trainer is made."
+        },
+    )
     precomputed_reference: bool = field(
         default=False,
         metadata={
@@ -69,6 +76,10 @@ class TNTConfig(TrainingArguments):
         resolve_method(self.method)
         if self.smoothing not in ("negatives", "uniform"):
             raise ValueError(f"smoothing is {self.smoothing!r}, expected 'negatives' or 'uniform'")
+        if self.adapter_reference not in ("base", "start"):
+            raise ValueError(
+                f"adapter_reference is {self.adapter_reference!r}, expected 'base' or 'start'"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected a number above 0")
         if self.label_smoothing_factor:

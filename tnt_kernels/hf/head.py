@@ -58,6 +58,13 @@ def head_input(head: nn.Module, rows: int = 0) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def apart(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """How far two tensors that should be equal are apart, relative to the norm, and how far rounding may take them."""
+    norm = b.float().norm().item()
+    distance = (a.float() - b.float()).norm().item()
+    return distance / norm if norm else distance, max(_TOLERANCES[a.dtype], _TOLERANCES[b.dtype])
+
+
 def probe(forward: Callable[[], Any], head: nn.Linear, config: Any) -> HeadMath | None:
     """What the model does behind its head, found by comparing with its own logits of a few rows; None if unknown.
 
@@ -97,6 +104,11 @@ def head_parameters(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor | N
         return cast(Tensor, x if casts else x.to(hidden.dtype))
 
     return whole(head.weight), None if head.bias is None else whole(head.bias)
+
+
+def detached(parameters: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    weight, bias = parameters
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -6,28 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from tnt_kernels.functional import tnt_loss
 from tnt_kernels.hf import reference as originals
-from tnt_kernels.hf.head import logits_of
+from tnt_kernels.hf.head import apart, logits_of
+from tnt_kernels.hf.router import auxiliary_loss
 from tnt_kernels.hf.rows import take_rows
 from tnt_kernels.losses import TNTLoss
+
+logger = logging.get_logger(__name__)
 
 
 class _LossFunc:
     def __init__(
-        self, model: nn.Module, ref_model: nn.Module | None, keywords: dict[str, Any]
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        adapter_reference: str,
+        keywords: dict[str, Any],
     ) -> None:
         TNTLoss(**keywords)  # checks the names
+        if adapter_reference not in ("base", "start"):
+            raise ValueError(
+                f"adapter_reference is {adapter_reference!r}, expected 'base' or 'start'"
+            )
         self.keywords = keywords
         self.causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.model = model
-        if ref_model is None and not originals.is_peft(model):
-            ref_model = originals.frozen_copy(model)
-        self.ref_model = None if ref_model is None else originals.frozen(ref_model)
+        self.original = originals.original_of(model, ref_model, adapter_reference)
         self.inputs: dict[str, Any] = {}
         self.handle = model.register_forward_pre_hook(self._take, with_kwargs=True)
         self.busy = False
+        self.fresh: bool | None = None  # whether adapters change nothing at the start
 
     def _take(
         self, _: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
@@ -51,17 +62,27 @@ class _LossFunc:
                 f"{error}; a Trainer of your own drops them unless remove_unused_columns=False"
             ) from None
         logits = logits_of(outputs)
-        module = self.model if self.ref_model is None else self.ref_model
         self.busy = True
         try:
-            with originals.as_reference(module):
+            with self.original.running(self.model) as module:
                 ref_logits = logits_of(module.to(logits.device)(**batch, use_cache=False))
         finally:
             self.busy = False
+        length = rows.labels.size(1)
+        extra = originals.virtual_tokens(self.model)
+        if logits.size(1) not in (length, length + extra):
+            raise ValueError(
+                f"outputs: {logits.size(1)} positions of logits for {length} labels of a text, expected as many"
+            )
         vocab = min(logits.size(-1), ref_logits.size(-1))
+        ref_logits = ref_logits[:, ref_logits.size(1) - length :, :vocab].to(logits.dtype)
+        if logits.shape != ref_logits.shape:
+            logits = logits[:, logits.size(1) - length :, :vocab]
+        if self.fresh is None:
+            self._look_at(logits, ref_logits)
         loss: Tensor = tnt_loss(
-            logits if logits.size(-1) == vocab else logits[..., :vocab],
-            ref_logits[..., :vocab].to(logits.dtype),
+            logits,
+            ref_logits,
             rows.labels,
             rows.weights,
             negative_ids=rows.negative_ids,
@@ -70,7 +91,21 @@ class _LossFunc:
             else None,
             **self.keywords,
         )
-        return loss
+        auxiliary = auxiliary_loss(self.model, outputs)
+        return loss if auxiliary is None else loss + auxiliary.term.to(loss)
+
+    def _look_at(self, logits: Tensor, ref_logits: Tensor) -> None:
+        self.fresh = True
+        if not self.original.without_adapters or originals.learns_prompts(self.model):
+            return
+        distance, tolerance = apart(logits.detach()[:, :8], ref_logits[:, :8])
+        self.fresh = distance <= tolerance
+        if not self.fresh:
+            logger.warning(
+                f"model: its adapters (or dropout) change it already, by {distance:.2g} of the norm of its logits, and "
+                "its reference is the model without them, so that training also undoes what they have learnt. "
+                "adapter_reference='start' takes the model with them as the reference."
+            )
 
     def remove(self) -> None:
         """Takes the hook off the model."""
@@ -78,22 +113,33 @@ class _LossFunc:
 
 
 def compute_loss_func(
-    model: nn.Module, ref_model: nn.Module | None = None, **keywords: Any
+    model: nn.Module,
+    ref_model: nn.Module | None = None,
+    *,
+    adapter_reference: str = "base",
+    **keywords: Any,
 ) -> _LossFunc:
     """``Trainer(..., compute_loss_func=compute_loss_func(model, method="tnff"))``: TNT's loss of that model.
 
     A ``Trainer`` calls such a function with outputs, labels and a count alone. So this one also hooks onto the model's
     forward: the hook takes ``weights`` and ``negative_ids`` out of what the trainer passes to the model, and keeps the
     other inputs for the reference. For that they must reach it: ``TrainingArguments(remove_unused_columns=False)``,
-    and ``data_collator=TNTDataCollator(...)``, which also sets the labels such that the trainer's count is right.
-    Everything else (fused head, logged masses, checks of a resumed run) is :class:`TNTTrainer`'s.
+    and ``data_collator=TNTDataCollator(tokenizer, model)``, which also sets the labels such that the trainer's count
+    is right. Dropout has to be off in the model, as the reference has none. A mixture of experts with
+    ``output_router_logits=True`` gets its auxiliary loss, which no count divides, as in its own forward. Everything
+    else (fused head, logged masses, checks of the model and of a resumed run) is :class:`TNTTrainer`'s.
 
     Args:
         model: the model that the trainer gets.
-        ref_model: the original. None: a frozen copy made now, or the model without its adapters (PEFT).
+        ref_model: the original, as it is, adapters and all. None: a frozen copy made now, or, of a model with adapters,
+            what ``adapter_reference`` says.
+        adapter_reference: "base", the model without its adapters, or "start", with them as they are now.
         keywords: those of :func:`tnt.tnt_loss`; ``inplace=True`` overwrites ``outputs.logits``.
 
     Returns:
         The function, for one trainer. Its ``remove()`` takes the hook off.
+
+    Raises:
+        ValueError: an unknown ``adapter_reference``; when called, batches without labels or annotations.
     """
-    return _LossFunc(model, ref_model, keywords)
+    return _LossFunc(model, ref_model, adapter_reference, keywords)

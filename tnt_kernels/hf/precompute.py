@@ -9,7 +9,7 @@ from torch import nn
 
 from tnt_kernels.hf.collator import TNTDataCollator
 from tnt_kernels.hf.head import head_input, plain_head
-from tnt_kernels.hf.reference import as_reference
+from tnt_kernels.hf.reference import as_it_is
 
 
 def precompute_reference(
@@ -21,7 +21,8 @@ def precompute_reference(
     """The examples with the model's last hidden states, for ``TNTConfig(precomputed_reference=True)``.
 
     Args:
-        model: the original; its head must be a plain linear layer.
+        model: the original, as it is, adapters and all (its base: ``with model.disable_adapter():`` around the call);
+            its head must be a plain linear layer.
         examples: what ``data_collator`` takes.
         data_collator: makes the batches; the one to train with.
         batch_size: examples in a batch.
@@ -37,11 +38,10 @@ def precompute_reference(
         )
     device = next(model.parameters()).device
     done: list[dict[str, Any]] = []
-    with as_reference(model):
+    with as_it_is(model).running(model):
         for begin in range(0, len(examples), batch_size):
             part = [dict(example) for example in examples[begin : begin + batch_size]]
-            batch = data_collator(part)
-            lengths = data_collator.lengths(part)
+            batch, lengths = data_collator.padded(part)
             inputs = {
                 name: x.to(device)
                 for name, x in batch.items()
@@ -49,6 +49,9 @@ def precompute_reference(
             }
             with head_input(head) as kept:
                 model(**inputs, use_cache=False)
-            for example, hidden, length in zip(part, kept[0], lengths, strict=True):
+            found = kept[0][
+                :, kept[0].size(1) - batch["labels"].size(1) :
+            ]  # without virtual tokens
+            for example, hidden, length in zip(part, found, lengths, strict=True):
                 done.append({**example, "ref_hidden_states": hidden[:length].cpu()})
     return done

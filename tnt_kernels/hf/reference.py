@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,176 @@ FINGERPRINT_FILE = "tnt_reference.json"
 _SAMPLED = 64  # values of each parameter
 
 
+# --- Adapters -------------------------------------------------------------------------------------
+
+
 def is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+    """Whether adapters stand in ``model``: a PEFT model, or one of transformers that adapters were added to."""
+    return hasattr(model, "disable_adapter") or bool(
+        getattr(model, "_hf_peft_config_loaded", False)
+    )
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers within a PEFT model, whose forward the adapters change."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def learns_prompts(model: Any) -> bool:
+    """Whether a PEFT model puts embeddings or keys and values of its own in front of every text."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many embeddings of its own a PEFT model puts in front of every text of a causal model."""
+    if not learns_prompts(model):
+        return 0
+    config = model.active_peft_config
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") or model.config.is_encoder_decoder:
+        return 0  # these stand in the cache, or before the encoder's text
+    return int(config.num_virtual_tokens)
+
+
+def _is_adapter(model: Any, name: str) -> bool:
+    """Whether the parameter of that name is read by a model with its adapters alone."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    kinds = (config.peft_type for config in model.peft_config.values())
+    prefixes = [PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) for kind in kinds]
+    others = (".modules_to_save.", "trainable_tokens_", "prompt_encoder.")
+    marks = [*others, *(prefix for prefix in prefixes if prefix)]
+    return any(mark in name for mark in marks)
+
+
+@contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """Both of PEFT's ways to enable adapters again make all their parameters trainable, which some were not."""
+    trained = [(x, x.requires_grad) for x in model.parameters()]
+    try:
+        if hasattr(model, "disable_adapter"):
+            with warnings.catch_warnings():
+                # Biases that train with the adapters are put back by ``Original``.
+                warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
+                disabled = model.disable_adapter()
+                disabled.__enter__()
+            try:
+                yield
+            finally:
+                disabled.__exit__(None, None, None)
+        else:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils.other import AuxiliaryTrainingWrapper
+
+            # Not ``model.enable_adapters()``, which leaves modules_to_save disabled.
+            kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+            enabled = [
+                x for x in model.modules() if isinstance(x, kinds) and not x.disable_adapters
+            ]
+            for layer in enabled:
+                layer.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for layer in enabled:
+                    layer.enable_adapters(True)
+    finally:
+        for x, flag in trained:
+            if x.requires_grad != flag:
+                x.requires_grad_(flag)
+
+
+# --- The original ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Original:
+    """A model that runs as the reference.
+
+    Attributes:
+        model: a model of its own, frozen; None: the model in training, without what training changes.
+        without_adapters: whether its adapters are off while it runs.
+        kept: parameters that training changes and the reference reads, with their values at the start.
+    """
+
+    model: Any
+    without_adapters: bool = False
+    kept: list[tuple[nn.Parameter, Tensor]] | None = None
+
+    @contextmanager
+    def running(self, model: Any) -> Iterator[Any]:
+        """The model to call in here, as it was: in eval mode, without gradients. ``model``: the one in training."""
+        module = model if self.model is None else self.model
+        training = module.training
+        if (
+            training
+        ):  # each way visits every module, which a frozen copy does not need at every step
+            module.eval()
+        try:
+            with torch.no_grad(), _values_of(self.kept or []):
+                if self.without_adapters:
+                    with _without_adapters(module):
+                        yield module
+                else:
+                    yield module
+        finally:
+            if training:
+                module.train()
+
+
+def original_of(model: Any, ref_model: Any, adapter_reference: str) -> Original:
+    """The reference of ``model``: ``ref_model`` as it is; else itself as it is now, or as its base is.
+
+    Args:
+        model: the model that will be trained.
+        ref_model: the original if it is another one, which is frozen here; adapters that it has stay on.
+        adapter_reference: for a model with adapters and no ``ref_model``: "base" takes the model without them,
+            "start" with them as they are now.
+    """
+    if ref_model is not None:
+        return Original(frozen(ref_model))
+    if not is_peft(model):
+        return Original(frozen_copy(model))
+    base = adapter_reference == "base"
+    kept = [
+        (x, x.detach().clone())
+        for name, x in model.named_parameters()
+        if x.requires_grad and not (base and _is_adapter(model, name))
+    ]
+    return Original(None, base, kept)
+
+
+def as_it_is(model: Any) -> Original:
+    """``model`` itself, adapters and all, as a reference for as long as nothing changes it."""
+    return Original(model)
+
+
+@contextmanager
+def _values_of(kept: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Those values in the parameters' place. Autograd does not see it: no graph is made in here."""
+    now = [x.data for x, _ in kept]
+    try:
+        for x, value in kept:
+            x.data = value.to(x.device, x.dtype)
+        yield
+    finally:
+        for (x, _), data in zip(kept, now, strict=True):
+            x.data = data
 
 
 def frozen(model: Any) -> Any:
     """``model`` itself, without gradients, dropout or cache."""
     model.requires_grad_(False).eval()
-    if getattr(model, "config", None) is not None:
-        model.config.use_cache = False
+    set_cache(model, False)
     return model
+
+
+def set_cache(model: Any, used: bool) -> None:
+    """Of the text's part, too: with a cache, transformers does not tell texts in a row from each other."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = used
+        if hasattr(config, "get_text_config"):
+            config.get_text_config(decoder=True).use_cache = used
 
 
 def frozen_copy(model: nn.Module) -> Any:
@@ -38,37 +200,15 @@ def frozen_copy(model: nn.Module) -> Any:
     return frozen(copy.deepcopy(model))
 
 
-@contextmanager
-def as_reference(model: Any) -> Iterator[None]:
-    """The model as it was: in eval mode, its adapters disabled, without gradients."""
-    training = model.training
-    if training:  # each way visits every module, which a frozen copy does not need at every step
-        model.eval()
-    try:
-        with torch.no_grad(), model.disable_adapter() if is_peft(model) else nullcontext():
-            yield
-    finally:
-        if training:
-            model.train()
+# --- Recognised -----------------------------------------------------------------------------------
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout of probability 0, as layers and as the numbers that attention keeps."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the values of a sample of every parameter; the same on every device. Adapters do not count."""
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if is_peft(model) else None
+def fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
+    """Of the values of a sample of every parameter; the same on every device."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     samples: list[Tensor] = []
     for name, x in model.named_parameters():
-        if prefix is not None and (prefix in name or ".modules_to_save." in name):
+        if without_adapters and _is_adapter(model, name):
             continue
         shapes.append((name, tuple(x.shape)))
         flat = x.detach().reshape(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,22 @@ class Rows(NamedTuple):
         return negative & self.active()
 
 
+def first_tokens(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """(B, T) bool: where texts begin, if positions or lengths of texts packed into a row say so.
+
+    No text's end predicts the beginning of the next one.
+    """
+    positions, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
+    starts = None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.size(1) == shape[1]:
+        starts = (positions == 0).expand(shape)
+    if isinstance(ends, Tensor) and shape[0] == 1:
+        begins = torch.zeros(shape, dtype=torch.bool, device=ends.device)
+        begins[0, ends[:-1].long()] = True
+        starts = begins if starts is None else starts | begins
+    return starts
+
+
 def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
     """Removes labels, weights and negative ids from ``batch``; for a causal model, shifts them by one position.
 
@@ -61,6 +77,9 @@ def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
             f"weights: shape {tuple(weights.shape)}, expected {tuple(labels.shape)}, that of labels"
         )
     if causal:
+        starts = first_tokens(batch, labels.shape)
+        if starts is not None:
+            labels = labels.masked_fill(starts, IGNORED)
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         weights = None if weights is None else F.pad(weights[:, 1:], (0, 1))
         if negative_ids is not None and negative_ids.dim() > 1:
@@ -111,9 +130,11 @@ def sums(rows: Rows, stats: RowStats, objective: Objective, alpha: float) -> Ten
 
 
 def averages(sums: Tensor, objective: Objective) -> dict[str, float]:
-    """Of summed ``sums`` (6,): what is logged. Waits for the device once."""
-    rows, negatives, loss, mass, ref_mass, kl = sums.tolist()
-    found = {"rows_loss": loss / rows if rows else 0.0}
+    """What is logged, of (8,): summed ``sums``, the auxiliary losses and their number. Waits for the device once."""
+    rows, negatives, loss, mass, ref_mass, kl, auxiliary, batches = sums.tolist()
+    found = {"rows_loss": loss / rows if rows else 0.0, "active_rows": rows}
+    if batches:
+        found["aux_loss"] = auxiliary / batches
     found["negative_share"] = negatives / rows if rows else 0.0
     if negatives:
         found["negative_mass"] = mass / negatives

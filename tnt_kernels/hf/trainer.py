@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -18,15 +19,19 @@ from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf import rows as row_sums
 from tnt_kernels.hf.collator import COLUMNS, TNTDataCollator
 from tnt_kernels.hf.config import TNTConfig, check_arguments
+from tnt_kernels.hf.dropout import check_deterministic, disable_dropout
 from tnt_kernels.hf.head import (
     HeadMath,
+    apart,
+    detached,
     head_input,
     head_parameters,
     logits_of,
     plain_head,
     probe,
 )
-from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, take_rows
+from tnt_kernels.hf.router import Auxiliary, auxiliary_loss
+from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, first_tokens, take_rows
 from tnt_kernels.linear import linear_tnt_loss
 from tnt_kernels.objectives import resolve_method
 
@@ -37,14 +42,20 @@ Inputs = dict[str, Any]
 class TNTTrainer(Trainer):
     """Trains a causal or encoder-decoder model towards the minimal targeted update of its original.
 
-    The original, the *reference*, is ``ref_model`` if given; of a PEFT model, the same weights without adapters; with
+    The original, the *reference*, is ``ref_model`` if given, as it is, adapters and all; of a model with adapters, its
+    base, without them (``adapter_reference="start"``: with them, as they are when the trainer is made); with
     ``precomputed_reference``, hidden states that the data hold; else a frozen copy made when the trainer is. Methods
-    whose losses are no KL have none.
+    whose losses are no KL have none. Parameters of the base that train beside adapters are copied for it.
 
     The loss is a mean over rows with a label and a weight other than 0, over all micro-batches of a step (and all
     devices, with ``average_tokens_across_devices``). Logged beside it: ``negative_mass`` and ``ref_negative_mass``,
     what model and reference give to unwanted tokens where there are some; ``positive_kl``, the divergence from the
-    reference elsewhere; ``negative_share`` of the rows.
+    reference elsewhere; ``negative_share`` of the rows; ``active_rows``, how many there were; ``aux_loss`` of a mixture
+    of experts with ``output_router_logits=True``, which is added with the model's own factor, as its forward does (the
+    mean over the micro-batches of a step).
+
+    The first batch shows whether the model is one that can be trained so: two forwards of it have to agree once dropout
+    is off, and texts packed into one row must not see each other.
 
     A step asks the device for nothing: batches hold how many rows count (``active_rows``), which their loader adds.
     Exceptions are the first step, which probes the model's head, batches made elsewhere (``dispatch_batches``), and
@@ -64,6 +75,8 @@ class TNTTrainer(Trainer):
 
     args: TNTConfig
     data_collator: Callable[[list[Any]], Any]
+    #: False where it is meant that adapters are trained further against their base.
+    warns_of_trained_adapters = True
     _signature_columns: list[str] | None
 
     def __init__(
@@ -80,12 +93,12 @@ class TNTTrainer(Trainer):
     ) -> None:
         args = TNTConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(args, model, ref_model, keywords)
-        self.ref_model: nn.Module | None = None
+        self._original: originals.Original | None = None
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
-        self._probed = False
+        self._probed = self._checked = self._separates_texts = False
         self._wrapper: nn.Module | None = None
         self._inner: nn.Module | None = None
-        self._train_sums: Tensor | None = None
+        self._train_sums: Tensor | None = None  # what ``rows.averages`` reads
         self._eval_sums: Tensor | None = None
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords
@@ -95,26 +108,31 @@ class TNTTrainer(Trainer):
         self._causal = not getattr(self.model.config, "is_encoder_decoder", False)
         if data_collator is None:
             self.data_collator = TNTDataCollator(processing_class, self.model)
+        originals.set_cache(self.model, args.use_cache)
         if args.disable_dropout:
-            originals.disable_dropout(self.model)
+            disable_dropout(self.model)
         self._check_strategy()
         self._fingerprint = self._take_reference(ref_model)
         self._vocab_size = self._shared_vocabulary()
-        if (
-            isinstance(self.data_collator, TNTDataCollator)
-            and self.data_collator.vocab_size is None
-        ):
-            self.data_collator.vocab_size = self._vocab_size
+        if isinstance(self.data_collator, TNTDataCollator):
+            self.data_collator.learn(self.model, self._vocab_size)
 
     # --- The reference ----------------------------------------------------------------------------
 
+    @property
+    def ref_model(self) -> Any:
+        """The model that is the reference; None where it is the one in training, or none is needed."""
+        return None if self._original is None else self._original.model
+
     def _take_reference(self, ref_model: nn.Module | None) -> str | None:
-        """Sets ``ref_model`` and, for precomputed hidden states, ``_ref_head``. Returns the fingerprint."""
+        """Sets ``_original`` or, for precomputed hidden states, ``_ref_head``. Returns the fingerprint."""
         self._ref_head: nn.Linear | None = None
         if not self._objective.reads_reference:
             return None
         original = self.model if ref_model is None else ref_model
-        value = originals.fingerprint(original)
+        adapted = ref_model is None and originals.is_peft(self.model)
+        base = adapted and self.args.adapter_reference == "base"
+        value = originals.fingerprint(original, without_adapters=base)
         if self.args.precomputed_reference:
             head = plain_head(original)
             if head is None or not self.args.fused_linear:
@@ -127,20 +145,24 @@ class TNTTrainer(Trainer):
             return value
         if ref_model is not None:
             self._compare_special_tokens(ref_model)
-            self.ref_model = originals.frozen(ref_model)
-        elif not originals.is_peft(self.model):
+        elif not adapted:
             folder = getattr(self.model, "name_or_path", None)
             if originals.read_fingerprint(folder) not in (None, value):
                 logger.warning(
                     f"model: loaded from {folder}, where a trainer saved an updated model; the update now becomes its "
                     "own reference. To go on with the original one, give it as ref_model."
                 )
-            self.ref_model = originals.frozen_copy(self.model)
+        self._original = originals.original_of(self.model, ref_model, self.args.adapter_reference)
+        if self._original.kept and self.is_fsdp_enabled:
+            raise ValueError(
+                f"model: {len(self._original.kept)} of the parameters that its reference reads train, which FSDP "
+                "shards; expected a ref_model, or adapters alone that train"
+            )
         if self.ref_model is not None:
             if self.is_fsdp_enabled:
                 from accelerate.utils import fsdp2_prepare_model
 
-                self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
+                self._original.model = fsdp2_prepare_model(self.accelerator, self.ref_model)
             elif getattr(self.ref_model, "hf_device_map", None) is None:
                 self.ref_model.to(self.args.device)
         return value
@@ -202,8 +224,7 @@ class TNTTrainer(Trainer):
                 f"batch: no ref_hidden_states among its columns ({', '.join(inputs)}), expected them because of "
                 "precomputed_reference; precompute_reference makes them"
             )
-        if not self._probed:
-            self._probe(model, inputs)
+        self._look_at(model, inputs, ref_hidden)
         normalizer: Any = num_items_in_batch
         if normalizer is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel averages over what this adds up.
@@ -219,15 +240,15 @@ class TNTTrainer(Trainer):
                 # No device is asked how many there are. Where one side alone reads the reference it is, as that costs
                 # less than to multiply the other side's rows with the reference's head too.
                 keywords["max_active_rows"] = max(1, active_rows)
-            loss, stats = self._fused_loss(model, inputs, rows, ref_hidden, keywords)
+            loss, stats, auxiliary = self._fused_loss(model, inputs, rows, ref_hidden, keywords)
             outputs = None
         else:
-            loss, stats, outputs = self._loss_of_logits(
+            loss, stats, auxiliary, outputs = self._loss_of_logits(
                 model, inputs, rows, keywords, return_outputs
             )
         with torch.no_grad():
             found = row_sums.sums(rows, stats, self._objective, self.args.alpha)
-            self._add(found, torch.is_grad_enabled() or loss.requires_grad)
+            self._add(found, auxiliary, torch.is_grad_enabled() or loss.requires_grad)
         return (loss, outputs) if return_outputs else loss
 
     def _fused_loss(
@@ -237,47 +258,47 @@ class TNTTrainer(Trainer):
         rows: Rows,
         ref_hidden: Tensor | None,
         keywords: dict[str, Any],
-    ) -> tuple[Tensor, RowStats]:
+    ) -> tuple[Tensor, RowStats, Auxiliary | None]:
         assert self._head_math is not None
         math, ref_math = self._head_math
         ref_weight = ref_bias = None
         if self._ref_head is not None:
-            head = self._ref_head
-        elif self._objective.reads_reference:
-            module = self._reference_module(model)
-            head = cast(nn.Linear, plain_head(module))
-
-            def last_hidden(forward: Callable[..., Any]) -> Tensor:
-                with head_input(head) as kept:
-                    forward()
-                return kept[0]
-
-            with originals.as_reference(module):
-                ref_hidden = self._within_forward(module, inputs, last_hidden)
-        if self._objective.reads_reference:
             assert ref_hidden is not None
+            ref_hidden = ref_hidden.to(self._ref_head.weight.dtype)
+            ref_weight, ref_bias = detached(head_parameters(self._ref_head, ref_hidden))
+        elif self._original is not None:
+            with self._original.running(self._unwrapped(model)) as module:
+                head = cast(nn.Linear, plain_head(module))
+
+                def last_hidden(forward: Callable[..., Any]) -> Tensor:
+                    with head_input(head) as kept:
+                        forward()
+                    return kept[0]
+
+                ref_hidden = self._within_forward(module, inputs, last_hidden)
+                # Without gradient at once: behind this, the parameters may have other values.
+                ref_weight, ref_bias = detached(head_parameters(head, ref_hidden))
+            ref_hidden = self._of_the_texts(ref_hidden, rows)
+        if ref_weight is not None:
             assert ref_math is not None
-            if self._ref_head is not None:
-                ref_hidden = ref_hidden.to(head.weight.dtype)
-            weight, bias = head_parameters(head, ref_hidden)
-            ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
             keywords |= {"ref_softcap": ref_math.softcap, "ref_logit_scale": ref_math.scale}
-        stats: list[RowStats] = []
+        kept_stats: list[tuple[RowStats, Auxiliary | None]] = []
 
         def loss_of_hidden(forward: Callable[..., Any]) -> Tensor:
             own = cast(nn.Linear, plain_head(self._unwrapped(model)))
             with head_input(own) as kept:
-                forward()
+                outputs = forward()
             weight, bias = head_parameters(own, kept[0])
             loss, found = linear_tnt_loss(
-                kept[0], weight, ref_hidden, ref_weight, rows.labels, rows.weights, bias=bias,
-                ref_bias=ref_bias, softcap=math.softcap, logit_scale=math.scale,
+                self._of_the_texts(kept[0], rows), weight, ref_hidden, ref_weight, rows.labels, rows.weights,
+                bias=bias, ref_bias=ref_bias, softcap=math.softcap, logit_scale=math.scale,
                 vocab_size=self._vocab_size, **keywords,
             )  # fmt: skip
-            stats.append(found)
-            return cast(Tensor, loss)
+            auxiliary = auxiliary_loss(self._unwrapped(model), outputs)
+            kept_stats.append((found, auxiliary))
+            return self._with(auxiliary, cast(Tensor, loss))
 
-        return self._within_forward(model, inputs, loss_of_hidden), stats[0]
+        return self._within_forward(model, inputs, loss_of_hidden), *kept_stats[0]
 
     def _loss_of_logits(
         self,
@@ -286,7 +307,7 @@ class TNTTrainer(Trainer):
         rows: Rows,
         keywords: dict[str, Any],
         return_outputs: bool,
-    ) -> tuple[Tensor, RowStats, Any]:
+    ) -> tuple[Tensor, RowStats, Auxiliary | None, Any]:
         vocab = slice(self._vocab_size)
         ref_logits: Tensor | None = None
         if self._objective.reads_reference:
@@ -295,30 +316,55 @@ class TNTTrainer(Trainer):
                     "precomputed_reference: logits are asked for, but there are hidden states alone; expected no "
                     "compute_metrics and no predict, and a head that fused_linear can serve"
                 )
-            module = self._reference_module(model)
-            with originals.as_reference(module):
+            assert self._original is not None
+            with self._original.running(self._unwrapped(model)) as module:
                 ref_logits = self._within_forward(
                     module, inputs, lambda forward: logits_of(forward())[..., vocab]
                 )
-        kept: list[tuple[RowStats, Any]] = []
+            ref_logits = self._of_the_texts(ref_logits, rows)
+        kept: list[tuple[RowStats, Auxiliary | None, Any]] = []
 
         def loss_of_logits(forward: Callable[..., Any]) -> Tensor:
             outputs = forward()
-            logits = logits_of(outputs)
+            whole = logits_of(outputs)
+            logits = self._of_the_texts(whole, rows)
+            dense = logits is whole  # or cut where no gradient can be written over it
             logits = logits if logits.size(-1) == self._vocab_size else logits[..., vocab]
             loss, stats = tnt_loss(
                 logits,
                 None if ref_logits is None else ref_logits.to(logits.dtype),
                 rows.labels,
                 rows.weights,
-                inplace=self.args.inplace and not return_outputs and logits.grad_fn is not None,
+                inplace=self.args.inplace
+                and dense
+                and not return_outputs
+                and logits.grad_fn is not None,
                 **keywords,
             )
-            kept.append((stats, outputs if return_outputs else None))
-            return cast(Tensor, loss)
+            auxiliary = auxiliary_loss(self._unwrapped(model), outputs)
+            kept.append((stats, auxiliary, outputs if return_outputs else None))
+            return self._with(auxiliary, cast(Tensor, loss))
 
         loss = self._within_forward(model, inputs, loss_of_logits)
         return loss, *kept[0]
+
+    def _of_the_texts(self, x: Tensor, rows: Rows) -> Tensor:
+        """Hidden states or logits (B, T, ...) without those of the virtual tokens that adapters put in front."""
+        length = rows.labels.size(1)
+        if x.size(1) == length:
+            return x
+        extra = originals.virtual_tokens(self.accelerator.unwrap_model(self.model))
+        if x.size(1) != length + extra:
+            raise ValueError(
+                f"model: {x.size(1)} positions of output for {length} labels of a text, expected as many"
+            )
+        return x[:, extra:]
+
+    def _with(self, auxiliary: Auxiliary | None, loss: Tensor) -> Tensor:
+        if auxiliary is None:
+            return loss
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if loss.requires_grad else 1
+        return loss + auxiliary.term.to(loss.device, loss.dtype) / steps
 
     def _within_forward(
         self, model: nn.Module, inputs: Inputs, function: Callable[[Callable[[], Any]], Tensor]
@@ -330,7 +376,7 @@ class TNTTrainer(Trainer):
         """
         module = self._unwrapped(model)
         before = module.__dict__.get("forward")
-        forward = getattr(module, "_original_forward", None) or module.forward
+        forward = _bare_forward(module)
 
         def restore() -> None:
             module.__dict__.pop("forward", None)
@@ -350,18 +396,141 @@ class TNTTrainer(Trainer):
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         """The model in what makes it distributed. A compiled one stays compiled, whatever that holds."""
-        if model is self.ref_model or hasattr(model, "_orig_mod"):
+        if model is self.ref_model or model is self._inner or hasattr(model, "_orig_mod"):
             return model
         if model is not self._wrapper:  # accelerate looks through all modules
             self._wrapper, self._inner = model, self.accelerator.unwrap_model(model)
         return cast(nn.Module, self._inner)
 
-    def _reference_module(self, model: nn.Module) -> nn.Module:
-        return self._unwrapped(model) if self.ref_model is None else self.ref_model
+    # --- The first batch --------------------------------------------------------------------------
+
+    def _look_at(self, model: nn.Module, inputs: Inputs, ref_hidden: Tensor | None) -> None:
+        """What is found out, and refused, on the first batch: it takes some forwards more."""
+        first = not self._probed
+        if first:
+            self._probed = True
+            self._check_inputs(inputs)
+            self._probe(model, inputs)
+            self._check_adapters(model, inputs, ref_hidden)
+        if not self._checked and model.training and self.args.disable_dropout:
+            self._checked = True
+            check_deterministic(self._unwrapped(model), lambda: self._said(model, inputs))
+        packed = {"position_ids", "cu_seq_lens_q"} & {*inputs}
+        # transformers separates texts where there is no mask. Where there is one, to look is to wait for the device.
+        if packed and not self._separates_texts and (first or "attention_mask" not in inputs):
+            self._separates_texts = self._check_packing(model, inputs)
+
+    def _said(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The last hidden states of a batch, or the logits of a model whose head is not plain."""
+        module = self._unwrapped(model)
+        module = getattr(module, "_orig_mod", module)  # as it is, not compiled for this
+        head = plain_head(module)
+        found: list[Tensor] = []
+
+        def run(forward: Callable[..., Any]) -> Tensor:
+            if head is None:
+                found.append(logits_of(forward()))
+            else:
+                with head_input(head) as kept:
+                    outputs = forward()
+                found.append(kept[0] if kept else logits_of(outputs))
+            return torch.zeros((), device=self.args.device)
+
+        with torch.no_grad():
+            self._within_forward(module, inputs, run)
+        return found[0]
+
+    def _check_inputs(self, inputs: Inputs) -> None:
+        ignored = {"position_ids", "token_type_ids"} & {*inputs}
+        if ignored and self._causal and originals.virtual_tokens(self._unwrapped(self.model)):
+            raise ValueError(
+                f"batch: holds {' and '.join(sorted(ignored))}, which PEFT ignores for a model with virtual tokens; "
+                "expected neither, hence one text in a row, padded on the right"
+            )
+
+    def _check_adapters(self, model: nn.Module, inputs: Inputs, ref_hidden: Tensor | None) -> None:
+        """Whether adapters that should be fresh are, and whether precomputed hidden states are the reference's."""
+        own = self._unwrapped(model)
+        if not self._objective.reads_reference or not originals.is_peft(own):
+            return
+        if self._ref_head is not None:
+            original = originals.original_of(own, None, self.args.adapter_reference)
+            with original.running(own) as module:
+                theirs = self._said(module, inputs)
+            assert ref_hidden is not None
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            if ref_hidden.shape[:2] == mask.shape:
+                ref_hidden, theirs = (x * mask[..., None].to(x) for x in (ref_hidden, theirs))
+            distance, tolerance = apart(theirs, ref_hidden.to(theirs))
+            if distance > tolerance:
+                raise ValueError(
+                    f"ref_hidden_states: {distance:.2g} apart, relative to their norm, from those of this trainer's "
+                    f"reference, the model {'without its adapters' if original.without_adapters else 'as it is'}; "
+                    "expected them to be precomputed with it (precompute_reference takes a model as it is)"
+                )
+            return
+        assert self._original is not None
+        if not self._original.without_adapters or originals.learns_prompts(own):
+            return
+        if not self.warns_of_trained_adapters:
+            return
+        with self._original.running(own) as module:
+            theirs = self._said(module, inputs)
+        with originals.as_it_is(own).running(own) as module:
+            distance, tolerance = apart(self._said(module, inputs), theirs)
+        if distance > tolerance:
+            logger.warning(
+                f"model: its adapters change it already (by {distance:.2g} of the norm of what it computes), and its "
+                "reference is the model without them, so that training also undoes what they have learnt. "
+                "adapter_reference='start' takes the model with them as the reference."
+            )
+
+    def _check_packing(self, model: nn.Module, inputs: Inputs) -> bool:
+        """Whether a text in a row with others was found, and was seen to be as it is alone."""
+        if not self._causal or "input_ids" not in inputs:
+            return False
+        ids = inputs["input_ids"]
+        starts = first_tokens(inputs, ids.shape)
+        if starts is None:
+            return False
+        starts = starts[:, 1:]
+        if "attention_mask" in inputs:  # positions of padding say nothing
+            there = inputs["attention_mask"] != 0
+            starts = starts & there[:, 1:] & there[:, :-1]
+        texts = []
+        images = _image_tokens(self._unwrapped(model))
+        for row, place in starts.nonzero().tolist():
+            ends = starts[row, place + 1 :].nonzero()
+            end = place + 2 + int(ends[0]) if len(ends) else ids.size(1)
+            if not images & {*ids[row, place + 1 : end].tolist()}:
+                texts.append((row, place + 1, end))
+        if not texts:
+            return False
+        row, begin, end = max(texts, key=lambda text: text[2] - text[1])
+        alone = {
+            name: x[min(row, len(x) - 1)][None, begin:end]
+            for name, x in inputs.items()
+            if isinstance(x, Tensor) and x.dim() == 2 and x.size(1) == ids.size(1)
+        }
+        for module in (model, self.ref_model):
+            if module is None:
+                continue
+            together, single = (
+                self._said(module, inputs)[row, begin:end],
+                self._said(module, alone)[0],
+            )
+            distance, tolerance = apart(together, single)
+            if distance > tolerance:
+                raise ValueError(
+                    "position_ids: several texts in a row, but in "
+                    f"{type(originals.base_of(self._unwrapped(module))).__name__} they see each other (hidden states "
+                    f"are {distance:.2g} apart, relative to their norm, from those of a text alone); expected no "
+                    "attention_mask beside such position_ids, a model that takes them, or one text in a row"
+                )
+        return True
 
     def _probe(self, model: nn.Module, inputs: Inputs) -> None:
         """Whether hidden states times head are this model's logits, on the first batch; and its reference's."""
-        self._probed = True
         if not self.args.fused_linear:
             return
         if self.args.torch_compile:
@@ -421,14 +590,17 @@ class TNTTrainer(Trainer):
             count = cast(Tensor, self.accelerator.gather(count)).sum()
         return cast(Tensor, count / self.get_tp_size())
 
-    def _add(self, found: Tensor, training: bool) -> None:
+    def _add(self, found: Tensor, auxiliary: Auxiliary | None, training: bool) -> None:
+        """Adds up the rows' sums, and the auxiliary losses and how many of them there are."""
+        more = found.new_zeros(2)
+        if auxiliary is not None:
+            more = torch.stack((auxiliary.loss.detach().to(found), found.new_ones(())))
         if training:
-            found = found.sum(dim=0)
+            found = torch.cat((found.sum(dim=0), more))
             self._train_sums = found if self._train_sums is None else self._train_sums + found
         else:
-            found = self.accelerator.gather_for_metrics(found).sum(
-                dim=0
-            )  # without repeated examples
+            found = self.accelerator.gather_for_metrics(found)  # without repeated examples
+            found = torch.cat((found.sum(dim=0), self.accelerator.reduce(more)))
             self._eval_sums = found if self._eval_sums is None else self._eval_sums + found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -480,8 +652,12 @@ class TNTTrainer(Trainer):
         if dispatch is None:
             dispatch = isinstance(dataset, IterableDataset)
         # What one process makes for all others, accelerate cuts into pieces, and can do so to tensors alone.
+        if isinstance(collator, TNTDataCollator) and not keywords.get("is_training", False):
+            # Evaluation tells examples apart by the rows of a batch.
+            self.data_collator = copy.copy(collator)
+            self.data_collator.padding_free = False
         if self.args.world_size == 1 or not dispatch:
-            self.data_collator = CountedRows(collator, self._causal)
+            self.data_collator = CountedRows(self.data_collator, self._causal)
         try:
             loader: DataLoader[Any] = super()._get_dataloader(dataset, *arguments, **keywords)
             return loader
@@ -491,7 +667,11 @@ class TNTTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = cast(nn.Module, super().call_model_init(trial))
         if self.args.disable_dropout:
-            originals.disable_dropout(model)
+            disable_dropout(model)
+        if (
+            self._original is not None and self._original.model is None
+        ):  # its kept parameters were another model's
+            self._original = originals.original_of(model, None, self.args.adapter_reference)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
@@ -515,6 +695,31 @@ class TNTTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self._fingerprint is not None:
             originals.write_fingerprint(output_dir or self.args.output_dir, self._fingerprint)
+
+
+def _image_tokens(model: Any) -> set[int]:
+    """Ids that stand for what is no text."""
+    config = originals.base_of(model).config
+    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
+    kinds = ("image", "video", "audio", "vision")
+    ids = [getattr(config, name) for name in names if name.startswith(kinds)]
+    return {i for i in ids if isinstance(i, int)}
+
+
+def _bare_forward(module: nn.Module) -> Callable[..., Any]:
+    """``module.forward``, without accelerate's wrapper, which would cast the logits to float32.
+
+    Other forwards that stand in its place, as that of a base whose adapters are disabled, are what is to be called.
+    """
+    forward: Any = module.forward
+    original = getattr(module, "_original_forward", None)
+    if original is not None:
+        inner, function = forward, getattr(original, "__func__", original)
+        while getattr(inner, "__func__", inner) is not function and hasattr(inner, "__wrapped__"):
+            inner = inner.__wrapped__
+        if getattr(inner, "__func__", inner) is function:
+            forward = original
+    return cast(Callable[..., Any], forward)
 
 
 def _vocabulary(model: Any) -> int | None:
