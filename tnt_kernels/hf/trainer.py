@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,23 +14,23 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from tnt_kernels.functional import RowStats, tnt_loss
+from tnt_kernels.hf import first_batch
 from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf import rows as row_sums
 from tnt_kernels.hf.collator import COLUMNS, TNTDataCollator
 from tnt_kernels.hf.config import TNTConfig, check_arguments
 from tnt_kernels.hf.dropout import check_deterministic, disable_dropout
+from tnt_kernels.hf.forward import Forward, Forwards
 from tnt_kernels.hf.head import (
     HeadMath,
-    apart,
     detached,
     head_input,
     head_parameters,
     logits_of,
     plain_head,
-    probe,
 )
 from tnt_kernels.hf.router import Auxiliary, auxiliary_loss
-from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, first_tokens, take_rows
+from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, take_rows
 from tnt_kernels.linear import linear_tnt_loss
 from tnt_kernels.objectives import resolve_method
 
@@ -96,13 +95,12 @@ class TNTTrainer(Trainer):
         self._original: originals.Original | None = None
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
         self._probed = self._checked = self._separates_texts = False
-        self._wrapper: nn.Module | None = None
-        self._inner: nn.Module | None = None
         self._train_sums: Tensor | None = None  # what ``rows.averages`` reads
         self._eval_sums: Tensor | None = None
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords
         )
+        self._forwards = Forwards(self.accelerator)
         self.loss_is_scaled_for_ga = True  # by the count of rows
         self._objective = resolve_method(args.method)
         self._causal = not getattr(self.model.config, "is_encoder_decoder", False)
@@ -267,15 +265,15 @@ class TNTTrainer(Trainer):
             ref_hidden = ref_hidden.to(self._ref_head.weight.dtype)
             ref_weight, ref_bias = detached(head_parameters(self._ref_head, ref_hidden))
         elif self._original is not None:
-            with self._original.running(self._unwrapped(model)) as module:
+            with self._original.running(self._forwards.unwrapped(model)) as module:
                 head = cast(nn.Linear, plain_head(module))
 
-                def last_hidden(forward: Callable[..., Any]) -> Tensor:
+                def last_hidden(forward: Forward) -> Tensor:
                     with head_input(head) as kept:
                         forward()
                     return kept[0]
 
-                ref_hidden = self._within_forward(module, inputs, last_hidden)
+                ref_hidden = self._forwards.within(module, inputs, last_hidden)
                 # Without gradient at once: behind this, the parameters may have other values.
                 ref_weight, ref_bias = detached(head_parameters(head, ref_hidden))
             ref_hidden = self._of_the_texts(ref_hidden, rows)
@@ -284,8 +282,8 @@ class TNTTrainer(Trainer):
             keywords |= {"ref_softcap": ref_math.softcap, "ref_logit_scale": ref_math.scale}
         kept_stats: list[tuple[RowStats, Auxiliary | None]] = []
 
-        def loss_of_hidden(forward: Callable[..., Any]) -> Tensor:
-            own = cast(nn.Linear, plain_head(self._unwrapped(model)))
+        def loss_of_hidden(forward: Forward) -> Tensor:
+            own = cast(nn.Linear, plain_head(self._forwards.unwrapped(model)))
             with head_input(own) as kept:
                 outputs = forward()
             weight, bias = head_parameters(own, kept[0])
@@ -294,11 +292,11 @@ class TNTTrainer(Trainer):
                 bias=bias, ref_bias=ref_bias, softcap=math.softcap, logit_scale=math.scale,
                 vocab_size=self._vocab_size, **keywords,
             )  # fmt: skip
-            auxiliary = auxiliary_loss(self._unwrapped(model), outputs)
+            auxiliary = auxiliary_loss(self._forwards.unwrapped(model), outputs)
             kept_stats.append((found, auxiliary))
             return self._with(auxiliary, cast(Tensor, loss))
 
-        return self._within_forward(model, inputs, loss_of_hidden), *kept_stats[0]
+        return self._forwards.within(model, inputs, loss_of_hidden), *kept_stats[0]
 
     def _loss_of_logits(
         self,
@@ -317,14 +315,14 @@ class TNTTrainer(Trainer):
                     "compute_metrics and no predict, and a head that fused_linear can serve"
                 )
             assert self._original is not None
-            with self._original.running(self._unwrapped(model)) as module:
-                ref_logits = self._within_forward(
+            with self._original.running(self._forwards.unwrapped(model)) as module:
+                ref_logits = self._forwards.within(
                     module, inputs, lambda forward: logits_of(forward())[..., vocab]
                 )
             ref_logits = self._of_the_texts(ref_logits, rows)
         kept: list[tuple[RowStats, Auxiliary | None, Any]] = []
 
-        def loss_of_logits(forward: Callable[..., Any]) -> Tensor:
+        def loss_of_logits(forward: Forward) -> Tensor:
             outputs = forward()
             whole = logits_of(outputs)
             logits = self._of_the_texts(whole, rows)
@@ -341,11 +339,11 @@ class TNTTrainer(Trainer):
                 and logits.grad_fn is not None,
                 **keywords,
             )
-            auxiliary = auxiliary_loss(self._unwrapped(model), outputs)
+            auxiliary = auxiliary_loss(self._forwards.unwrapped(model), outputs)
             kept.append((stats, auxiliary, outputs if return_outputs else None))
             return self._with(auxiliary, cast(Tensor, loss))
 
-        loss = self._within_forward(model, inputs, loss_of_logits)
+        loss = self._forwards.within(model, inputs, loss_of_logits)
         return loss, *kept[0]
 
     def _of_the_texts(self, x: Tensor, rows: Rows) -> Tensor:
@@ -353,7 +351,7 @@ class TNTTrainer(Trainer):
         length = rows.labels.size(1)
         if x.size(1) == length:
             return x
-        extra = originals.virtual_tokens(self.accelerator.unwrap_model(self.model))
+        extra = originals.virtual_tokens(self._forwards.unwrapped(self.model))
         if x.size(1) != length + extra:
             raise ValueError(
                 f"model: {x.size(1)} positions of output for {length} labels of a text, expected as many"
@@ -366,204 +364,45 @@ class TNTTrainer(Trainer):
         steps = getattr(self, "current_gradient_accumulation_steps", 1) if loss.requires_grad else 1
         return loss + auxiliary.term.to(loss.device, loss.dtype) / steps
 
-    def _within_forward(
-        self, model: nn.Module, inputs: Inputs, function: Callable[[Callable[[], Any]], Tensor]
-    ) -> Tensor:
-        """``model(**inputs)``, with ``function(forward)`` in place of the inner model's forward.
-
-        What computes the loss has to run in there: DistributedDataParallel prepares its reduction for the parameters
-        that the outputs depend on, FSDP has them gathered in there only, and accelerate casts what comes out.
-        """
-        module = self._unwrapped(model)
-        before = module.__dict__.get("forward")
-        forward = _bare_forward(module)
-
-        def restore() -> None:
-            module.__dict__.pop("forward", None)
-            if before is not None:
-                module.__dict__["forward"] = before
-
-        def redirected(*arguments: Any, **keywords: Any) -> Tensor:
-            restore()
-            with self.accelerator.autocast():
-                return function(partial(forward, *arguments, **keywords))
-
-        module.__dict__["forward"] = redirected
-        try:
-            return cast(Tensor, model(**inputs))
-        finally:
-            restore()
-
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        """The model in what makes it distributed. A compiled one stays compiled, whatever that holds."""
-        if model is self.ref_model or model is self._inner or hasattr(model, "_orig_mod"):
-            return model
-        if model is not self._wrapper:  # accelerate looks through all modules
-            self._wrapper, self._inner = model, self.accelerator.unwrap_model(model)
-        return cast(nn.Module, self._inner)
-
     # --- The first batch --------------------------------------------------------------------------
 
     def _look_at(self, model: nn.Module, inputs: Inputs, ref_hidden: Tensor | None) -> None:
-        """What is found out, and refused, on the first batch: it takes some forwards more."""
-        first = not self._probed
+        """What is found out, and refused, on the first batch."""
+        first, own = not self._probed, self._forwards.unwrapped(model)
+        models = [model] if self.ref_model is None else [model, self.ref_model]
         if first:
             self._probed = True
-            self._check_inputs(inputs)
-            self._probe(model, inputs)
-            self._check_adapters(model, inputs, ref_hidden)
+            if self._causal:
+                first_batch.check_inputs(own, inputs)
+            self._probe(models, inputs)
+            if ref_hidden is not None and self._ref_head is not None:
+                first_batch.check_precomputed(
+                    self._forwards, own, self.args.adapter_reference, ref_hidden, inputs
+                )
+            if self._original is not None and self.warns_of_trained_adapters:
+                first_batch.warn_of_trained_adapters(self._forwards, own, self._original, inputs)
         if not self._checked and model.training and self.args.disable_dropout:
             self._checked = True
-            check_deterministic(self._unwrapped(model), lambda: self._said(model, inputs))
-        packed = {"position_ids", "cu_seq_lens_q"} & {*inputs}
+            check_deterministic(own, lambda: self._forwards.said(model, inputs))
+        packed = self._causal and {"position_ids", "cu_seq_lens_q"} & {*inputs}
         # transformers separates texts where there is no mask. Where there is one, to look is to wait for the device.
         if packed and not self._separates_texts and (first or "attention_mask" not in inputs):
-            self._separates_texts = self._check_packing(model, inputs)
+            self._separates_texts = first_batch.check_packing(self._forwards, models, inputs)
 
-    def _said(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The last hidden states of a batch, or the logits of a model whose head is not plain."""
-        module = self._unwrapped(model)
-        module = getattr(module, "_orig_mod", module)  # as it is, not compiled for this
-        head = plain_head(module)
-        found: list[Tensor] = []
-
-        def run(forward: Callable[..., Any]) -> Tensor:
-            if head is None:
-                found.append(logits_of(forward()))
-            else:
-                with head_input(head) as kept:
-                    outputs = forward()
-                found.append(kept[0] if kept else logits_of(outputs))
-            return torch.zeros((), device=self.args.device)
-
-        with torch.no_grad():
-            self._within_forward(module, inputs, run)
-        return found[0]
-
-    def _check_inputs(self, inputs: Inputs) -> None:
-        ignored = {"position_ids", "token_type_ids"} & {*inputs}
-        if ignored and self._causal and originals.virtual_tokens(self._unwrapped(self.model)):
-            raise ValueError(
-                f"batch: holds {' and '.join(sorted(ignored))}, which PEFT ignores for a model with virtual tokens; "
-                "expected neither, hence one text in a row, padded on the right"
-            )
-
-    def _check_adapters(self, model: nn.Module, inputs: Inputs, ref_hidden: Tensor | None) -> None:
-        """Whether adapters that should be fresh are, and whether precomputed hidden states are the reference's."""
-        own = self._unwrapped(model)
-        if not self._objective.reads_reference or not originals.is_peft(own):
-            return
-        if self._ref_head is not None:
-            original = originals.original_of(own, None, self.args.adapter_reference)
-            with original.running(own) as module:
-                theirs = self._said(module, inputs)
-            assert ref_hidden is not None
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            if ref_hidden.shape[:2] == mask.shape:
-                ref_hidden, theirs = (x * mask[..., None].to(x) for x in (ref_hidden, theirs))
-            distance, tolerance = apart(theirs, ref_hidden.to(theirs))
-            if distance > tolerance:
-                raise ValueError(
-                    f"ref_hidden_states: {distance:.2g} apart, relative to their norm, from those of this trainer's "
-                    f"reference, the model {'without its adapters' if original.without_adapters else 'as it is'}; "
-                    "expected them to be precomputed with it (precompute_reference takes a model as it is)"
-                )
-            return
-        assert self._original is not None
-        if not self._original.without_adapters or originals.learns_prompts(own):
-            return
-        if not self.warns_of_trained_adapters:
-            return
-        with self._original.running(own) as module:
-            theirs = self._said(module, inputs)
-        with originals.as_it_is(own).running(own) as module:
-            distance, tolerance = apart(self._said(module, inputs), theirs)
-        if distance > tolerance:
-            logger.warning(
-                f"model: its adapters change it already (by {distance:.2g} of the norm of what it computes), and its "
-                "reference is the model without them, so that training also undoes what they have learnt. "
-                "adapter_reference='start' takes the model with them as the reference."
-            )
-
-    def _check_packing(self, model: nn.Module, inputs: Inputs) -> bool:
-        """Whether a text in a row with others was found, and was seen to be as it is alone."""
-        if not self._causal or "input_ids" not in inputs:
-            return False
-        ids = inputs["input_ids"]
-        starts = first_tokens(inputs, ids.shape)
-        if starts is None:
-            return False
-        starts = starts[:, 1:]
-        if "attention_mask" in inputs:  # positions of padding say nothing
-            there = inputs["attention_mask"] != 0
-            starts = starts & there[:, 1:] & there[:, :-1]
-        texts = []
-        images = _image_tokens(self._unwrapped(model))
-        for row, place in starts.nonzero().tolist():
-            ends = starts[row, place + 1 :].nonzero()
-            end = place + 2 + int(ends[0]) if len(ends) else ids.size(1)
-            if not images & {*ids[row, place + 1 : end].tolist()}:
-                texts.append((row, place + 1, end))
-        if not texts:
-            return False
-        row, begin, end = max(texts, key=lambda text: text[2] - text[1])
-        alone = {
-            name: x[min(row, len(x) - 1)][None, begin:end]
-            for name, x in inputs.items()
-            if isinstance(x, Tensor) and x.dim() == 2 and x.size(1) == ids.size(1)
-        }
-        for module in (model, self.ref_model):
-            if module is None:
-                continue
-            together, single = (
-                self._said(module, inputs)[row, begin:end],
-                self._said(module, alone)[0],
-            )
-            distance, tolerance = apart(together, single)
-            if distance > tolerance:
-                raise ValueError(
-                    "position_ids: several texts in a row, but in "
-                    f"{type(originals.base_of(self._unwrapped(module))).__name__} they see each other (hidden states "
-                    f"are {distance:.2g} apart, relative to their norm, from those of a text alone); expected no "
-                    "attention_mask beside such position_ids, a model that takes them, or one text in a row"
-                )
-        return True
-
-    def _probe(self, model: nn.Module, inputs: Inputs) -> None:
-        """Whether hidden states times head are this model's logits, on the first batch; and its reference's."""
+    def _probe(self, models: Sequence[nn.Module], inputs: Inputs) -> None:
+        """Sets ``_head_math`` if hidden states times head are the logits of the model, and of its reference."""
         if not self.args.fused_linear:
             return
         if self.args.torch_compile:
             logger.warning("fused_linear: not with torch_compile; the loss is computed from logits")
             return
-        modules = [self._unwrapped(model)]
-        if self.ref_model is not None:
-            modules.append(self.ref_model)
-        found: list[HeadMath | None] = []
-        for module in modules:
-            head, config = plain_head(module), getattr(module, "config", None)
-            if head is None:
-                found.append(None)
-                continue
-            math: list[HeadMath | None] = []
-
-            def run(
-                forward: Callable[..., Any],
-                head: nn.Linear = head,
-                config: Any = config,
-                math: Any = math,
-            ) -> Tensor:
-                math.append(probe(forward, head, config))
-                return torch.zeros((), device=self.args.device)
-
-            with torch.no_grad():
-                self._within_forward(model if module is modules[0] else module, inputs, run)
-            found.append(math[0])
+        found = [first_batch.probe_head(self._forwards, module, inputs) for module in models]
         fits = torch.tensor([all(math is not None for math in found)], device=self.args.device)
         if not bool(self.accelerator.gather(fits.long()).min()):
+            name = type(self._forwards.unwrapped(models[0])).__name__
             logger.warning(
-                f"fused_linear: the logits of {type(modules[0]).__name__} (or of its reference) are not those of a "
-                "plain linear head, so that the loss is computed from logits; fused_linear=False says so beforehand"
+                f"fused_linear: the logits of {name} (or of its reference) are not those of a plain linear head, so "
+                "that the loss is computed from logits; fused_linear=False says so beforehand"
             )
             return
         own, other = found[0], found[-1]
@@ -668,9 +507,8 @@ class TNTTrainer(Trainer):
         model = cast(nn.Module, super().call_model_init(trial))
         if self.args.disable_dropout:
             disable_dropout(model)
-        if (
-            self._original is not None and self._original.model is None
-        ):  # its kept parameters were another model's
+        if self._original is not None and self._original.model is None:
+            # The parameters that it keeps were another model's.
             self._original = originals.original_of(model, None, self.args.adapter_reference)
         return model
 
@@ -695,31 +533,6 @@ class TNTTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self._fingerprint is not None:
             originals.write_fingerprint(output_dir or self.args.output_dir, self._fingerprint)
-
-
-def _image_tokens(model: Any) -> set[int]:
-    """Ids that stand for what is no text."""
-    config = originals.base_of(model).config
-    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
-    kinds = ("image", "video", "audio", "vision")
-    ids = [getattr(config, name) for name in names if name.startswith(kinds)]
-    return {i for i in ids if isinstance(i, int)}
-
-
-def _bare_forward(module: nn.Module) -> Callable[..., Any]:
-    """``module.forward``, without accelerate's wrapper, which would cast the logits to float32.
-
-    Other forwards that stand in its place, as that of a base whose adapters are disabled, are what is to be called.
-    """
-    forward: Any = module.forward
-    original = getattr(module, "_original_forward", None)
-    if original is not None:
-        inner, function = forward, getattr(original, "__func__", original)
-        while getattr(inner, "__func__", inner) is not function and hasattr(inner, "__wrapped__"):
-            inner = inner.__wrapped__
-        if getattr(inner, "__func__", inner) is function:
-            forward = original
-    return cast(Callable[..., Any], forward)
 
 
 def _vocabulary(model: Any) -> int | None:

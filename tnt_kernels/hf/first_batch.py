@@ -1,0 +1,143 @@
+"""What a model and its first batches show, and what is refused because of it. Each check takes some forwards more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from tnt_kernels.hf.forward import Forward, Forwards
+from tnt_kernels.hf.head import HeadMath, apart, plain_head, probe
+from tnt_kernels.hf.reference import (
+    Original,
+    as_it_is,
+    base_of,
+    is_peft,
+    learns_prompts,
+    original_of,
+    virtual_tokens,
+)
+from tnt_kernels.hf.rows import first_tokens
+
+logger = logging.get_logger(__name__)
+Inputs = dict[str, Any]
+
+
+def probe_head(forwards: Forwards, model: nn.Module, inputs: Inputs) -> HeadMath | None:
+    """What the model does to hidden states times its head, so that they are its logits; None if that is not known."""
+    module = forwards.unwrapped(model)
+    head = plain_head(module)
+    if head is None:
+        return None
+    found: list[HeadMath | None] = []
+
+    def run(forward: Forward) -> Tensor:
+        found.append(probe(forward, head, getattr(module, "config", None)))
+        return torch.zeros((), device=forwards.accelerator.device)
+
+    with torch.no_grad():
+        forwards.within(model, inputs, run)
+    return found[0]
+
+
+def check_inputs(model: nn.Module, inputs: Inputs) -> None:
+    """That PEFT does not ignore inputs."""
+    ignored = {"position_ids", "token_type_ids"} & {*inputs}
+    if ignored and virtual_tokens(model):
+        raise ValueError(
+            f"batch: holds {' and '.join(sorted(ignored))}, which PEFT ignores for a model with virtual tokens; "
+            "expected neither, hence one text in a row, padded on the right"
+        )
+
+
+def check_precomputed(
+    forwards: Forwards, model: nn.Module, adapter_reference: str, ref_hidden: Tensor, inputs: Inputs
+) -> None:
+    """That precomputed hidden states are those of the reference, where adapters leave it to compare with."""
+    if not is_peft(model):
+        return
+    original = original_of(model, None, adapter_reference)
+    with original.running(model) as module:
+        theirs = forwards.said(module, inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == ref_hidden.shape[:2]:
+        ref_hidden, theirs = (x * mask[..., None].to(x) for x in (ref_hidden, theirs))
+    distance, tolerance = apart(theirs, ref_hidden.to(theirs))
+    if distance > tolerance:
+        raise ValueError(
+            f"ref_hidden_states: {distance:.2g} apart, relative to their norm, from those of this trainer's "
+            f"reference, the model {'without its adapters' if original.without_adapters else 'as it is'}; expected "
+            "them to be precomputed with it (precompute_reference takes a model as it is)"
+        )
+
+
+def warn_of_trained_adapters(
+    forwards: Forwards, model: nn.Module, original: Original, inputs: Inputs
+) -> None:
+    """Says so where adapters that should be fresh are not, as the reference is the model without them."""
+    if not original.without_adapters or learns_prompts(model):
+        return
+    with original.running(model) as module:
+        theirs = forwards.said(module, inputs)
+    with as_it_is(model).running(model) as module:
+        distance, tolerance = apart(forwards.said(module, inputs), theirs)
+    if distance > tolerance:
+        logger.warning(
+            f"model: its adapters change it already (by {distance:.2g} of the norm of what it computes), and its "
+            "reference is the model without them, so that training also undoes what they have learnt. "
+            "adapter_reference='start' takes the model with them as the reference."
+        )
+
+
+def check_packing(forwards: Forwards, models: Sequence[nn.Module], inputs: Inputs) -> bool:
+    """That texts in one row do not see each other: one of them is run alone.
+
+    Returns:
+        Whether there was a row with more than one.
+    """
+    ids = inputs.get("input_ids")
+    starts = None if ids is None else first_tokens(inputs, ids.shape)
+    if ids is None or starts is None:
+        return False
+    starts = starts[:, 1:]
+    if "attention_mask" in inputs:  # positions of padding say nothing
+        there = inputs["attention_mask"] != 0
+        starts = starts & there[:, 1:] & there[:, :-1]
+    texts = []
+    images = _image_tokens(forwards.unwrapped(models[0]))
+    for row, place in starts.nonzero().tolist():
+        ends = starts[row, place + 1 :].nonzero()
+        end = place + 2 + int(ends[0]) if len(ends) else ids.size(1)
+        if not images & {*ids[row, place + 1 : end].tolist()}:
+            texts.append((row, place + 1, end))
+    if not texts:
+        return False
+    row, begin, end = max(texts, key=lambda text: text[2] - text[1])
+    alone = {
+        name: x[min(row, len(x) - 1)][None, begin:end]
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.dim() == 2 and x.size(1) == ids.size(1)
+    }
+    for model in models:
+        together = forwards.said(model, inputs)[row, begin:end]
+        distance, tolerance = apart(together, forwards.said(model, alone)[0])
+        if distance > tolerance:
+            raise ValueError(
+                "position_ids: several texts in a row, but in "
+                f"{type(base_of(forwards.unwrapped(model))).__name__} they see each other (hidden states are "
+                f"{distance:.2g} apart, relative to their norm, from those of a text alone); expected no "
+                "attention_mask beside such position_ids, a model that takes them, or one text in a row"
+            )
+    return True
+
+
+def _image_tokens(model: Any) -> set[int]:
+    """Ids that stand for what is no text."""
+    config = base_of(model).config
+    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
+    kinds = ("image", "video", "audio", "vision")
+    ids = [getattr(config, name) for name in names if name.startswith(kinds)]
+    return {i for i in ids if isinstance(i, int)}
