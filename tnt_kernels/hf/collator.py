@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,45 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from tnt_kernels.annotate import NegativePhrases, weights_from_correction, weights_from_spans
+from tnt_kernels.annotate import NegativePhrases
 from tnt_kernels.hf import reference as originals
+from tnt_kernels.hf.examples import Reader, Row
 from tnt_kernels.hf.rows import IGNORED
-from tnt_kernels.hf.texts import Text, Texts, ends_of
+from tnt_kernels.hf.texts import Texts, ends_of
 
 logger = logging.get_logger(__name__)
-
-#: The columns that examples may have, beside the model's own.
-COLUMNS = (
-    "input_ids", "labels", "weights", "negative_ids", "ref_hidden_states", "prompt", "completion", "messages",
-    "negative_spans", "negative", "corrected", "tools", "chat_template_kwargs", "cu_seq_lens_q",
-)  # fmt: skip
-_KINDS = (
-    "(input_ids, labels, weights), (prompt, completion, negative_spans), (messages, negative_spans) or "
-    "(prompt, negative, corrected)"
-)
-#: What models take beside ids, where the model is not known.
-_USUAL = frozenset(
-    ("attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "decoder_attention_mask", "pixel_values")
-)  # fmt: skip
-#: What forwards take and no example can have.
-_OTHERS = (
-    "inputs_embeds", "decoder_inputs_embeds", "past_key_values", "encoder_outputs", "cache_position",
-    "logits_to_keep",
-)  # fmt: skip
-
-
-class _Row(NamedTuple):
-    """One example. All but ``source`` and what goes with it is in line with ``ids``."""
-
-    source: Tensor  # what the model reads: the encoder's ids, or ``ids``
-    ids: Tensor  # the tokens that labels speak of: the decoder's, or those of a causal model
-    labels: Tensor
-    weights: Tensor
-    negative_ids: Tensor | None  # (T, K)
-    ref_hidden_states: Tensor | None  # (T, H)
-    inputs: dict[str, Tensor]  # what else the model's forward takes
-    lost: bool  # ``max_length`` has cut off all rows that count
-
 
 #: Puts tensors of examples together: (tensors (T, ...), value of padding) to (B, T, ...).
 _Join = Callable[[Sequence[Tensor], float], Tensor]
@@ -144,7 +112,7 @@ class TNTDataCollator:
                 self._texts = Texts(self.tokenizer, self.encoder_decoder, ends)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = [self._row(example) for example in examples]
+        rows = self._rows(examples)
         self._warn_of_lost_rows(rows)
         taken = self._taken or frozenset()
         left = (
@@ -158,12 +126,27 @@ class TNTDataCollator:
 
     def padded(self, examples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[int]]:
         """The batch, padded on the right whatever the options say, and the lengths of the examples."""
-        rows = [self._row(example) for example in examples]
+        rows = self._rows(examples)
         return self._batch(rows, False, "right"), [len(row.ids) for row in rows]
+
+    def _rows(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
+        read = self._reader()
+        return [read(example) for example in examples]
+
+    def _reader(self) -> Reader:
+        return Reader(
+            self._texts,
+            self._taken,
+            self.encoder_decoder,
+            self.max_length,
+            self.spans,
+            self.correction,
+            self.phrases is not None,
+        )
 
     # --- A batch ----------------------------------------------------------------------------------
 
-    def _batch(self, rows: list[_Row], flat: bool, side: str) -> dict[str, Tensor]:
+    def _batch(self, rows: list[Row], flat: bool, side: str) -> dict[str, Tensor]:
         def join(tensors: Sequence[Tensor], value: float) -> Tensor:
             if flat:
                 joined = torch.cat(list(tensors))[None]
@@ -211,7 +194,7 @@ class TNTDataCollator:
         return batch
 
     def _inputs(
-        self, rows: list[_Row], starts: list[Tensor], join: _Join, flat: bool, side: str
+        self, rows: list[Row], starts: list[Tensor], join: _Join, flat: bool, side: str
     ) -> dict[str, Tensor]:
         """What the model reads beside ids: the mask, positions, and whatever else its forward takes."""
         found: dict[str, Tensor] = {}
@@ -224,7 +207,7 @@ class TNTDataCollator:
                     "attention_mask: holds 0 between tokens of a row with several texts, expected 1, as transformers "
                     "finds the texts by their positions where there is no mask"
                 )
-            if self.encoder_decoder or not self._takes("position_ids"):
+            if self.encoder_decoder or not self._reader().takes("position_ids"):
                 raise ValueError(
                     "position_ids: needed for several texts in a row, expected a causal model whose forward takes them"
                 )
@@ -253,7 +236,7 @@ class TNTDataCollator:
             found[name] = torch.cat(values)
         return found
 
-    def _negative_ids(self, rows: list[_Row], starts: list[Tensor], join: _Join) -> Tensor | None:
+    def _negative_ids(self, rows: list[Row], starts: list[Tensor], join: _Join) -> Tensor | None:
         """(B, T, K): those that examples hold, and those that complete a phrase."""
         parts = []
         given = [row.negative_ids for row in rows]
@@ -286,7 +269,7 @@ class TNTDataCollator:
                     "of the vocabulary that the model and its reference share"
                 )
 
-    def _warn_of_lost_rows(self, rows: list[_Row]) -> None:
+    def _warn_of_lost_rows(self, rows: list[Row]) -> None:
         lost = sum(row.lost for row in rows)
         if lost and not self._warned:
             self._warned = True
@@ -295,216 +278,6 @@ class TNTDataCollator:
                 "batch, as their prompts fill it; they do not count (active_rows in the logs says how many rows do). "
                 "This is said once."
             )
-
-    def _takes(self, name: str) -> bool:
-        return name in (_USUAL if self._taken is None else self._taken)
-
-    # --- One example ------------------------------------------------------------------------------
-
-    def _row(self, example: Mapping[str, Any]) -> _Row:
-        found = {name for name, value in example.items() if value is not None}
-        if "input_ids" in found:
-            return self._of_ids(example, found)
-        if "messages" in found and len(example["messages"]):
-            messages = list(example["messages"])
-            example = {**example, "prompt": messages[:-1], "completion": messages[-1:]}
-            found |= {"prompt", "completion"}
-        said = "completion" if "completion" in found else "negative"
-        if not {"prompt", said} <= found or (said == "negative" and "corrected" not in found):
-            raise ValueError(f"examples: found {_names(found)}, expected {_KINDS}")
-        annotated = found & {"negative_spans", "weights", "negative_ids", "corrected"}
-        if not annotated and self.phrases is None:
-            raise ValueError(
-                f"examples: found {_names(found)}, nothing that says what is unwanted; expected {_KINDS}"
-            )
-        spans = () if said == "negative" or "weights" in found else example.get("negative_spans")
-        text = self._encoded(example, said, spans or ())
-        completion, prompt = _ids("completion", text.completion), _ids("prompt", text.prompt)
-        if said == "negative":
-            corrected = self._encoded(example, "corrected", ())
-            weights = weights_from_correction(
-                text.completion, corrected.completion, self.correction, pad_id=-1
-            )
-        elif "weights" in found:
-            weights = _reals("weights", example["weights"])
-            _check_length("weights", weights, len(completion), "the completion's ids")
-        else:
-            mask = torch.ones(len(completion))
-            weights = weights_from_spans(text.offsets, text.spans, self.spans, mask=mask)
-        weights = weights * text.said
-        negative_ids = None
-        if "negative_ids" in found:
-            negative_ids = _table(example["negative_ids"])
-            _check_length("negative_ids", negative_ids, len(completion), "the completion's ids")
-        inputs = self._inputs_of(example, found, None, None)
-        if self.encoder_decoder:
-            return self._cut(prompt, completion, completion, weights, negative_ids, example, inputs)
-        ids = torch.cat((prompt, completion))
-        labels = torch.cat((torch.full_like(prompt, IGNORED), completion))
-        weights = torch.cat((torch.zeros(len(prompt)), weights))
-        if negative_ids is not None:
-            before = torch.full((len(prompt), negative_ids.size(1)), -1)
-            negative_ids = torch.cat((before, negative_ids))
-        return self._cut(ids, ids, labels, weights, negative_ids, example, inputs)
-
-    def _encoded(
-        self, example: Mapping[str, Any], said: str, spans: Sequence[Sequence[int]]
-    ) -> Text:
-        if self._texts is None:
-            raise ValueError("tokenizer: None, expected a tokenizer, because examples have prompts")
-        template = dict(example.get("chat_template_kwargs") or {})
-        if example.get("tools") is not None:
-            template["tools"] = example["tools"]
-        return self._texts.encode(example["prompt"], example[said], spans, **template)
-
-    def _of_ids(self, example: Mapping[str, Any], found: set[str]) -> _Row:
-        if not found & {"weights", "negative_ids"} and self.phrases is None:
-            raise ValueError(
-                f"examples: found {_names(found)}, neither weights nor negative_ids; expected {_KINDS}"
-            )
-        if self.encoder_decoder and "labels" not in found:
-            raise ValueError(
-                f"examples: found {_names(found)}, expected labels, the decoder's tokens"
-            )
-        source = _ids("input_ids", example["input_ids"])
-        labels = source
-        if "labels" in found:
-            labels = _ids("labels", example["labels"], ignored=True)
-        ids = labels if self.encoder_decoder else source
-        weights = torch.ones(len(labels))
-        if "weights" in found:
-            weights = _reals("weights", example["weights"])
-        _check_length("labels", labels, len(ids), "input_ids")
-        _check_length("weights", weights, len(labels), "labels")
-        negative_ids = _table(example["negative_ids"]) if "negative_ids" in found else None
-        if negative_ids is not None:
-            _check_length("negative_ids", negative_ids, len(labels), "labels")
-        inputs = self._inputs_of(example, found, len(source), len(ids))
-        if self.encoder_decoder and bool((ids < 0).any()):
-            kept = int((ids >= 0).sum())
-            if bool((ids[:kept] < 0).any()):
-                raise ValueError(
-                    "labels: -100 before the last token of an encoder-decoder's example, which hides what its decoder "
-                    "is to read; expected the true ids, with weight 0 where nothing is to be learnt"
-                )
-            ids, labels, weights = ids[:kept], labels[:kept], weights[:kept]
-            negative_ids = None if negative_ids is None else negative_ids[:kept]
-            inputs = {
-                name: x[:kept] if name.startswith("decoder_") else x for name, x in inputs.items()
-            }
-        return self._cut(source, ids, labels, weights, negative_ids, example, inputs)
-
-    def _inputs_of(
-        self, example: Mapping[str, Any], found: set[str], source: int | None, length: int | None
-    ) -> dict[str, Tensor]:
-        """What the model's forward takes beside ids, of an example of ids with those lengths or of a text (None)."""
-        inputs: dict[str, Tensor] = {}
-        if "cu_seq_lens_q" in found and source is not None:
-            ends = _ids("cu_seq_lens_q", example["cu_seq_lens_q"])
-            if (
-                len(ends) < 2
-                or ends[0] != 0
-                or ends[-1] != source
-                or bool((ends.diff() <= 0).any())
-            ):
-                raise ValueError(
-                    f"cu_seq_lens_q: {ends.tolist()} of {source} tokens, expected numbers that rise from 0 to that"
-                )
-            inputs["position_ids"] = torch.cat([torch.arange(n) for n in ends.diff().tolist()])
-        for name in sorted(found - {*COLUMNS}):
-            if not self._takes(name):
-                if name == "position_ids" and source is not None:
-                    positions = _ids(name, example[name])
-                    if bool((positions[1:] == 0).any()):
-                        raise ValueError(
-                            "position_ids: begin again at 0 within an example, expected one text in each, as the "
-                            "model's forward does not take them"
-                        )
-                continue
-            if name in _OTHERS:
-                raise ValueError(
-                    f"{name}: a column of the examples, expected input_ids in its place"
-                )
-            inputs[name] = self._input(name, example[name], source, length)
-        return inputs
-
-    def _input(self, name: str, values: Any, source: int | None, length: int | None) -> Tensor:
-        try:
-            x = torch.as_tensor(values)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"{name}: {type(values).__name__}, which the model's forward takes, but which is no tensor; expected "
-                "a number for each token, or images"
-            ) from None
-        if name == "pixel_values" and x.dim() == 3:
-            return x[None]
-        tokens = name.endswith(("attention_mask", "position_ids", "token_type_ids", "input_ids"))
-        if x.dim() > 1 and not tokens:
-            return x
-        of, expected = ("labels", length) if name.startswith("decoder_") else ("input_ids", source)
-        if expected is None:
-            raise ValueError(
-                f"{name}: shape {tuple(x.shape)} beside a text, whose tokens are not known before; expected examples "
-                "of input_ids"
-            )
-        if x.shape != (expected,):
-            raise ValueError(
-                f"{name}: shape {tuple(x.shape)}, expected ({expected},), a number for each of {of}"
-            )
-        if name.endswith("attention_mask"):
-            if bool(((x != 0) & (x != 1)).any()):
-                other = x[(x != 0) & (x != 1)][0].item()
-                raise ValueError(f"{name}: holds {other}, expected 0 and 1")
-            return x.long()
-        return _ids(name, x) if tokens else x
-
-    def _cut(
-        self,
-        source: Tensor,
-        ids: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        negative_ids: Tensor | None,
-        example: Mapping[str, Any],
-        inputs: dict[str, Tensor],
-    ) -> _Row:
-        """The row, without the padding that the example has, and not longer than ``max_length``."""
-        hidden = _hidden(example)
-        kept = _unpadded(inputs.get("attention_mask"), len(source))
-        own = (
-            _unpadded(inputs.get("decoder_attention_mask"), len(ids))
-            if self.encoder_decoder
-            else kept
-        )
-        if hidden is not None and len(hidden) == len(ids):
-            hidden = hidden[own]
-        elif hidden is not None:
-            _check_length(
-                "ref_hidden_states", hidden, len(ids[own][: self.max_length]), "the tokens"
-            )
-        tokens, own_tokens = len(source), len(ids)
-
-        def clipped(x: Tensor, where: slice) -> Tensor:
-            return x[where][: self.max_length]
-
-        before = _counts(labels[own], weights[own], self.encoder_decoder)
-        inputs = {
-            name: clipped(x, own if name.startswith("decoder_") else kept)
-            if x.dim() == 1 and len(x) == (own_tokens if name.startswith("decoder_") else tokens)
-            else x
-            for name, x in inputs.items()
-        }
-        labels, weights = clipped(labels, own), clipped(weights, own)
-        return _Row(
-            source=clipped(source, kept),
-            ids=clipped(ids, own),
-            labels=labels,
-            weights=weights,
-            negative_ids=None if negative_ids is None else clipped(negative_ids, own),
-            ref_hidden_states=None if hidden is None else hidden[: self.max_length],
-            inputs=inputs,
-            lost=before and not _counts(labels, weights, self.encoder_decoder),
-        )
 
 
 def _taken_by(model: Any) -> frozenset[str]:
@@ -516,7 +289,7 @@ def _taken_by(model: Any) -> frozenset[str]:
     return frozenset(names - {"labels", "input_ids"})
 
 
-def _starts(row: _Row) -> Tensor:
+def _starts(row: Row) -> Tensor:
     """(T,) bool: the first tokens of the texts in a row."""
     starts = torch.zeros(len(row.ids), dtype=torch.bool)
     starts[:1] = True
@@ -525,84 +298,11 @@ def _starts(row: _Row) -> Tensor:
     return starts
 
 
-def _unpadded(mask: Tensor | None, length: int) -> slice:
-    """The tokens between the first and the last that a mask keeps."""
-    if mask is None:
-        return slice(0, length)
-    there = mask.nonzero()
-    return slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
-
-
-def _counts(labels: Tensor, weights: Tensor, encoder_decoder: bool) -> bool:
-    """Whether a row of these counts."""
-    counts = (labels != IGNORED) & (weights != 0)
-    return bool((counts if encoder_decoder else counts[1:]).any())
-
-
-def _names(found: set[str]) -> str:
-    return f"the columns {', '.join(sorted(found))}" if found else "no columns"
-
-
-def _ids(name: str, x: Any, ignored: bool = False) -> Tensor:
-    """(T,) int64 of ids, none of them negative; but -100 where ``ignored``."""
-    ids = torch.as_tensor(x)
-    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
-        raise ValueError(f"{name}: shape {tuple(ids.shape)}, {ids.dtype}, expected (T,) integers")
-    ids = ids.long()
-    wrong = (ids < 0) & (ids != IGNORED) if ignored else ids < 0
-    if bool(wrong.any()):
-        also = f", or {IGNORED} where nothing is to be learnt" if ignored else ""
-        raise ValueError(f"{name}: holds {int(ids[wrong][0])}, expected ids from 0 on{also}")
-    return ids
-
-
-def _reals(name: str, x: Any) -> Tensor:
-    values = torch.as_tensor(x)
-    if values.dim() != 1:
-        raise ValueError(f"{name}: shape {tuple(values.shape)}, expected (T,)")
-    values = values.float()
-    if not bool(values.isfinite().all()):
-        wrong = values[~values.isfinite()][0].item()
-        raise ValueError(f"{name}: holds {wrong}, expected finite numbers")
-    return values
-
-
-def _table(x: Any) -> Tensor:
-    """Lists of ids, of any lengths, as (T, K), padded with -1."""
-    rows = [x] if isinstance(x, Tensor) and x.dim() == 2 else [torch.as_tensor(row) for row in x]
-    for row in rows:
-        if row.numel() and (row.is_floating_point() or row.dtype == torch.bool):
-            raise ValueError(f"negative_ids: {row.dtype}, expected integers")
-    if isinstance(x, Tensor) and x.dim() == 2:
-        table = x.long()
-    elif rows:
-        table = pad_sequence(
-            [row.long().view(-1) for row in rows], batch_first=True, padding_value=-1
-        )
-    else:
-        table = torch.empty(0, 0).long()
-    if table.numel() and int(table.min()) < -1:
-        raise ValueError(
-            f"negative_ids: holds {int(table.min())}, expected ids from 0 on, or -1 for none"
-        )
-    return table
-
-
 def _widened(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.size(1)), value=-1)
 
 
-def _hidden(example: Mapping[str, Any]) -> Tensor | None:
-    hidden = example.get("ref_hidden_states")
-    return None if hidden is None else torch.as_tensor(hidden)
-
-
-def _check_length(name: str, x: Tensor, length: int, of: str) -> None:
-    if len(x) != length:
-        raise ValueError(f"{name}: {len(x)} of them, expected {length}, as many as {of}")
-
-
-def _check_all(name: str, values: Sequence[Tensor], rows: Sequence[_Row]) -> None:
+def _check_all(name: str, values: Sequence[Tensor], rows: Sequence[Row]) -> None:
     if len(values) < len(rows):
         raise ValueError(
             f"{name}: in {len(values)} of {len(rows)} examples, expected in all or in none"

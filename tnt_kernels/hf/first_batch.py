@@ -85,11 +85,15 @@ def warn_of_trained_adapters(
     with as_it_is(model).running(model) as module:
         distance, tolerance = apart(forwards.said(module, inputs), theirs)
     if distance > tolerance:
-        logger.warning(
-            f"model: its adapters change it already (by {distance:.2g} of the norm of what it computes), and its "
-            "reference is the model without them, so that training also undoes what they have learnt. "
-            "adapter_reference='start' takes the model with them as the reference."
-        )
+        say_that_adapters_are_trained(distance)
+
+
+def say_that_adapters_are_trained(distance: float) -> None:
+    logger.warning(
+        f"model: its adapters change it already, by {distance:.2g} of the norm of what it computes, and its reference "
+        "is the model without them, so that training also undoes what they have learnt. adapter_reference='start' "
+        "takes the model with them as the reference."
+    )
 
 
 def check_packing(forwards: Forwards, models: Sequence[nn.Module], inputs: Inputs) -> bool:

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from tnt_kernels.functional import tnt_loss
 from tnt_kernels.hf import reference as originals
+from tnt_kernels.hf.first_batch import say_that_adapters_are_trained
 from tnt_kernels.hf.head import apart, logits_of
 from tnt_kernels.hf.router import auxiliary_loss
 from tnt_kernels.hf.rows import take_rows
 from tnt_kernels.losses import TNTLoss
-
-logger = logging.get_logger(__name__)
 
 
 class _LossFunc:
@@ -34,11 +32,12 @@ class _LossFunc:
         self.keywords = keywords
         self.causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.model = model
+        originals.set_cache(model, False)
         self.original = originals.original_of(model, ref_model, adapter_reference)
         self.inputs: dict[str, Any] = {}
         self.handle = model.register_forward_pre_hook(self._take, with_kwargs=True)
         self.busy = False
-        self.fresh: bool | None = None  # whether adapters change nothing at the start
+        self.looked = False  # whether adapters change something at the start
 
     def _take(
         self, _: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
@@ -78,7 +77,8 @@ class _LossFunc:
         ref_logits = ref_logits[:, ref_logits.size(1) - length :, :vocab].to(logits.dtype)
         if logits.shape != ref_logits.shape:
             logits = logits[:, logits.size(1) - length :, :vocab]
-        if self.fresh is None:
+        if not self.looked:
+            self.looked = True
             self._look_at(logits, ref_logits)
         loss: Tensor = tnt_loss(
             logits,
@@ -95,17 +95,11 @@ class _LossFunc:
         return loss if auxiliary is None else loss + auxiliary.term.to(loss)
 
     def _look_at(self, logits: Tensor, ref_logits: Tensor) -> None:
-        self.fresh = True
         if not self.original.without_adapters or originals.learns_prompts(self.model):
             return
         distance, tolerance = apart(logits.detach()[:, :8], ref_logits[:, :8])
-        self.fresh = distance <= tolerance
-        if not self.fresh:
-            logger.warning(
-                f"model: its adapters (or dropout) change it already, by {distance:.2g} of the norm of its logits, and "
-                "its reference is the model without them, so that training also undoes what they have learnt. "
-                "adapter_reference='start' takes the model with them as the reference."
-            )
+        if distance > tolerance:
+            say_that_adapters_are_trained(distance)
 
     def remove(self) -> None:
         """Takes the hook off the model."""
@@ -125,7 +119,8 @@ def compute_loss_func(
     forward: the hook takes ``weights`` and ``negative_ids`` out of what the trainer passes to the model, and keeps the
     other inputs for the reference. For that they must reach it: ``TrainingArguments(remove_unused_columns=False)``,
     and ``data_collator=TNTDataCollator(tokenizer, model)``, which also sets the labels such that the trainer's count
-    is right. Dropout has to be off in the model, as the reference has none. A mixture of experts with
+    is right. Dropout has to be off in the model, as the reference has none
+    (:func:`tnt_kernels.hf.dropout.disable_dropout`). A mixture of experts with
     ``output_router_logits=True`` gets its auxiliary loss, which no count divides, as in its own forward. Everything
     else (fused head, logged masses, checks of the model and of a resumed run) is :class:`TNTTrainer`'s.
 

@@ -17,9 +17,10 @@ from tnt_kernels.functional import RowStats, tnt_loss
 from tnt_kernels.hf import first_batch
 from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf import rows as row_sums
-from tnt_kernels.hf.collator import COLUMNS, TNTDataCollator
+from tnt_kernels.hf.collator import TNTDataCollator
 from tnt_kernels.hf.config import TNTConfig, check_arguments
 from tnt_kernels.hf.dropout import check_deterministic, disable_dropout
+from tnt_kernels.hf.examples import COLUMNS
 from tnt_kernels.hf.forward import Forward, Forwards
 from tnt_kernels.hf.head import (
     HeadMath,

@@ -1,0 +1,349 @@
+"""One example of the data: its tokens, labels, weights and negative ids, and what else the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tnt_kernels.annotate import weights_from_correction, weights_from_spans
+from tnt_kernels.hf.rows import IGNORED
+from tnt_kernels.hf.texts import Text, Texts
+
+#: The columns that examples may have, beside the model's own.
+COLUMNS = (
+    "input_ids", "labels", "weights", "negative_ids", "ref_hidden_states", "prompt", "completion", "messages",
+    "negative_spans", "negative", "corrected", "tools", "chat_template_kwargs", "cu_seq_lens_q",
+)  # fmt: skip
+_KINDS = (
+    "(input_ids, labels, weights), (prompt, completion, negative_spans), (messages, negative_spans) or "
+    "(prompt, negative, corrected)"
+)
+#: What models take beside ids, where the model is not known.
+_USUAL = frozenset(
+    ("attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "decoder_attention_mask", "pixel_values")
+)  # fmt: skip
+#: What forwards take and no example can have.
+_OTHERS = (
+    "inputs_embeds", "decoder_inputs_embeds", "past_key_values", "encoder_outputs", "cache_position",
+    "logits_to_keep",
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One example. All but ``source`` and what goes with it is in line with ``ids``."""
+
+    source: Tensor  # what the model reads: the encoder's ids, or ``ids``
+    ids: Tensor  # the tokens that labels speak of: the decoder's, or those of a causal model
+    labels: Tensor
+    weights: Tensor
+    negative_ids: Tensor | None  # (T, K)
+    ref_hidden_states: Tensor | None  # (T, H)
+    inputs: dict[str, Tensor]  # what else the model's forward takes
+    lost: bool  # ``max_length`` has cut off all rows that count
+
+
+@dataclass
+class Reader:
+    """Reads examples of the kinds that :class:`TNTDataCollator` takes.
+
+    Args:
+        texts: encodes texts. None: there is no tokenizer.
+        taken: what the model's forward takes. None: not known.
+        encoder_decoder: whether labels speak of another text than ``input_ids``.
+        max_length, spans, correction: the collator's.
+        phrases: whether phrases say what is unwanted, so that examples need not.
+    """
+
+    texts: Texts | None
+    taken: frozenset[str] | None
+    encoder_decoder: bool
+    max_length: int | None
+    spans: str
+    correction: str
+    phrases: bool
+
+    def takes(self, name: str) -> bool:
+        return name in (_USUAL if self.taken is None else self.taken)
+
+    def __call__(self, example: Mapping[str, Any]) -> Row:
+        found = {name for name, value in example.items() if value is not None}
+        if "input_ids" in found:
+            return self._of_ids(example, found)
+        if "messages" in found and len(example["messages"]):
+            messages = list(example["messages"])
+            example = {**example, "prompt": messages[:-1], "completion": messages[-1:]}
+            found |= {"prompt", "completion"}
+        said = "completion" if "completion" in found else "negative"
+        if not {"prompt", said} <= found or (said == "negative" and "corrected" not in found):
+            raise ValueError(f"examples: found {_names(found)}, expected {_KINDS}")
+        annotated = found & {"negative_spans", "weights", "negative_ids", "corrected"}
+        if not annotated and not self.phrases:
+            raise ValueError(
+                f"examples: found {_names(found)}, nothing that says what is unwanted; expected {_KINDS}"
+            )
+        spans = () if said == "negative" or "weights" in found else example.get("negative_spans")
+        text = self._encoded(example, said, spans or ())
+        completion, prompt = _ids("completion", text.completion), _ids("prompt", text.prompt)
+        if said == "negative":
+            corrected = self._encoded(example, "corrected", ())
+            weights = weights_from_correction(
+                text.completion, corrected.completion, self.correction, pad_id=-1
+            )
+        elif "weights" in found:
+            weights = _reals("weights", example["weights"])
+            _check_length("weights", weights, len(completion), "the completion's ids")
+        else:
+            mask = torch.ones(len(completion))
+            weights = weights_from_spans(text.offsets, text.spans, self.spans, mask=mask)
+        weights = weights * text.said
+        negative_ids = None
+        if "negative_ids" in found:
+            negative_ids = _table(example["negative_ids"])
+            _check_length("negative_ids", negative_ids, len(completion), "the completion's ids")
+        inputs = self._inputs_of(example, found, None, None)
+        if self.encoder_decoder:
+            return self._cut(prompt, completion, completion, weights, negative_ids, example, inputs)
+        ids = torch.cat((prompt, completion))
+        labels = torch.cat((torch.full_like(prompt, IGNORED), completion))
+        weights = torch.cat((torch.zeros(len(prompt)), weights))
+        if negative_ids is not None:
+            before = torch.full((len(prompt), negative_ids.size(1)), -1)
+            negative_ids = torch.cat((before, negative_ids))
+        return self._cut(ids, ids, labels, weights, negative_ids, example, inputs)
+
+    def _encoded(
+        self, example: Mapping[str, Any], said: str, spans: Sequence[Sequence[int]]
+    ) -> Text:
+        if self.texts is None:
+            raise ValueError("tokenizer: None, expected a tokenizer, because examples have prompts")
+        template = dict(example.get("chat_template_kwargs") or {})
+        if example.get("tools") is not None:
+            template["tools"] = example["tools"]
+        return self.texts.encode(example["prompt"], example[said], spans, **template)
+
+    def _of_ids(self, example: Mapping[str, Any], found: set[str]) -> Row:
+        if not found & {"weights", "negative_ids"} and not self.phrases:
+            raise ValueError(
+                f"examples: found {_names(found)}, neither weights nor negative_ids; expected {_KINDS}"
+            )
+        if self.encoder_decoder and "labels" not in found:
+            raise ValueError(
+                f"examples: found {_names(found)}, expected labels, the decoder's tokens"
+            )
+        source = _ids("input_ids", example["input_ids"])
+        labels = source
+        if "labels" in found:
+            labels = _ids("labels", example["labels"], ignored=True)
+        ids = labels if self.encoder_decoder else source
+        weights = torch.ones(len(labels))
+        if "weights" in found:
+            weights = _reals("weights", example["weights"])
+        _check_length("labels", labels, len(ids), "input_ids")
+        _check_length("weights", weights, len(labels), "labels")
+        negative_ids = _table(example["negative_ids"]) if "negative_ids" in found else None
+        if negative_ids is not None:
+            _check_length("negative_ids", negative_ids, len(labels), "labels")
+        inputs = self._inputs_of(example, found, len(source), len(ids))
+        if self.encoder_decoder and bool((ids < 0).any()):
+            kept = int((ids >= 0).sum())
+            if bool((ids[:kept] < 0).any()):
+                raise ValueError(
+                    "labels: -100 before the last token of an encoder-decoder's example, which hides what its decoder "
+                    "is to read; expected the true ids, with weight 0 where nothing is to be learnt"
+                )
+            ids, labels, weights = ids[:kept], labels[:kept], weights[:kept]
+            negative_ids = None if negative_ids is None else negative_ids[:kept]
+            inputs = {
+                name: x[:kept] if name.startswith("decoder_") else x for name, x in inputs.items()
+            }
+        return self._cut(source, ids, labels, weights, negative_ids, example, inputs)
+
+    def _inputs_of(
+        self, example: Mapping[str, Any], found: set[str], source: int | None, length: int | None
+    ) -> dict[str, Tensor]:
+        """What the model's forward takes beside ids, of an example of ids with those lengths or of a text (None)."""
+        inputs: dict[str, Tensor] = {}
+        if "cu_seq_lens_q" in found and source is not None:
+            ends = _ids("cu_seq_lens_q", example["cu_seq_lens_q"])
+            if (
+                len(ends) < 2
+                or ends[0] != 0
+                or ends[-1] != source
+                or bool((ends.diff() <= 0).any())
+            ):
+                raise ValueError(
+                    f"cu_seq_lens_q: {ends.tolist()} of {source} tokens, expected numbers that rise from 0 to that"
+                )
+            inputs["position_ids"] = torch.cat([torch.arange(n) for n in ends.diff().tolist()])
+        for name in sorted(found - {*COLUMNS}):
+            if not self.takes(name):
+                if name == "position_ids" and source is not None:
+                    positions = _ids(name, example[name])
+                    if bool((positions[1:] == 0).any()):
+                        raise ValueError(
+                            "position_ids: begin again at 0 within an example, expected one text in each, as the "
+                            "model's forward does not take them"
+                        )
+                continue
+            if name in _OTHERS:
+                raise ValueError(
+                    f"{name}: a column of the examples, expected input_ids in its place"
+                )
+            inputs[name] = self._input(name, example[name], source, length)
+        return inputs
+
+    def _input(self, name: str, values: Any, source: int | None, length: int | None) -> Tensor:
+        try:
+            x = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name}: {type(values).__name__}, which the model's forward takes, but which is no tensor; expected "
+                "a number for each token, or images"
+            ) from None
+        if name == "pixel_values" and x.dim() == 3:
+            return x[None]
+        tokens = name.endswith(("attention_mask", "position_ids", "token_type_ids", "input_ids"))
+        if x.dim() > 1 and not tokens:
+            return x
+        of, expected = ("labels", length) if name.startswith("decoder_") else ("input_ids", source)
+        if expected is None:
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)} beside a text, whose tokens are not known before; expected examples "
+                "of input_ids"
+            )
+        if x.shape != (expected,):
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)}, expected ({expected},), a number for each of {of}"
+            )
+        if name.endswith("attention_mask"):
+            if bool(((x != 0) & (x != 1)).any()):
+                other = x[(x != 0) & (x != 1)][0].item()
+                raise ValueError(f"{name}: holds {other}, expected 0 and 1")
+            return x.long()
+        return _ids(name, x) if tokens else x
+
+    def _cut(
+        self,
+        source: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        negative_ids: Tensor | None,
+        example: Mapping[str, Any],
+        inputs: dict[str, Tensor],
+    ) -> Row:
+        """The row, without the padding that the example has, and not longer than ``max_length``."""
+        hidden = _hidden(example)
+        kept = _unpadded(inputs.get("attention_mask"), len(source))
+        own = (
+            _unpadded(inputs.get("decoder_attention_mask"), len(ids))
+            if self.encoder_decoder
+            else kept
+        )
+        if hidden is not None and len(hidden) == len(ids):
+            hidden = hidden[own]
+        elif hidden is not None:
+            _check_length(
+                "ref_hidden_states", hidden, len(ids[own][: self.max_length]), "the tokens"
+            )
+        tokens, own_tokens = len(source), len(ids)
+
+        def clipped(x: Tensor, where: slice) -> Tensor:
+            return x[where][: self.max_length]
+
+        before = _counts(labels[own], weights[own], self.encoder_decoder)
+        inputs = {
+            name: clipped(x, own if name.startswith("decoder_") else kept)
+            if x.dim() == 1 and len(x) == (own_tokens if name.startswith("decoder_") else tokens)
+            else x
+            for name, x in inputs.items()
+        }
+        labels, weights = clipped(labels, own), clipped(weights, own)
+        return Row(
+            source=clipped(source, kept),
+            ids=clipped(ids, own),
+            labels=labels,
+            weights=weights,
+            negative_ids=None if negative_ids is None else clipped(negative_ids, own),
+            ref_hidden_states=None if hidden is None else hidden[: self.max_length],
+            inputs=inputs,
+            lost=before and not _counts(labels, weights, self.encoder_decoder),
+        )
+
+
+def _unpadded(mask: Tensor | None, length: int) -> slice:
+    """The tokens between the first and the last that a mask keeps."""
+    if mask is None:
+        return slice(0, length)
+    there = mask.nonzero()
+    return slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
+
+
+def _counts(labels: Tensor, weights: Tensor, encoder_decoder: bool) -> bool:
+    """Whether a row of these counts."""
+    counts = (labels != IGNORED) & (weights != 0)
+    return bool((counts if encoder_decoder else counts[1:]).any())
+
+
+def _names(found: set[str]) -> str:
+    return f"the columns {', '.join(sorted(found))}" if found else "no columns"
+
+
+def _ids(name: str, x: Any, ignored: bool = False) -> Tensor:
+    """(T,) int64 of ids, none of them negative; but -100 where ``ignored``."""
+    ids = torch.as_tensor(x)
+    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"{name}: shape {tuple(ids.shape)}, {ids.dtype}, expected (T,) integers")
+    ids = ids.long()
+    wrong = (ids < 0) & (ids != IGNORED) if ignored else ids < 0
+    if bool(wrong.any()):
+        also = f", or {IGNORED} where nothing is to be learnt" if ignored else ""
+        raise ValueError(f"{name}: holds {int(ids[wrong][0])}, expected ids from 0 on{also}")
+    return ids
+
+
+def _reals(name: str, x: Any) -> Tensor:
+    values = torch.as_tensor(x)
+    if values.dim() != 1:
+        raise ValueError(f"{name}: shape {tuple(values.shape)}, expected (T,)")
+    values = values.float()
+    if not bool(values.isfinite().all()):
+        wrong = values[~values.isfinite()][0].item()
+        raise ValueError(f"{name}: holds {wrong}, expected finite numbers")
+    return values
+
+
+def _table(x: Any) -> Tensor:
+    """Lists of ids, of any lengths, as (T, K), padded with -1."""
+    rows = [x] if isinstance(x, Tensor) and x.dim() == 2 else [torch.as_tensor(row) for row in x]
+    for row in rows:
+        if row.numel() and (row.is_floating_point() or row.dtype == torch.bool):
+            raise ValueError(f"negative_ids: {row.dtype}, expected integers")
+    if isinstance(x, Tensor) and x.dim() == 2:
+        table = x.long()
+    elif rows:
+        table = pad_sequence(
+            [row.long().view(-1) for row in rows], batch_first=True, padding_value=-1
+        )
+    else:
+        table = torch.empty(0, 0).long()
+    if table.numel() and int(table.min()) < -1:
+        raise ValueError(
+            f"negative_ids: holds {int(table.min())}, expected ids from 0 on, or -1 for none"
+        )
+    return table
+
+
+def _hidden(example: Mapping[str, Any]) -> Tensor | None:
+    hidden = example.get("ref_hidden_states")
+    return None if hidden is None else torch.as_tensor(hidden)
+
+
+def _check_length(name: str, x: Tensor, length: int, of: str) -> None:
+    if len(x) != length:
+        raise ValueError(f"{name}: {len(x)} of them, expected {length}, as many as {of}")
