@@ -170,12 +170,8 @@ class Reader:
         inputs: dict[str, Tensor] = {}
         if "cu_seq_lens_q" in found and source is not None:
             ends = _ids("cu_seq_lens_q", example["cu_seq_lens_q"])
-            if (
-                len(ends) < 2
-                or ends[0] != 0
-                or ends[-1] != source
-                or bool((ends.diff() <= 0).any())
-            ):
+            rising = len(ends) > 1 and bool((ends.diff() > 0).all())
+            if not rising or ends[0] != 0 or ends[-1] != source:
                 raise ValueError(
                     f"cu_seq_lens_q: {ends.tolist()} of {source} tokens, expected numbers that rise from 0 to that"
                 )
@@ -239,31 +235,24 @@ class Reader:
     ) -> Row:
         """The row, without the padding that the example has, and not longer than ``max_length``."""
         hidden = _hidden(example)
-        kept = _unpadded(inputs.get("attention_mask"), len(source))
-        own = (
-            _unpadded(inputs.get("decoder_attention_mask"), len(ids))
-            if self.encoder_decoder
-            else kept
-        )
+        kept = own = _unpadded(inputs.get("attention_mask"), len(source))
+        if self.encoder_decoder:
+            own = _unpadded(inputs.get("decoder_attention_mask"), len(ids))
         if hidden is not None and len(hidden) == len(ids):
             hidden = hidden[own]
         elif hidden is not None:
-            _check_length(
-                "ref_hidden_states", hidden, len(ids[own][: self.max_length]), "the tokens"
-            )
-        tokens, own_tokens = len(source), len(ids)
+            most = len(ids[own][: self.max_length])
+            _check_length("ref_hidden_states", hidden, most, "the tokens")
 
         def clipped(x: Tensor, where: slice) -> Tensor:
             return x[where][: self.max_length]
 
-        before = _counts(labels[own], weights[own], self.encoder_decoder)
+        counted = _counts(labels[own], weights[own], self.encoder_decoder)
+        labels, weights = clipped(labels, own), clipped(weights, own)
         inputs = {
-            name: clipped(x, own if name.startswith("decoder_") else kept)
-            if x.dim() == 1 and len(x) == (own_tokens if name.startswith("decoder_") else tokens)
-            else x
+            name: clipped(x, own if name.startswith("decoder_") else kept) if x.dim() == 1 else x
             for name, x in inputs.items()
         }
-        labels, weights = clipped(labels, own), clipped(weights, own)
         return Row(
             source=clipped(source, kept),
             ids=clipped(ids, own),
@@ -272,7 +261,7 @@ class Reader:
             negative_ids=None if negative_ids is None else clipped(negative_ids, own),
             ref_hidden_states=None if hidden is None else hidden[: self.max_length],
             inputs=inputs,
-            lost=before and not _counts(labels, weights, self.encoder_decoder),
+            lost=counted and not _counts(labels, weights, self.encoder_decoder),
         )
 
 
