@@ -494,3 +494,30 @@ def test_offsets_of_tokens():
     expected = [[0, 1], [1, 1], [1, 2], [1, 3], [3, 5], [5, 6], [5, 6], [5, 6]]
     assert token_offsets(tokens).tolist() == expected
     assert token_offsets([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tokenizers", "transformers"])
+def test_vocabularies_with_gaps(wrapped):
+    """Ids go beyond the number of tokens: those that do complete phrases too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {**{letter: n for n, letter in enumerate(alphabet)}, "damn": 400}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if wrapped:
+        transformers = pytest.importorskip("transformers")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    table = tnt.negative_ids_from_phrases(tokenizer, ["damn"])
+    assert 400 in table.negative_ids[table.start]
+    assert table.completed(torch.tensor([[400]])).item()
+
+
+def test_offsets_where_bytes_are_no_text():
+    """They count as decoders count: each wrong byte is a character of its own."""
+    tokens = [b"a", b"\x82", b"b", b"\xe2\x82", b"\xac", b"", b"\xe2", b"c"]
+    text = b"".join(tokens).decode("utf-8", "replace")
+    assert text == "a\ufffdb€\ufffdc"
+    found = token_offsets(tokens).tolist()
+    assert [text[begin:end] for begin, end in found[:5]] == ["a", "\ufffd", "b", "€", "€"]
+    assert found[5][0] == found[5][1]
+    assert text[found[7][0] : found[7][1]].endswith("c")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_tiny import VOCAB, tiny, tokenizer
+from hf_tiny import VOCAB, config, tiny, tokenizer, trained
 
 import tnt_kernels as tnt
+
+transformers = pytest.importorskip("transformers")
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|bot|>' }}{{ m['content'] }}"
@@ -197,3 +199,138 @@ def test_bad_examples(words, example, message):
 def test_texts_need_a_tokenizer():
     with pytest.raises(ValueError, match="tokenizer: None"):
         tnt.hf.TNTDataCollator()([{**TEXT, "negative_spans": []}])
+
+
+# --- Columns that go together ---------------------------------------------------------------------
+
+
+def test_a_completion_can_be_corrected(words):
+    """As ``generate_completions`` names what the model said."""
+    said = {"prompt": "the cat", "negative": " sat on the mat", "corrected": " sat on the dog"}
+    other = {**said, "completion": said["negative"]}
+    del other["negative"]
+    collate = tnt.hf.TNTDataCollator(words)
+    expected, found = collate([said]), collate([other])
+    assert (expected["weights"] < 0).any()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"negative": " dog"},
+        {"weights": [1, 1], "negative_spans": [(0, 2)]},
+        {"corrected": " dog", "negative_spans": [(0, 2)]},
+        {"corrected": " dog", "weights": [1, 1]},
+    ],
+)
+def test_columns_that_say_the_same(words, more):
+    with pytest.raises(ValueError, match=r"found the columns \w+, \w+, expected one of them alone"):
+        tnt.hf.TNTDataCollator(words)([{**TEXT, **more}])
+
+
+def test_spans_of_tables(words):
+    """Lists, tensors and arrays, and None where a row has none."""
+    datasets = pytest.importorskip("datasets")
+    columns = {"prompt": ["the", "a"], "completion": [" cat sat", " dog"]}
+    table = datasets.Dataset.from_dict({**columns, "negative_spans": [[[1, 4], [5, 8]], [[1, 4]]]})
+    collate = tnt.hf.TNTDataCollator(words)
+    batches = [
+        collate(list(x)) for x in (table, table.with_format("torch"), table.with_format("numpy"))
+    ]
+    assert (batches[0]["weights"] < 0).sum() == 3
+    for batch in batches[1:]:
+        assert all(torch.equal(batch[name], x) for name, x in batches[0].items())
+
+
+def test_tools_of_tables():
+    """A table gives every tool the keys of all; the prompt has only those that were there."""
+    datasets = pytest.importorskip("datasets")
+    template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + TEMPLATE
+    words = tokenizer(chat_template=template)
+
+    def tool(name):
+        return {"name": "f", "parameters": {name: {"type": "string"}}}
+
+    example = {
+        "messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}],
+        "negative_spans": [[0, 3]],
+        "tools": [tool("a"), tool("b")],
+    }
+    collate = tnt.hf.TNTDataCollator(words)
+    expected = collate([example])["input_ids"]
+    assert "null" not in words.decode(expected[0])
+    assert '{"a": {"type": "string"}}' in words.decode(expected[0])
+    table = datasets.Dataset.from_list([example])
+    assert torch.equal(collate(list(table))["input_ids"], expected)
+
+
+def test_a_processor_has_the_template(words):
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self, tokenizer, chat_template=None):
+            self.tokenizer, self.chat_template = tokenizer, chat_template
+
+    chat = {
+        "messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}],
+        "negative_spans": [(0, 3)],
+    }
+    plain = tokenizer()
+    expected = tnt.hf.TNTDataCollator(words)([chat])["input_ids"]
+    for processor in (Processor(plain, TEMPLATE), Processor(words)):
+        assert torch.equal(tnt.hf.TNTDataCollator(processor)([chat])["input_ids"], expected)
+    assert plain.chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length: 0, expected at least 1"),
+        ({"max_length": -1}, "max_length: -1"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of: -8"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        tnt.hf.TNTDataCollator(**options)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "examples: none, expected at least one"),
+        ([{"input_ids": [], "weights": []}], "input_ids: no tokens that are not padding"),
+        ([{"input_ids": [5], "weights": [1], "attention_mask": [0]}], "input_ids: no tokens"),
+        ([{"prompt": "", "completion": "the cat", "negative_spans": [(0, 3)]}], "on the first token of a text"),
+        ([{"input_ids": [5], "weights": [1], "ref_hidden_states": [1.0]}], r"ref_hidden_states: shape \(1,\)"),
+        ([{"input_ids": [5], "weights": [1], "ref_hidden_states": [[float("nan")]]}], "expected .*, finite"),
+        ([{"input_ids": [5], "weights": [1], "ref_hidden_states": torch.zeros(1, n)} for n in (2, 3)],
+         r"ref_hidden_states: shapes \(1, 2\), \(1, 3\), expected the same but for the first"),
+    ],
+)  # fmt: skip
+def test_bad_batches(words, examples, message):
+    with pytest.raises(ValueError, match=message):
+        tnt.hf.TNTDataCollator(words)(examples)
+
+
+def test_masks_of_images_are_no_masks_of_tokens():
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, pixel_values, pixel_attention_mask):
+            pass
+
+    example = {
+        "input_ids": [5, 6],
+        "weights": [0, 1],
+        "pixel_attention_mask": torch.ones(1, 2, 4, 4),
+    }
+    batch = tnt.hf.TNTDataCollator(model=Model())([example, example])
+    assert batch["pixel_attention_mask"].shape == (2, 2, 4, 4)
+
+
+def test_a_trainer_tells_the_collator_of_its_model(words, tmp_path):
+    """Also that it is an encoder-decoder."""
+    model = tiny("t5", vocab_size=len(words))
+    example = {"prompt": "the cat", "completion": "sat on", "negative_spans": [(0, 3)]}
+    trainer = trained(
+        model, config(tmp_path), [example] * 2, data_collator=tnt.hf.TNTDataCollator(words), processing_class=words
+    )  # fmt: skip
+    assert 0 < trainer.state.log_history[0]["negative_share"] < 1

@@ -570,3 +570,31 @@ def test_smollm2():
         counts = [text.count("naïve ☃") + text.count("damn cat") for text in texts_so_far]
         assert done == [after > before for before, after in itertools.pairwise(counts)]
         assert any(done)
+
+
+def test_a_template_that_reads_content_in_parts_alone():
+    """What it does not write would train nothing but its ends."""
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% for part in m['content'] %}"
+        "{{ part['text'] if part is mapping }}{% endfor %}</s>{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    texts = Texts(copy.deepcopy(build()))
+    texts.tokenizer.chat_template = template
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    with pytest.raises(ValueError, match="does not write the text of a message"):
+        texts.encode(prompt, "the damn cat")
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "the damn cat"}]}]
+    assert "the damn cat" in texts.tokenizer.decode(texts.encode(prompt, parts).completion)
+
+
+def test_stray_bytes_are_read_by_bytes(monkeypatch):
+    """As fast as other ids: not by decoding every beginning of them."""
+    texts = Texts(copy.deepcopy(build()))
+    stray = [i for i, x in enumerate(token_bytes(texts.tokenizer)) if x == b"\x82"]
+    ids = texts.tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    ids = [*ids, *stray, *ids]
+    monkeypatch.delattr(Texts, "_offsets_by_prefixes")
+    text = texts.tokenizer.decode(ids, skip_special_tokens=True)
+    found = texts.encode([5], ids, [(0, 3)])
+    assert [text[b:e] for b, e in found.offsets.tolist()][len(ids) // 2] == "\ufffd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import re
@@ -31,10 +32,11 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     backend = getattr(backend, "_tokenizer", backend)  # of ByteLevelBPETokenizer and its like
     if hasattr(tokenizer, "convert_ids_to_tokens"):
-        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        names = tokenizer.convert_ids_to_tokens(list(range(_size(tokenizer, len(tokenizer)))))
         special = set(tokenizer.all_special_ids)
     else:
-        names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+        size = _size(tokenizer, tokenizer.get_vocab_size())
+        names = [tokenizer.id_to_token(i) for i in range(size)]
         special = set()
     if hasattr(backend, "get_added_tokens_decoder"):
         added = backend.get_added_tokens_decoder()
@@ -67,15 +69,22 @@ def token_offsets(tokens: Sequence[bytes]) -> Tensor:
     """(T, 2) int64: where each token begins and ends in the text, counted in characters.
 
     Args:
-        tokens: the bytes of each token of a text, UTF-8 in total. One that holds a part of a character's bytes covers
-            that character; one without bytes covers nothing.
+        tokens: the bytes of each token of a text. What is no UTF-8 counts as U+FFFD, as in ``decode``. One that holds
+            a part of a character's bytes covers that character; one without bytes covers nothing.
     """
-    data = torch.frombuffer(bytearray(b"".join(tokens) + b" "), dtype=torch.uint8)
-    characters = ((data & 0xC0) != 0x80).long().cumsum(dim=0)  # begun up to and with each byte
-    ends = torch.tensor([len(token) for token in tokens], dtype=torch.int64).cumsum(dim=0)
-    begins = torch.nn.functional.pad(ends, (1, 0))[:-1]
-    first, beyond = characters[begins] - 1, characters[(ends - 1).clamp(min=0)]
-    return torch.stack((first, torch.where(ends > begins, beyond, first)), dim=1)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets, done = [], 0
+    for token in tokens:
+        begin = done
+        done += len(decoder.decode(token))
+        offsets.append((begin, done + bool(token and decoder.getstate()[0])))
+    return torch.tensor(offsets, dtype=torch.int64).view(-1, 2)
+
+
+def _size(tokenizer: Any, count: int) -> int:
+    """One more than the highest id: a vocabulary may have gaps."""
+    vocab = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(count, 1 + max(vocab.values(), default=-1))
 
 
 def _kinds(decoder: Any) -> list[str]:

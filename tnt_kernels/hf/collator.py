@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,10 @@ class TNTDataCollator:
       without ``labels``. Prompts have weight 0.
     - ``prompt``, ``completion`` and ``negative_spans``: texts, and the ``(begin, end)`` characters of the completion
       that are unwanted. With a list of messages as ``prompt`` (or ``messages``, the last of which is the completion),
-      the chat template makes the text; ``tools`` and ``chat_template_kwargs`` go to it. A plain text gets the special
-      tokens that the tokenizer adds, and an EOS at its end.
-    - ``prompt``, ``negative`` and ``corrected``: what the model said, and what it should have said.
+      the chat template makes the text; ``tools`` (without keys that are None, which a table adds) and
+      ``chat_template_kwargs`` go to it. A plain text gets the special tokens that the tokenizer adds, and an EOS at its
+      end.
+    - ``prompt``, ``negative`` (or ``completion``) and ``corrected``: what the model said, and what it should have said.
 
     A prompt or completion can also be a list of ids, as generated: it is never tokenised again, gets no EOS, and takes
     ``negative_spans`` of the decoded text or ``weights`` for each of its ids. ``ref_hidden_states`` (T, H) may come
@@ -82,36 +84,43 @@ class TNTDataCollator:
     vocab_size: int | None = None
     padding_free: bool = False
     _taken: frozenset[str] | None = field(default=None, init=False, repr=False)  # by the forward
-    _texts: Texts | None = field(default=None, init=False, repr=False)
+    _texts: Texts = field(init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        model = self.model
         if isinstance(self.tokenizer, ProcessorMixin):  # of texts and images
-            self.tokenizer = self.tokenizer.tokenizer
-        config = getattr(model, "config", None)
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        if self.encoder_decoder and self.padding_free:
-            raise ValueError("padding_free: True for an encoder-decoder model, expected False")
-        if not self.encoder_decoder:
-            self.model = None  # a worker of the data loader need not have it
-        if self.tokenizer is not None:
-            ends = ends_of(self.tokenizer, getattr(model, "generation_config", None))
-            self._texts = Texts(self.tokenizer, self.encoder_decoder, ends)
-        if model is not None:
-            self._taken = _taken_by(model)
+            template, self.tokenizer = self.tokenizer.chat_template, self.tokenizer.tokenizer
+            if template is not None and self.tokenizer.chat_template is None:
+                self.tokenizer = copy.copy(self.tokenizer)
+                self.tokenizer.chat_template = template
+        for name in ("max_length", "pad_to_multiple_of"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: {number}, expected at least 1")
+        self._learn(self.model)
 
     def learn(self, model: Any, vocab_size: int | None) -> None:
         """Takes from ``model`` what has not been said yet: what its forward takes, its ends, its vocabulary."""
         if self.vocab_size is None:
             self.vocab_size = vocab_size
         if self._taken is None:
+            self._learn(model)
+
+    def _learn(self, model: Any) -> None:
+        self.encoder_decoder = bool(
+            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        )
+        if self.encoder_decoder and self.padding_free:
+            raise ValueError("padding_free: True for an encoder-decoder model, expected False")
+        self.model = model if self.encoder_decoder else None  # a worker need not have it otherwise
+        if model is not None:
             self._taken = _taken_by(model)
-            if self._texts is not None:
-                ends = ends_of(self.tokenizer, getattr(model, "generation_config", None))
-                self._texts = Texts(self.tokenizer, self.encoder_decoder, ends)
+        ends = ends_of(self.tokenizer, getattr(model, "generation_config", None))
+        self._texts = Texts(self.tokenizer, self.encoder_decoder, ends)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not len(examples):
+            raise ValueError("examples: none, expected at least one")
         rows = self._rows(examples)
         self._warn_of_lost_rows(rows)
         taken = self._taken or frozenset()
@@ -175,7 +184,7 @@ class TNTDataCollator:
         if self.encoder_decoder and "decoder_input_ids" not in batch:
             shift = self.model.prepare_decoder_input_ids_from_labels
             # One by one, as some models look for the last token that is no padding.
-            shifted = [shift(labels=row.ids[None])[0] if len(row.ids) else row.ids for row in rows]
+            shifted = [shift(labels=row.ids[None])[0] for row in rows]
             batch["decoder_input_ids"] = join(shifted, pad)
         batch |= {"labels": join(labels, IGNORED), "weights": join(weights, 0.0)}
         negative_ids = self._negative_ids(rows, starts, join)
@@ -307,3 +316,6 @@ def _check_all(name: str, values: Sequence[Tensor], rows: Sequence[Row]) -> None
         raise ValueError(
             f"{name}: in {len(values)} of {len(rows)} examples, expected in all or in none"
         )
+    if len({x.shape[1:] for x in values}) > 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in values)
+        raise ValueError(f"{name}: shapes {shapes}, expected the same but for the first dimension")

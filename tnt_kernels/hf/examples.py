@@ -27,6 +27,10 @@ _KINDS = (
 _USUAL = frozenset(
     ("attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "decoder_attention_mask", "pixel_values")
 )  # fmt: skip
+#: What of it has a number for each token; others whose names end so speak of images and sounds.
+_OF_TOKENS = frozenset(
+    ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+)
 #: What forwards take and no example can have.
 _OTHERS = (
     "inputs_embeds", "decoder_inputs_embeds", "past_key_values", "encoder_outputs", "cache_position",
@@ -52,14 +56,14 @@ class Reader:
     """Reads examples of the kinds that :class:`TNTDataCollator` takes.
 
     Args:
-        texts: encodes texts. None: there is no tokenizer.
+        texts: encodes texts, if it has a tokenizer.
         taken: what the model's forward takes. None: not known.
         encoder_decoder: whether labels speak of another text than ``input_ids``.
         max_length, spans, correction: the collator's.
         phrases: whether phrases say what is unwanted, so that examples need not.
     """
 
-    texts: Texts | None
+    texts: Texts
     taken: frozenset[str] | None
     encoder_decoder: bool
     max_length: int | None
@@ -78,6 +82,8 @@ class Reader:
             messages = list(example["messages"])
             example = {**example, "prompt": messages[:-1], "completion": messages[-1:]}
             found |= {"prompt", "completion"}
+        _check_one(found & {"completion", "negative"})
+        _check_one(found & {"negative_spans", "weights", "corrected"})
         said = "completion" if "completion" in found else "negative"
         if not {"prompt", said} <= found or (said == "negative" and "corrected" not in found):
             raise ValueError(f"examples: found {_names(found)}, expected {_KINDS}")
@@ -86,10 +92,10 @@ class Reader:
             raise ValueError(
                 f"examples: found {_names(found)}, nothing that says what is unwanted; expected {_KINDS}"
             )
-        spans = () if said == "negative" or "weights" in found else example.get("negative_spans")
-        text = self._encoded(example, said, spans or ())
+        spans = example["negative_spans"] if "negative_spans" in found else ()
+        text = self._encoded(example, said, spans)
         completion, prompt = _ids("completion", text.completion), _ids("prompt", text.prompt)
-        if said == "negative":
+        if "corrected" in found:
             corrected = self._encoded(example, "corrected", ())
             weights = weights_from_correction(
                 text.completion, corrected.completion, self.correction, pad_id=-1
@@ -100,6 +106,10 @@ class Reader:
         else:
             mask = torch.ones(len(completion))
             weights = weights_from_spans(text.offsets, text.spans, self.spans, mask=mask)
+            if not self.encoder_decoder and len(weights) and not len(prompt) and weights[0] < 0:
+                raise ValueError(
+                    "negative_spans: on the first token of a text, which nothing predicts, expected a prompt before it"
+                )
         weights = weights * text.said
         negative_ids = None
         if "negative_ids" in found:
@@ -119,11 +129,9 @@ class Reader:
     def _encoded(
         self, example: Mapping[str, Any], said: str, spans: Sequence[Sequence[int]]
     ) -> Text:
-        if self.texts is None:
-            raise ValueError("tokenizer: None, expected a tokenizer, because examples have prompts")
         template = dict(example.get("chat_template_kwargs") or {})
         if example.get("tools") is not None:
-            template["tools"] = example["tools"]
+            template["tools"] = _filled(example["tools"])
         return self.texts.encode(example["prompt"], example[said], spans, **template)
 
     def _of_ids(self, example: Mapping[str, Any], found: set[str]) -> Row:
@@ -203,8 +211,8 @@ class Reader:
             ) from None
         if name == "pixel_values" and x.dim() == 3:
             return x[None]
-        tokens = name.endswith(("attention_mask", "position_ids", "token_type_ids", "input_ids"))
-        if x.dim() > 1 and not tokens:
+        each_token = name.removeprefix("decoder_") in _OF_TOKENS
+        if x.dim() > 1 and not each_token:
             return x
         of, expected = ("labels", length) if name.startswith("decoder_") else ("input_ids", source)
         if expected is None:
@@ -221,7 +229,7 @@ class Reader:
                 other = x[(x != 0) & (x != 1)][0].item()
                 raise ValueError(f"{name}: holds {other}, expected 0 and 1")
             return x.long()
-        return _ids(name, x) if tokens else x
+        return _ids(name, x) if each_token else x
 
     def _cut(
         self,
@@ -249,6 +257,9 @@ class Reader:
 
         counted = _counts(labels[own], weights[own], self.encoder_decoder)
         labels, weights = clipped(labels, own), clipped(weights, own)
+        for name, x in (("input_ids", source[kept]), ("labels", ids[own])):
+            if not len(x):
+                raise ValueError(f"{name}: no tokens that are not padding, expected at least one")
         inputs = {
             name: clipped(x, own if name.startswith("decoder_") else kept) if x.dim() == 1 else x
             for name, x in inputs.items()
@@ -279,8 +290,20 @@ def _counts(labels: Tensor, weights: Tensor, encoder_decoder: bool) -> bool:
     return bool((counts if encoder_decoder else counts[1:]).any())
 
 
+def _check_one(found: set[str]) -> None:
+    if len(found) > 1:
+        raise ValueError(f"examples: found {_names(found)}, expected one of them alone")
+
+
 def _names(found: set[str]) -> str:
     return f"the columns {', '.join(sorted(found))}" if found else "no columns"
+
+
+def _filled(x: Any) -> Any:
+    """Without the keys that are None: Arrow gives every tool of a column the keys of all."""
+    if isinstance(x, Mapping):
+        return {key: _filled(value) for key, value in x.items() if value is not None}
+    return [_filled(value) for value in x] if isinstance(x, (list, tuple)) else x
 
 
 def _ids(name: str, x: Any, ignored: bool = False) -> Tensor:
@@ -329,8 +352,14 @@ def _table(x: Any) -> Tensor:
 
 
 def _hidden(example: Mapping[str, Any]) -> Tensor | None:
-    hidden = example.get("ref_hidden_states")
-    return None if hidden is None else torch.as_tensor(hidden)
+    if example.get("ref_hidden_states") is None:
+        return None
+    hidden = torch.as_tensor(example["ref_hidden_states"])
+    if hidden.dim() != 2 or not hidden.is_floating_point() or not bool(hidden.isfinite().all()):
+        raise ValueError(
+            f"ref_hidden_states: shape {tuple(hidden.shape)}, {hidden.dtype}, expected (T, H), finite"
+        )
+    return hidden
 
 
 def _check_length(name: str, x: Tensor, length: int, of: str) -> None:

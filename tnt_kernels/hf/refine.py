@@ -40,6 +40,7 @@ def generate_completions(
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> list[Example]:
     """What the model says, as examples for :class:`TNTDataCollator`.
@@ -53,6 +54,7 @@ def generate_completions(
         tokenizer: of the model.
         prompts: texts, chats (lists of messages) or ids.
         batch_size: prompts in a batch.
+        chat_template_kwargs: what the chat template reads beside the messages, as ``tools``.
         generation: keywords of ``generate``, over those of the generation config.
 
     Returns:
@@ -86,7 +88,8 @@ def generate_completions(
                 "expected a forced_eos_token_id, neither stop_strings nor max_time"
             )
     ends = ends_of(tokenizer, config)
-    sources = _ids_of(prompts, Texts(tokenizer, encoder_decoder, ends))
+    texts = Texts(tokenizer, encoder_decoder, ends)
+    sources = _ids_of(prompts, texts, chat_template_kwargs or {})
     stop = None
     if config.stop_strings is not None:
         stop = StopStringCriteria(tokenizer, config.stop_strings)
@@ -165,12 +168,14 @@ def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
             module.training = True
 
 
-def _ids_of(prompts: Sequence[Prompt], texts: Texts) -> list[list[int]]:
+def _ids_of(
+    prompts: Sequence[Prompt], texts: Texts, template: Mapping[str, Any]
+) -> list[list[int]]:
     if isinstance(prompts, str) or any(isinstance(x, (int, Mapping)) for x in prompts):
         raise ValueError(
             "prompts: a single prompt, expected a list of texts, chats or lists of ids"
         )
-    sources = [texts.prompt_ids(prompt) for prompt in prompts]
+    sources = [texts.prompt_ids(prompt, **template) for prompt in prompts]
     for number, ids in enumerate(sources):
         if not ids:
             raise ValueError(f"prompts: number {number} has no tokens, expected one at least")

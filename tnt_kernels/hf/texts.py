@@ -174,19 +174,25 @@ class Texts:
         if not whole.startswith(before):
             raise ValueError(
                 "prompt: the chat template writes it in another way once the completion follows; expected a template "
-                "whose text of the prompt is the beginning of the whole"
+                "whose text of the prompt is the beginning of the whole, or a completion of ids, as generated"
+            )
+        content = message.get("content")
+
+        def render(text: str) -> str:
+            return self._render([*prompt, {**message, "content": text}], template)
+
+        written = not isinstance(content, str) or content.strip() in whole[len(before) :]
+        if not written and render(f"x{content}x") == whole:
+            raise ValueError(
+                "completion: the chat template does not write the text of a message, expected content in the form "
+                "that it reads, or ids"
             )
         if spans:
-            content = message.get("content")
             if not isinstance(content, str):
                 raise ValueError(
                     f"negative_spans: in a completion whose content is {type(content).__name__}, expected a text"
                 )
             _check_spans(spans, len(content))
-
-            def render(text: str) -> str:
-                return self._render([*prompt, {**message, "content": text}], template)
-
             found = _places(render, whole, content, spans)
             spans = [(begin - len(before), end - len(before)) for begin, end in found]
         source, target = self._split(self._encoded(whole, special=False), len(before))
@@ -351,8 +357,7 @@ class Texts:
         tokens = [known[i] if i < len(known) and i not in self._special else b"" for i in ids]
         joined = b"".join(tokens).decode("utf-8", "replace")
         offsets = token_offsets(tokens)
-        counted = int(offsets[-1, 1]) if len(offsets) else 0
-        if counted != len(joined) or joined.strip(" ") != text.strip(" "):
+        if joined.strip(" ") != text.strip(" "):
             return None
         dropped = len(joined) - len(joined.lstrip(" ")) - (len(text) - len(text.lstrip(" ")))
         return [(b, e) for b, e in (offsets - dropped).clamp(0, len(text)).tolist()]
