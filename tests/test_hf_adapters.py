@@ -11,6 +11,7 @@ from hf_tiny import annotated, assert_same, config, parameters, tiny, tokenizer,
 
 import tnt_kernels as tnt
 from tnt_kernels.hf import reference as originals
+from tnt_kernels.hf.dropout import disable_dropout
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -380,3 +381,148 @@ def test_the_base_is_the_reference_of_any_kind_of_adapter(kind, tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# --- A reference that would not be the original -------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["base", "start"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_what_begins_to_train_later_is_noticed(fused, start, tmp_path):
+    """As gradual unfreezing does, after the reference was taken."""
+    args = config(tmp_path, fused_linear=fused, adapter_reference=start)
+    trainer = tnt.hf.TNTTrainer(adapted(), args, train_dataset=annotated(8))
+    unfrozen(trainer.model)
+    with pytest.raises(ValueError, match=r"model: \d+ parameters that its reference reads train"):
+        trainer.train()
+    model = adapted()
+    function = tnt.hf.compute_loss_func(model, adapter_reference=start)
+    unfrozen(model)
+    batch = tnt.hf.TNTDataCollator(model=model)(annotated(8))
+    outputs = model(**{name: x for name, x in batch.items() if name != "labels"})
+    with pytest.raises(ValueError, match="that its reference reads train"):
+        function(outputs, batch["labels"])
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_adapters_that_change_their_base(kind, tmp_path):
+    """Without them it is not the original; with them as they start it is."""
+    base = tiny("llama")
+    model = peft.get_peft_model(copy.deepcopy(base), lora(init_lora_weights=kind))
+    with pytest.raises(
+        ValueError, match=f"init_lora_weights='{kind}' of the adapter 'default' takes"
+    ):
+        tnt.hf.TNTTrainer(model, config(tmp_path))
+    with pytest.raises(ValueError, match="adapter_reference='start', or a ref_model"):
+        tnt.hf.compute_loss_func(model)
+    examples, losses = annotated(16), []
+    for ref_model, start in ((base, "base"), (None, "start")):
+        args = config(tmp_path, adapter_reference=start, max_steps=2)
+        trainer = trained(copy.deepcopy(model), args, examples, ref_model=ref_model)
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_adapters_that_are_merged_are_refused(tmp_path):
+    model = adapted()
+    model.merge_adapter()
+    for start in ("base", "start"):
+        with pytest.raises(ValueError, match="model: its adapters are merged into the base"):
+            tnt.hf.TNTTrainer(model, config(tmp_path, adapter_reference=start))
+
+
+def test_a_reference_that_shares_parameters_is_refused(tmp_path):
+    """It would be frozen with the model, or train with it."""
+    model, other = tiny("llama"), tiny("llama", seed=1)
+    other.model.embed_tokens = model.model.embed_tokens
+    for ref_model in (other, model):
+        with pytest.raises(
+            ValueError, match=r"ref_model: \d+ of its parameters are the model's own"
+        ):
+            tnt.hf.compute_loss_func(model, ref_model)
+    with pytest.raises(ValueError, match="ref_model: 1 of its parameters are the model's own"):
+        tnt.hf.TNTTrainer(model, config(tmp_path), ref_model=other)
+    assert all(x.requires_grad for x in model.parameters())
+    model = adapted(init_lora_weights=True)  # the base of adapters does not train and may be shared
+    expected = log_of(copy.deepcopy(model), tmp_path)
+    found = log_of(model, tmp_path, ref_model=adapted(init_lora_weights=True).get_base_model())
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+
+
+def test_hidden_states_of_a_reference_that_is_given(tmp_path):
+    """They are not the base's, and the base is not asked for them."""
+    model, original, examples = (
+        adapted(init_lora_weights=True),
+        tiny("llama", seed=1).double(),
+        annotated(8),
+    )
+    expected = log_of(copy.deepcopy(model), tmp_path, ref_model=copy.deepcopy(original))
+    more = tnt.hf.precompute_reference(original, examples, tnt.hf.TNTDataCollator())
+    found = log_of(model, tmp_path, more, precomputed_reference=True, ref_model=original)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+@pytest.mark.parametrize("start", ["base", "start"])
+def test_runs_that_go_on(start, precomputed, tmp_path, said):
+    """They have the same reference, biases that train and precomputed hidden states too, and nothing is said."""
+    examples, args = annotated(16), {
+        "adapter_reference": start, "precomputed_reference": precomputed, "max_steps": 4, "learning_rate": 1.0,
+        "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+
+    def make():
+        return adapted(bias="all", attention_bias=True, init_lora_weights=start == "base")
+
+    if precomputed:
+        model = make()
+        with originals.original_of(model, None, start).running(model):
+            examples = tnt.hf.precompute_reference(model, examples, tnt.hf.TNTDataCollator())
+    whole = trained(make(), config(tmp_path / "a", **args), examples)
+    resumed = tnt.hf.TNTTrainer(make(), config(tmp_path / "b", **args), train_dataset=examples)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same(parameters(whole.model), parameters(resumed.model), parameters(make()), 1e-6)
+    assert not any("adapters change it" in message for message in said())
+
+
+def test_adapters_that_are_loaded_frozen_are_said(tmp_path):
+    adapted().save_pretrained(tmp_path / "adapter")
+    frozen = peft.PeftModel.from_pretrained(tiny("llama").double(), tmp_path / "adapter")
+    trainer = tnt.hf.TNTTrainer(frozen, config(tmp_path), train_dataset=annotated(8))
+    with pytest.raises(
+        ValueError, match=r"none of its parameters requires a gradient.*is_trainable=True"
+    ):
+        trainer.train()
+
+
+def test_fresh_adapters_on_an_update_are_said(tmp_path, said):
+    trained(tiny("llama"), config(tmp_path), annotated(8)).save_model(str(tmp_path / "done"))
+    updated = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "done")
+    tnt.hf.TNTTrainer(peft.get_peft_model(updated, lora()), config(tmp_path))
+    assert any("becomes its own reference" in message for message in said())
+    plain, wrapped = tiny("llama"), peft.get_peft_model(tiny("llama"), lora())
+    assert originals.fingerprint(plain) == originals.fingerprint(wrapped, without_adapters=True)
+
+
+def test_a_tied_head_that_is_saved_with_the_adapter(tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    model = peft.get_peft_model(model, lora(init_lora_weights=True, **options))
+    log = log_of(model, tmp_path)
+    assert log["positive_kl"] < 1e-9
+
+
+def test_a_loss_function_notices_dropout(said):
+    model = tiny("gpt2", resid_pdrop=0.5).train()
+    batch = tnt.hf.TNTDataCollator(model=model)(annotated(8))
+    function = tnt.hf.compute_loss_func(model)
+    for _ in range(2):
+        outputs = model(**{name: x for name, x in batch.items() if name != "labels"})
+        function(outputs, batch["labels"])
+    assert sum("dropout is on in it" in message for message in said()) == 1
+    disable_dropout(model)
+    quiet = tnt.hf.compute_loss_func(model)
+    function.remove()
+    outputs = model(**{name: x for name, x in batch.items() if name != "labels"})
+    quiet(outputs, batch["labels"])
+    assert len(said()) == 1

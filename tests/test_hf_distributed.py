@@ -36,6 +36,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     }  # fmt: skip
     found = {f"{kind}-{fused}": replicated(folder, kind, fused) for kind, fused in CASES}
     found |= {f"sharded-{fused}": sharded(rank, folder, fused) for fused in (True, False)}
+    torch.save(packed(rank, folder), f"{folder}/packed-{rank}.pt")
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -61,16 +62,8 @@ def replicated(folder: str, kind: str, fused: bool) -> dict[str, object]:
 
 def sharded(rank: int, folder: str, fused: bool) -> dict[str, torch.Tensor]:
     """FSDP2, in the units that accelerate makes, which itself has it on GPUs alone."""
-    from torch.distributed.fsdp import fully_shard
-
     args = config(folder, ddp_backend="gloo", **options(fused))
-    trainer = tnt.hf.TNTTrainer(tiny("llama"), args, ref_model=tiny("llama", seed=1))
-    mesh = dist.init_device_mesh("cpu", (2,))
-    for model in (trainer.model, trainer.ref_model):
-        for part in (*model.model.layers, model.model.embed_tokens):
-            fully_shard(part, mesh=mesh)
-        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh)
+    trainer = fully_sharded(tnt.hf.TNTTrainer(tiny("llama"), args, ref_model=tiny("llama", seed=1)))
     for _ in range(2):
         trainer.model.zero_grad()
         batch = trainer.data_collator(annotated(8)[rank::2])
@@ -80,6 +73,31 @@ def sharded(rank: int, folder: str, fused: bool) -> dict[str, torch.Tensor]:
     return {name: x.grad.full_tensor() for name, x in trainer.model.named_parameters()}
 
 
+def fully_sharded(trainer):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for model in (trainer.model, trainer.ref_model):
+        for part in (*model.model.layers, model.model.embed_tokens):
+            fully_shard(part, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+    trainer.is_fsdp_enabled = True
+    return trainer
+
+
+TEXTS = (slice(0, 4), slice(4, 5))  # of each process: several in its row, and one
+
+
+def packed(rank: int, folder: str) -> float:
+    """One process has texts to look at, the other has none, and both run the same forwards."""
+    args = config(folder, ddp_backend="gloo", **options(True))
+    trainer = fully_sharded(tnt.hf.TNTTrainer(tiny("llama"), args, ref_model=tiny("llama", seed=1)))
+    trainer.data_collator.padding_free = True
+    batch = trainer.data_collator(annotated(8)[TEXTS[rank]])
+    return trainer.compute_loss(trainer.model.train(), batch).item()
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
@@ -87,7 +105,9 @@ def found(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, args=(str(folder), port), nprocs=2)
-    return torch.load(folder / "found.pt", weights_only=False)
+    found = torch.load(folder / "found.pt", weights_only=False)
+    found["packed"] = [torch.load(folder / f"packed-{rank}.pt") for rank in range(2)]
+    return found
 
 
 @pytest.mark.parametrize(("kind", "fused"), CASES)
@@ -118,3 +138,12 @@ def test_shards(found, fused, tmp_path):
         torch.testing.assert_close(
             found[f"sharded-{fused}"][name], x.grad, rtol=1e-3, atol=1e-5, msg=name
         )
+
+
+def test_shards_of_packed_rows(found, tmp_path):
+    trainer = tnt.hf.TNTTrainer(
+        tiny("llama"), config(tmp_path, **options(True)), ref_model=tiny("llama", seed=1)
+    )
+    for texts, loss in zip(TEXTS, found["packed"], strict=True):
+        batch = trainer.data_collator(annotated(8)[texts])
+        assert loss == pytest.approx(trainer.compute_loss(trainer.model, batch).item(), rel=1e-5)

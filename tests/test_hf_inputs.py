@@ -10,6 +10,8 @@ import torch
 from hf_tiny import VOCAB, annotated, assert_same, config, parameters, tiny, tokenizer, trained
 
 import tnt_kernels as tnt
+from tnt_kernels.hf.dropout import disable_dropout
+from tnt_kernels.hf.rows import CountedRows
 
 transformers = pytest.importorskip("transformers")
 
@@ -281,6 +283,62 @@ def test_a_flattening_collator_of_transformers(tmp_path):
     batch["weights"] = torch.cat([x["weights"] for x in examples])[None]
     found = loss_and_gradients(*models, batch, tmp_path)
     assert_same_step(expected_step(models, examples, tmp_path), found)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_loss_function_separates_texts(kind, tmp_path):
+    """The model in training makes no cache, with which transformers would take a row for one text."""
+    models, examples = pair(kind, use_cache=True), annotated(6)
+    disable_dropout(models[0])
+    expected = expected_step(models, examples, tmp_path)
+    batch = tnt.hf.TNTDataCollator(model=models[0], padding_free=True)(examples)
+    models[0].config.use_cache = True
+    function = tnt.hf.compute_loss_func(*models)
+    outputs = models[0](**{name: x for name, x in batch.items() if name != "labels"})
+    assert function(outputs, batch["labels"]).item() == pytest.approx(expected[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_packing_in_mixed_precision(kind, tmp_path):
+    """Its rounding is not taken for texts that see each other."""
+    for seed in range(3):
+        model = tiny(kind, seed=seed, num_hidden_layers=8)
+        collate = tnt.hf.TNTDataCollator(model=model, padding_free=True)
+        trainer = trained(model, config(tmp_path, bf16=True), annotated(8), data_collator=collate)
+        assert trainer._packing_seen
+    native = tiny(kind, num_hidden_layers=8).bfloat16()
+    assert trained(native, config(tmp_path), annotated(8), data_collator=collate)._packing_seen
+
+
+def test_packed_rows_are_looked_at_whatever_came_before(tmp_path):
+    """An evaluation, or batches of single texts; a batch says so itself, so that no device is asked."""
+    examples = annotated(6)
+    trainer = tnt.hf.TNTTrainer(tiny("llama"), config(tmp_path), eval_dataset=examples)
+    trainer.evaluate()
+    batch = trainer.data_collator([packed(examples)])
+    masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    trainer.model.train()
+    with pytest.raises(ValueError, match="they see each other"):
+        trainer.compute_loss(trainer.model, masked)
+    trainer = tnt.hf.TNTTrainer(tiny("llama"), config(tmp_path))
+    trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    with pytest.raises(ValueError, match="they see each other"):
+        trainer.compute_loss(trainer.model, {**masked, "several_texts": True})
+    counted = CountedRows(tnt.hf.TNTDataCollator(model=trainer.model), True)
+    assert counted([packed(examples)])["several_texts"]
+    assert not counted(examples)["several_texts"]
+    left = tnt.hf.TNTDataCollator(tokenizer(padding_side="left"), trainer.model)
+    assert not CountedRows(left, True)(examples)["several_texts"]
+    assert CountedRows(left, True)([packed(examples[:2]), examples[2]])["several_texts"]
+
+
+def test_a_model_made_anew_separates_texts(tmp_path):
+    trainer = tnt.hf.TNTTrainer(
+        args=config(tmp_path), train_dataset=annotated(8), model_init=lambda: tiny("llama"),
+        data_collator=tnt.hf.TNTDataCollator(model=tiny("llama"), padding_free=True),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._packing_seen
 
 
 # --- Images and others ----------------------------------------------------------------------------------

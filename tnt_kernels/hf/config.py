@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from tnt_kernels.hf.reference import check_adapter_reference
 from tnt_kernels.objectives import resolve_method
 
 
@@ -76,10 +77,7 @@ class TNTConfig(TrainingArguments):
         resolve_method(self.method)
         if self.smoothing not in ("negatives", "uniform"):
             raise ValueError(f"smoothing is {self.smoothing!r}, expected 'negatives' or 'uniform'")
-        if self.adapter_reference not in ("base", "start"):
-            raise ValueError(
-                f"adapter_reference is {self.adapter_reference!r}, expected 'base' or 'start'"
-            )
+        check_adapter_reference(self.adapter_reference)
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected a number above 0")
         if self.label_smoothing_factor:

@@ -15,14 +15,15 @@ from tnt_kernels.hf.reference import (
     Original,
     as_it_is,
     base_of,
-    is_peft,
     learns_prompts,
-    original_of,
     virtual_tokens,
 )
-from tnt_kernels.hf.rows import first_tokens
+from tnt_kernels.hf.rows import later_texts
 
 logger = logging.get_logger(__name__)
+#: How far apart, relative to their norm, hidden states are at most because of other lengths of rows and sums in another
+#: order; texts that see each other are farther.
+_OTHER_SUMS, _OTHER_SUMS_16_BIT = 0.01, 0.1
 Inputs = dict[str, Any]
 
 
@@ -54,19 +55,16 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
 
 
 def check_precomputed(
-    forwards: Forwards, model: nn.Module, adapter_reference: str, ref_hidden: Tensor, inputs: Inputs
+    forwards: Forwards, model: nn.Module, original: Original, ref_hidden: Tensor, inputs: Inputs
 ) -> None:
-    """That precomputed hidden states are those of the reference, where adapters leave it to compare with."""
-    if not is_peft(model):
-        return
-    original = original_of(model, None, adapter_reference)
+    """That precomputed hidden states are those of the reference."""
     with original.running(model) as module:
         theirs = forwards.said(module, inputs)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == ref_hidden.shape[:2]:
         ref_hidden, theirs = (x * mask[..., None].to(x) for x in (ref_hidden, theirs))
-    distance, tolerance = apart(theirs, ref_hidden.to(theirs))
-    if distance > tolerance:
+    distance = apart(theirs, ref_hidden.to(theirs))[0]
+    if distance > _other_sums(forwards, theirs):
         raise ValueError(
             f"ref_hidden_states: {distance:.2g} apart, relative to their norm, from those of this trainer's "
             f"reference, the model {'without its adapters' if original.without_adapters else 'as it is'}; expected "
@@ -96,39 +94,38 @@ def say_that_adapters_are_trained(distance: float) -> None:
     )
 
 
-def check_packing(forwards: Forwards, models: Sequence[nn.Module], inputs: Inputs) -> bool:
+def check_packing(
+    forwards: Forwards, models: Sequence[nn.Module], inputs: Inputs, together: bool
+) -> bool:
     """That texts in one row do not see each other: one of them is run alone.
+
+    Args:
+        forwards, models, inputs: runs the models on a batch.
+        together: every process asks at the same time. Then those without such a row run the same forwards, as FSDP
+            gathers parameters in all of them at once.
 
     Returns:
         Whether there was a row with more than one.
     """
     ids = inputs.get("input_ids")
-    starts = None if ids is None else first_tokens(inputs, ids.shape)
-    if ids is None or starts is None:
+    texts = [] if ids is None else _later_texts(forwards.unwrapped(models[0]), ids, inputs)
+    found = bool(texts)
+    if together:
+        flag = torch.tensor([int(found)], device=forwards.accelerator.device)
+        found = bool(forwards.accelerator.gather(flag).any())
+    if not found or ids is None:
         return False
-    starts = starts[:, 1:]
-    if "attention_mask" in inputs:  # positions of padding say nothing
-        there = inputs["attention_mask"] != 0
-        starts = starts & there[:, 1:] & there[:, :-1]
-    texts = []
-    images = _image_tokens(forwards.unwrapped(models[0]))
-    for row, place in starts.nonzero().tolist():
-        ends = starts[row, place + 1 :].nonzero()
-        end = place + 2 + int(ends[0]) if len(ends) else ids.size(1)
-        if not images & {*ids[row, place + 1 : end].tolist()}:
-            texts.append((row, place + 1, end))
-    if not texts:
-        return False
+    texts = texts or [(0, 0, ids.size(1))]
     row, begin, end = max(texts, key=lambda text: text[2] - text[1])
     alone = {
-        name: x[min(row, len(x) - 1)][None, begin:end]
+        name: x[min(row, len(x) - 1)][None, begin:end]  # positions may be one row for all
         for name, x in inputs.items()
         if isinstance(x, Tensor) and x.dim() == 2 and x.size(1) == ids.size(1)
     }
     for model in models:
-        together = forwards.said(model, inputs)[row, begin:end]
-        distance, tolerance = apart(together, forwards.said(model, alone)[0])
-        if distance > tolerance:
+        single = forwards.said(model, alone)[0]
+        distance = apart(forwards.said(model, inputs)[row, begin:end], single)[0]
+        if distance > _other_sums(forwards, single):
             raise ValueError(
                 "position_ids: several texts in a row, but in "
                 f"{type(base_of(forwards.unwrapped(model))).__name__} they see each other (hidden states are "
@@ -136,6 +133,26 @@ def check_packing(forwards: Forwards, models: Sequence[nn.Module], inputs: Input
                 "attention_mask beside such position_ids, a model that takes them, or one text in a row"
             )
     return True
+
+
+def _later_texts(model: Any, ids: Tensor, inputs: Inputs) -> list[tuple[int, int, int]]:
+    """The row, begin and end of texts behind others, which hold no images."""
+    later = later_texts(inputs, ids.shape)
+    if later is None:
+        return []
+    texts, images = [], _image_tokens(model)
+    for row, place in later.nonzero().tolist():
+        ends = later[row, place + 1 :].nonzero()
+        end = place + 2 + int(ends[0]) if len(ends) else ids.size(1)
+        if not images & {*ids[row, place + 1 : end].tolist()}:
+            texts.append((row, place + 1, end))
+    return texts
+
+
+def _other_sums(forwards: Forwards, x: Tensor) -> float:
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    mixed = forwards.accelerator.mixed_precision not in (None, "no")
+    return _OTHER_SUMS_16_BIT if narrow or mixed else _OTHER_SUMS
 
 
 def _image_tokens(model: Any) -> set[int]:

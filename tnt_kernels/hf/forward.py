@@ -55,7 +55,10 @@ class Forwards:
             restore()
 
     def said(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The last hidden states of a batch (B, T, H), or the logits of a model whose head is not plain."""
+        """The last hidden states of a batch (B, T, H), or the logits of a model whose head is not plain.
+
+        Every process of FSDP has to ask at the same time.
+        """
         module = self.unwrapped(model)
         module = getattr(module, "_orig_mod", module)  # as it is: it is not compiled for this
         head = plain_head(module)

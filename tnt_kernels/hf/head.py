@@ -59,7 +59,7 @@ def head_input(head: nn.Module, rows: int = 0) -> Iterator[list[Tensor]]:
 
 
 def apart(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """How far two tensors that should be equal are apart, relative to the norm, and how far rounding may take them."""
+    """How far two results of one arithmetic are apart, relative to their norm, and how far rounding may take them."""
     norm = b.float().norm().item()
     distance = (a.float() - b.float()).norm().item()
     return distance / norm if norm else distance, max(_TOLERANCES[a.dtype], _TOLERANCES[b.dtype])
@@ -88,9 +88,9 @@ def probe(forward: Callable[[], Any], head: nn.Linear, config: Any) -> HeadMath 
         capped = raw * math.scale
         if math.softcap is not None:
             capped = math.softcap * torch.tanh(capped / math.softcap)
-        apart = capped - own
-        apart = (apart - apart.mean(dim=-1, keepdim=True)).norm(dim=(0, 2))
-        if bool((apart <= tolerance * norm).all()):
+        rest = capped - own
+        rest = (rest - rest.mean(dim=-1, keepdim=True)).norm(dim=(0, 2))
+        if bool((rest <= tolerance * norm).all()):
             return math
     return None
 

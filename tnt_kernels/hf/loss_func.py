@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from tnt_kernels.functional import tnt_loss
 from tnt_kernels.hf import reference as originals
@@ -14,6 +15,8 @@ from tnt_kernels.hf.head import apart, logits_of
 from tnt_kernels.hf.router import auxiliary_loss
 from tnt_kernels.hf.rows import take_rows
 from tnt_kernels.losses import TNTLoss
+
+logger = logging.get_logger(__name__)
 
 
 class _LossFunc:
@@ -25,14 +28,11 @@ class _LossFunc:
         keywords: dict[str, Any],
     ) -> None:
         TNTLoss(**keywords)  # checks the names
-        if adapter_reference not in ("base", "start"):
-            raise ValueError(
-                f"adapter_reference is {adapter_reference!r}, expected 'base' or 'start'"
-            )
+        originals.check_adapter_reference(adapter_reference)
         self.keywords = keywords
         self.causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.model = model
-        originals.set_cache(model, False)
+        self.given = ref_model is not None
         self.original = originals.original_of(model, ref_model, adapter_reference)
         self.inputs: dict[str, Any] = {}
         self.handle = model.register_forward_pre_hook(self._take, with_kwargs=True)
@@ -42,13 +42,14 @@ class _LossFunc:
     def _take(
         self, _: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.busy:
+        if self.busy or not {"weights", "negative_ids"} & {*inputs}:
             return None
         self.inputs = {
             name: x for name, x in inputs.items() if name not in ("labels", "num_items_in_batch")
         }
         rest = {name: x for name, x in inputs.items() if name not in ("weights", "negative_ids")}
-        return arguments, rest
+        # With a cache, transformers does not tell texts in a row from each other.
+        return arguments, {**rest, "use_cache": False}
 
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -95,11 +96,17 @@ class _LossFunc:
         return loss if auxiliary is None else loss + auxiliary.term.to(loss)
 
     def _look_at(self, logits: Tensor, ref_logits: Tensor) -> None:
-        if not self.original.without_adapters or originals.learns_prompts(self.model):
+        if self.given or originals.learns_prompts(self.model):
             return
         distance, tolerance = apart(logits.detach()[:, :8], ref_logits[:, :8])
-        if distance > tolerance:
+        if distance > tolerance and self.original.without_adapters:
             say_that_adapters_are_trained(distance)
+        elif distance > tolerance:
+            logger.warning(
+                f"model: its logits are {distance:.2g} apart, relative to their norm, from those of its reference, "
+                "which it was when this function was made: it has been trained since, or dropout is on in it "
+                "(tnt_kernels.hf.dropout.disable_dropout)"
+            )
 
     def remove(self) -> None:
         """Takes the hook off the model."""

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 FINGERPRINT_FILE = "tnt_reference.json"
 _SAMPLED = 64  # values of each parameter
+#: Beginnings of LoRA's initialisations that take what the adapter starts with out of the base's weights.
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 # --- Adapters -------------------------------------------------------------------------------------
@@ -55,26 +57,22 @@ def _is_adapter(model: Any, name: str) -> bool:
 
     kinds = (config.peft_type for config in model.peft_config.values())
     prefixes = [PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) for kind in kinds]
-    others = (".modules_to_save.", "trainable_tokens_", "prompt_encoder.")
+    others = ("modules_to_save.", "trainable_tokens_", "prompt_encoder.")
     marks = [*others, *(prefix for prefix in prefixes if prefix)]
-    return any(mark in name for mark in marks)
+    return any(f".{mark}" in f".{name}" for mark in marks)
 
 
 @contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    """Both of PEFT's ways to enable adapters again make all their parameters trainable, which some were not."""
+    """The adapters are off, and on again afterwards, with what trains as before: PEFT makes all of them train."""
     trained = [(x, x.requires_grad) for x in model.parameters()]
     try:
         if hasattr(model, "disable_adapter"):
             with warnings.catch_warnings():
                 # Biases that train with the adapters are put back by ``Original``.
                 warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
-                disabled = model.disable_adapter()
-                disabled.__enter__()
-            try:
-                yield
-            finally:
-                disabled.__exit__(None, None, None)
+                with model.disable_adapter():
+                    yield
         else:
             from peft.tuners.tuners_utils import BaseTunerLayer
             from peft.utils.other import AuxiliaryTrainingWrapper
@@ -112,19 +110,35 @@ class Original:
 
     model: Any
     without_adapters: bool = False
-    kept: list[tuple[nn.Parameter, Tensor]] | None = None
+    kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+    def _check(self, module: Any) -> None:
+        """That nothing trains by now that this reads and has not kept."""
+        kept = {id(x) for x, _ in self.kept}
+        new = [
+            name
+            for name, x in module.named_parameters()
+            if x.requires_grad
+            and id(x) not in kept
+            and not (self.without_adapters and _is_adapter(module, name))
+        ]
+        if new:
+            raise ValueError(
+                f"model: {len(new)} parameters that its reference reads train, {new[0]} for one, which they did not "
+                "when the reference was taken; expected them to require gradients then, or a ref_model"
+            )
 
     @contextmanager
     def running(self, model: Any) -> Iterator[Any]:
         """The model to call in here, as it was: in eval mode, without gradients. ``model``: the one in training."""
         module = model if self.model is None else self.model
+        if self.model is None:
+            self._check(module)
         training = module.training
-        if (
-            training
-        ):  # each way visits every module, which a frozen copy does not need at every step
+        if training:  # eval() and train() visit every module, which a frozen copy is spared
             module.eval()
         try:
-            with torch.no_grad(), _values_of(self.kept or []):
+            with torch.no_grad(), _values_of(self.kept):
                 if self.without_adapters:
                     with _without_adapters(module):
                         yield module
@@ -143,18 +157,56 @@ def original_of(model: Any, ref_model: Any, adapter_reference: str) -> Original:
         ref_model: the original if it is another one, which is frozen here; adapters that it has stay on.
         adapter_reference: for a model with adapters and no ``ref_model``: "base" takes the model without them,
             "start" with them as they are now.
+
+    Raises:
+        ValueError: a ``ref_model`` that shares parameters with what trains; adapters that are merged, or whose base is
+            not the original.
     """
     if ref_model is not None:
+        _check_shared(model, ref_model)
         return Original(frozen(ref_model))
     if not is_peft(model):
         return Original(frozen_copy(model))
     base = adapter_reference == "base"
+    _check_adapters(model, base)
     kept = [
         (x, x.detach().clone())
         for name, x in model.named_parameters()
         if x.requires_grad and not (base and _is_adapter(model, name))
     ]
     return Original(None, base, kept)
+
+
+def check_adapter_reference(name: str) -> None:
+    if name not in ("base", "start"):
+        raise ValueError(f"adapter_reference is {name!r}, expected 'base' or 'start'")
+
+
+def _check_shared(model: Any, ref_model: Any) -> None:
+    trained = {id(x) for x in model.parameters() if x.requires_grad}
+    shared = sum(id(x) in trained for x in ref_model.parameters())
+    if shared:
+        raise ValueError(
+            f"ref_model: {shared} of its parameters are the model's own, which training changes; expected a model of "
+            "its own, or None"
+        )
+
+
+def _check_adapters(model: Any, base: bool) -> None:
+    """That the model with its adapters, or without them, is what its user takes it for."""
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ValueError(
+            "model: its adapters are merged into the base, where they do not train; expected model.unmerge_adapter(), "
+            "or the model that merge_and_unload() gives"
+        )
+    for name, config in model.peft_config.items():
+        start = getattr(config, "init_lora_weights", None)
+        if base and isinstance(start, str) and start.lower().startswith(_MOVED):
+            raise ValueError(
+                f"model: init_lora_weights={start!r} of the adapter {name!r} takes what it starts with out of the "
+                "base, so that the model without adapters is not the original; expected adapter_reference='start', "
+                "or a ref_model"
+            )
 
 
 def as_it_is(model: Any) -> Original:
@@ -167,8 +219,9 @@ def _values_of(kept: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     """Those values in the parameters' place. Autograd does not see it: no graph is made in here."""
     now = [x.data for x, _ in kept]
     try:
-        for x, value in kept:
-            x.data = value.to(x.device, x.dtype)
+        for i, (x, value) in enumerate(kept):
+            kept[i] = x, value.to(x.device, x.dtype)  # once, where the model has moved since
+            x.data = kept[i][1]
         yield
     finally:
         for (x, _), data in zip(kept, now, strict=True):
@@ -210,6 +263,8 @@ def fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
     for name, x in model.named_parameters():
         if without_adapters and _is_adapter(model, name):
             continue
+        for wrapper in ("base_model.model.", "base_layer.", "original_module."):
+            name = name.replace(wrapper, "")  # the base of adapters is the model that it was before
         shapes.append((name, tuple(x.shape)))
         flat = x.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)

@@ -337,7 +337,7 @@ def refine(
         trainer = TNTTrainer(
             model, own, collator, pool + examples, processing_class=tokenizer, ref_model=ref_model
         )
-        trainer.warns_of_trained_adapters = number == 1
+        trainer._expects_trained_adapters = number > 1
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         done.append(Round(examples, trainer.state.log_history))

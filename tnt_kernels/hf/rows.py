@@ -14,7 +14,9 @@ from tnt_kernels.functional import RowStats
 from tnt_kernels.objectives import Objective, RowLoss
 
 IGNORED = -100
-ACTIVE_ROWS = "active_rows"  # the column that ``CountedRows`` adds
+#: The columns that ``CountedRows`` adds.
+ACTIVE_ROWS = "active_rows"
+SEVERAL_TEXTS = "several_texts"
 _BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
 
 
@@ -54,6 +56,18 @@ def first_tokens(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     return starts
 
 
+def later_texts(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """(B, T - 1) bool: where a text begins behind another one in its row; element t speaks of token t + 1."""
+    starts = first_tokens(batch, shape)
+    if starts is None:
+        return None
+    starts = starts[:, 1:]
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == shape:  # positions of padding say nothing
+        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return starts
+
+
 def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
     """Removes labels, weights and negative ids from ``batch``; for a causal model, shifts them by one position.
 
@@ -89,7 +103,10 @@ def take_rows(batch: MutableMapping[str, Any], causal: bool) -> Rows:
 
 @dataclass
 class CountedRows:
-    """A collator, and in its batches how many rows count: an int, as to ask a device for it would be to wait for it."""
+    """A collator, and in its batches how many rows count, and whether a row holds several texts.
+
+    They are an int and a bool, as to ask a device for them would be to wait for it.
+    """
 
     collator: Callable[[list[Any]], Any]
     causal: bool
@@ -98,6 +115,9 @@ class CountedRows:
         batch = dict(self.collator(examples))
         if "labels" in batch and {"weights", "negative_ids"} & {*batch}:
             batch[ACTIVE_ROWS] = int(take_rows(dict(batch), self.causal).active().sum())
+            if self.causal:
+                later = later_texts(batch, batch["labels"].shape)
+                batch[SEVERAL_TEXTS] = later is not None and bool(later.any())
         return batch
 
 

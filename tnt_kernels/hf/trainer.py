@@ -31,7 +31,7 @@ from tnt_kernels.hf.head import (
     plain_head,
 )
 from tnt_kernels.hf.router import Auxiliary, auxiliary_loss
-from tnt_kernels.hf.rows import ACTIVE_ROWS, CountedRows, Rows, take_rows
+from tnt_kernels.hf.rows import ACTIVE_ROWS, SEVERAL_TEXTS, CountedRows, Rows, take_rows
 from tnt_kernels.linear import linear_tnt_loss
 from tnt_kernels.objectives import resolve_method
 
@@ -75,8 +75,8 @@ class TNTTrainer(Trainer):
 
     args: TNTConfig
     data_collator: Callable[[list[Any]], Any]
-    #: False where it is meant that adapters are trained further against their base.
-    warns_of_trained_adapters = True
+    #: Set by ``refine`` from the second round on, when adapters are meant to have been trained.
+    _expects_trained_adapters = False
     _signature_columns: list[str] | None
 
     def __init__(
@@ -95,13 +95,17 @@ class TNTTrainer(Trainer):
         check_arguments(args, model, ref_model, keywords)
         self._original: originals.Original | None = None
         self._head_math: tuple[HeadMath, HeadMath | None] | None = None
-        self._probed = self._checked = self._separates_texts = False
+        self._head_probed = self._training_seen = self._packing_seen = False
         self._train_sums: Tensor | None = None  # what ``rows.averages`` reads
         self._eval_sums: Tensor | None = None
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords
         )
         self._forwards = Forwards(self.accelerator)
+        if getattr(self.model, "config", None) is None:
+            raise ValueError(
+                f"model: {type(self.model).__name__} without a config, expected a model of transformers"
+            )
         self.loss_is_scaled_for_ga = True  # by the count of rows
         self._objective = resolve_method(args.method)
         self._causal = not getattr(self.model.config, "is_encoder_decoder", False)
@@ -126,6 +130,9 @@ class TNTTrainer(Trainer):
     def _take_reference(self, ref_model: nn.Module | None) -> str | None:
         """Sets ``_original`` or, for precomputed hidden states, ``_ref_head``. Returns the fingerprint."""
         self._ref_head: nn.Linear | None = None
+        self._precomputed_by: originals.Original | None = (
+            None  # if it is still there to compare with
+        )
         if not self._objective.reads_reference:
             return None
         original = self.model if ref_model is None else ref_model
@@ -140,11 +147,14 @@ class TNTTrainer(Trainer):
                     "fused_linear=False), expected one, and fused_linear=True"
                 )
             self._ref_head = cast(nn.Linear, originals.frozen_copy(head)).to(self.args.device)
-            self._ref_config = getattr(original, "config", None)
+            if adapted:
+                self._precomputed_by = originals.original_of(
+                    self.model, None, self.args.adapter_reference
+                )
             return value
         if ref_model is not None:
             self._compare_special_tokens(ref_model)
-        elif not adapted:
+        elif not adapted or base:
             folder = getattr(self.model, "name_or_path", None)
             if originals.read_fingerprint(folder) not in (None, value):
                 logger.warning(
@@ -216,6 +226,7 @@ class TNTTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         active_rows = inputs.pop(ACTIVE_ROWS, None)
+        several_texts = inputs.pop(SEVERAL_TEXTS, None)
         rows = take_rows(inputs, self._causal)
         ref_hidden = inputs.pop("ref_hidden_states", None)
         if self._ref_head is not None and ref_hidden is None:
@@ -223,7 +234,7 @@ class TNTTrainer(Trainer):
                 f"batch: no ref_hidden_states among its columns ({', '.join(inputs)}), expected them because of "
                 "precomputed_reference; precompute_reference makes them"
             )
-        self._look_at(model, inputs, ref_hidden)
+        self._look_at(model, inputs, ref_hidden, several_texts)
         normalizer: Any = num_items_in_batch
         if normalizer is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel averages over what this adds up.
@@ -328,6 +339,8 @@ class TNTTrainer(Trainer):
             whole = logits_of(outputs)
             logits = self._of_the_texts(whole, rows)
             dense = logits is whole  # or cut where no gradient can be written over it
+            if return_outputs and not dense:
+                outputs["logits"] = logits
             logits = logits if logits.size(-1) == self._vocab_size else logits[..., vocab]
             loss, stats = tnt_loss(
                 logits,
@@ -367,28 +380,47 @@ class TNTTrainer(Trainer):
 
     # --- The first batch --------------------------------------------------------------------------
 
-    def _look_at(self, model: nn.Module, inputs: Inputs, ref_hidden: Tensor | None) -> None:
-        """What is found out, and refused, on the first batch."""
-        first, own = not self._probed, self._forwards.unwrapped(model)
+    def _look_at(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        ref_hidden: Tensor | None,
+        several_texts: bool | None,
+    ) -> None:
+        """What is found out, and refused, on the first batch: the first of all, and the first in training.
+
+        Args:
+            model, inputs, ref_hidden: what a loss is asked of.
+            several_texts: whether a row of the batch holds several. None: its loader does not say so.
+        """
+        first = model.training and not self._training_seen
+        packed = several_texts and not self._packing_seen and not self.is_fsdp_enabled
+        if self._head_probed and not first and not packed:
+            return
+        own = self._forwards.unwrapped(model)
         models = [model] if self.ref_model is None else [model, self.ref_model]
-        if first:
-            self._probed = True
+        if not self._head_probed:
+            self._head_probed = True
             if self._causal:
                 first_batch.check_inputs(own, inputs)
             self._probe(models, inputs)
-            if ref_hidden is not None and self._ref_head is not None:
+            if self._precomputed_by is not None and ref_hidden is not None:
                 first_batch.check_precomputed(
-                    self._forwards, own, self.args.adapter_reference, ref_hidden, inputs
+                    self._forwards, own, self._precomputed_by, ref_hidden, inputs
                 )
-            if self._original is not None and self.warns_of_trained_adapters:
+        if first:
+            self._training_seen = True
+            if self.args.disable_dropout:
+                check_deterministic(own, lambda: self._forwards.said(model, inputs))
+            resumed = self.state.global_step > 0
+            if self._original is not None and not resumed and not self._expects_trained_adapters:
                 first_batch.warn_of_trained_adapters(self._forwards, own, self._original, inputs)
-        if not self._checked and model.training and self.args.disable_dropout:
-            self._checked = True
-            check_deterministic(own, lambda: self._forwards.said(model, inputs))
-        packed = self._causal and {"position_ids", "cu_seq_lens_q"} & {*inputs}
-        # transformers separates texts where there is no mask. Where there is one, to look is to wait for the device.
-        if packed and not self._separates_texts and (first or "attention_mask" not in inputs):
-            self._separates_texts = first_batch.check_packing(self._forwards, models, inputs)
+        # FSDP runs a forward in all processes at once, and so at the first batch alone.
+        if self._causal and (first or packed):
+            together = first and self.is_fsdp_enabled
+            self._packing_seen |= first_batch.check_packing(
+                self._forwards, models, inputs, together
+            )
 
     def _probe(self, models: Sequence[nn.Module], inputs: Inputs) -> None:
         """Sets ``_head_math`` if hidden states times head are the logits of the model, and of its reference."""
@@ -491,11 +523,11 @@ class TNTTrainer(Trainer):
         collator, dispatch = self.data_collator, self.args.accelerator_config.dispatch_batches
         if dispatch is None:
             dispatch = isinstance(dataset, IterableDataset)
-        # What one process makes for all others, accelerate cuts into pieces, and can do so to tensors alone.
         if isinstance(collator, TNTDataCollator) and not keywords.get("is_training", False):
             # Evaluation tells examples apart by the rows of a batch.
             self.data_collator = copy.copy(collator)
             self.data_collator.padding_free = False
+        # What one process makes for all others, accelerate cuts into pieces, and can do so to tensors alone.
         if self.args.world_size == 1 or not dispatch:
             self.data_collator = CountedRows(self.data_collator, self._causal)
         try:
@@ -506,6 +538,7 @@ class TNTTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = cast(nn.Module, super().call_model_init(trial))
+        originals.set_cache(model, self.args.use_cache)
         if self.args.disable_dropout:
             disable_dropout(model)
         if self._original is not None and self._original.model is None:
@@ -514,6 +547,11 @@ class TNTTrainer(Trainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+        if self.model_init is None and not any(x.requires_grad for x in self.model.parameters()):
+            raise ValueError(
+                "model: none of its parameters requires a gradient, expected some to train (adapters: "
+                "PeftModel.from_pretrained(..., is_trainable=True))"
+            )
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
@@ -540,6 +578,9 @@ def _vocabulary(model: Any) -> int | None:
     """The number of logits."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
+    head = getattr(
+        head, "original_module", head
+    )  # PEFT's copy of a tied one says the sizes of the embedding
     size = getattr(head, "out_features", None)
     if size is None and model is not None and hasattr(model, "config"):
         size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
