@@ -22,6 +22,7 @@ from tnt_kernels.hf.texts import Texts, ends_of
 
 logger = logging.get_logger(__name__)
 
+_OF_VOCABULARY = ("input_ids", "decoder_input_ids", "labels", "negative_ids")
 #: Puts tensors of examples together: (tensors (T, ...), value of padding) to (B, T, ...).
 _Join = Callable[[Sequence[Tensor], float], Tensor]
 
@@ -172,13 +173,25 @@ class TNTDataCollator:
 
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         starts = [_starts(row) for row in rows]
-        labels = [row.labels.clone() for row in rows]
-        weights = [row.weights.clone() for row in rows]
-        for row_labels, row_weights, row_starts in zip(labels, weights, starts, strict=True):
-            if not self.encoder_decoder:
-                row_labels[row_starts] = IGNORED  # nothing predicts the first token of a text
-            row_labels[row_weights == 0] = IGNORED
-            row_weights[row_labels == IGNORED] = 0.0
+        labels, weights = (
+            join([row.labels for row in rows], IGNORED),
+            join([row.weights for row in rows], 0.0),
+        )
+        if not self.encoder_decoder:  # nothing predicts the first token of a text
+            lengths = [len(row.ids) for row in rows]
+            begins = [0] * len(rows)
+            if flat:
+                begins = [sum(lengths[:n]) for n in range(len(rows))]
+            elif side == "left":
+                begins = [labels.size(1) - length for length in lengths]
+            places = [
+                (0 if flat else n, begin + start)
+                for n, begin in enumerate(begins)
+                for start in starts[n]
+            ]
+            labels[tuple(torch.tensor(places).unbind(1))] = IGNORED
+        labels.masked_fill_(weights == 0, IGNORED)
+        weights.masked_fill_(labels == IGNORED, 0.0)
         batch = {"input_ids": join([row.source for row in rows], pad)}
         batch |= self._inputs(rows, starts, join, flat, side)
         if self.encoder_decoder and "decoder_input_ids" not in batch:
@@ -186,7 +199,7 @@ class TNTDataCollator:
             # One by one, as some models look for the last token that is no padding.
             shifted = [shift(labels=row.ids[None])[0] for row in rows]
             batch["decoder_input_ids"] = join(shifted, pad)
-        batch |= {"labels": join(labels, IGNORED), "weights": join(weights, 0.0)}
+        batch |= {"labels": labels, "weights": weights}
         negative_ids = self._negative_ids(rows, starts, join)
         if negative_ids is not None:
             negative_ids[batch["labels"] == IGNORED] = -1
@@ -199,16 +212,16 @@ class TNTDataCollator:
         if hidden:
             _check_all("ref_hidden_states", hidden, rows)
             batch["ref_hidden_states"] = join(hidden, 0.0)
-        self._check_ids(batch)
+        self._check_numbers(batch)
         return batch
 
     def _inputs(
-        self, rows: list[Row], starts: list[Tensor], join: _Join, flat: bool, side: str
+        self, rows: list[Row], starts: list[list[int]], join: _Join, flat: bool, side: str
     ) -> dict[str, Tensor]:
         """What the model reads beside ids: the mask, positions, and whatever else its forward takes."""
         found: dict[str, Tensor] = {}
         masks = [row.inputs.get("attention_mask", torch.ones_like(row.source)) for row in rows]
-        packed = flat or any(int(x.sum()) > 1 for x in starts)
+        packed = flat or any(len(places) > 1 for places in starts)
         positioned = [row.inputs["position_ids"] for row in rows if "position_ids" in row.inputs]
         if packed:
             if not all(bool(mask.all()) for mask in masks):
@@ -245,7 +258,7 @@ class TNTDataCollator:
             found[name] = torch.cat(values)
         return found
 
-    def _negative_ids(self, rows: list[Row], starts: list[Tensor], join: _Join) -> Tensor | None:
+    def _negative_ids(self, rows: list[Row], starts: list[list[int]], join: _Join) -> Tensor | None:
         """(B, T, K): those that examples hold, and those that complete a phrase."""
         parts = []
         given = [row.negative_ids for row in rows]
@@ -259,8 +272,8 @@ class TNTDataCollator:
         if self.phrases is not None:
             texts = [
                 text
-                for row, start in zip(rows, starts, strict=True)
-                for text in row.ids.tensor_split(start.nonzero()[1:, 0])
+                for row, places in zip(rows, starts, strict=True)
+                for text in row.ids.tensor_split(places[1:])
             ]
             table = self.phrases.at(pad_sequence(texts, batch_first=True, padding_value=-1))
             pieces = [ids[: len(text)] for ids, text in zip(table, texts, strict=True)]
@@ -268,14 +281,30 @@ class TNTDataCollator:
             parts.append(join(every, -1))
         return torch.cat(parts, dim=2) if parts else None
 
-    def _check_ids(self, batch: dict[str, Tensor]) -> None:
-        if self.vocab_size is None:
-            return
-        for name in ("input_ids", "decoder_input_ids", "labels", "negative_ids"):
-            if name in batch and batch[name].numel() and int(batch[name].max()) >= self.vocab_size:
+    def _check_numbers(self, batch: dict[str, Tensor]) -> None:
+        """Of the whole batch at once, as many small checks would cost more than all else."""
+        weights = batch["weights"]
+        if not bool(weights.isfinite().all()):
+            wrong = weights[~weights.isfinite()][0].item()
+            raise ValueError(f"weights: holds {wrong}, expected finite numbers")
+        also = {
+            "labels": f", or {IGNORED} where nothing is to be learnt",
+            "negative_ids": ", or -1 for none",
+        }
+        for name in (*_OF_VOCABULARY, "position_ids"):
+            x = batch.get(name)
+            x = x[x != IGNORED] if x is not None and name == "labels" else x
+            if x is None or not x.numel():
+                continue
+            least, most = (int(i) for i in x.aminmax())
+            if least < (-1 if name == "negative_ids" else 0):
                 raise ValueError(
-                    f"{name}: holds the id {int(batch[name].max())}, expected ids below {self.vocab_size}, the size "
-                    "of the vocabulary that the model and its reference share"
+                    f"{name}: holds {least}, expected numbers from 0 on{also.get(name, '')}"
+                )
+            if self.vocab_size is not None and most >= self.vocab_size and name in _OF_VOCABULARY:
+                raise ValueError(
+                    f"{name}: holds the id {most}, expected ids below {self.vocab_size}, the size of the vocabulary "
+                    "that the model and its reference share"
                 )
 
     def _warn_of_lost_rows(self, rows: list[Row]) -> None:
@@ -298,13 +327,12 @@ def _taken_by(model: Any) -> frozenset[str]:
     return frozenset(names - {"labels", "input_ids"})
 
 
-def _starts(row: Row) -> Tensor:
-    """(T,) bool: the first tokens of the texts in a row."""
-    starts = torch.zeros(len(row.ids), dtype=torch.bool)
-    starts[:1] = True
-    if "position_ids" in row.inputs and len(row.inputs["position_ids"]) == len(starts):
-        starts |= row.inputs["position_ids"] == 0
-    return starts
+def _starts(row: Row) -> list[int]:
+    """Where the texts of a row begin."""
+    positions = row.inputs.get("position_ids")
+    if positions is None or len(positions) != len(row.ids):
+        return [0]
+    return sorted({0, *(positions == 0).nonzero().view(-1).tolist()})
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

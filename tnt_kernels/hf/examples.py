@@ -48,7 +48,7 @@ class Row(NamedTuple):
     negative_ids: Tensor | None  # (T, K)
     ref_hidden_states: Tensor | None  # (T, H)
     inputs: dict[str, Tensor]  # what else the model's forward takes
-    lost: bool  # ``max_length`` has cut off all rows that count
+    lost: bool  # all rows that count have been cut off
 
 
 @dataclass
@@ -116,15 +116,18 @@ class Reader:
             negative_ids = _table(example["negative_ids"])
             _check_length("negative_ids", negative_ids, len(completion), "the completion's ids")
         inputs = self._inputs_of(example, found, None, None)
+        hidden = _hidden(example)
         if self.encoder_decoder:
-            return self._cut(prompt, completion, completion, weights, negative_ids, example, inputs)
+            return self._cut(
+                Row(prompt, completion, completion, weights, negative_ids, hidden, inputs, False)
+            )
         ids = torch.cat((prompt, completion))
         labels = torch.cat((torch.full_like(prompt, IGNORED), completion))
         weights = torch.cat((torch.zeros(len(prompt)), weights))
         if negative_ids is not None:
             before = torch.full((len(prompt), negative_ids.size(1)), -1)
             negative_ids = torch.cat((before, negative_ids))
-        return self._cut(ids, ids, labels, weights, negative_ids, example, inputs)
+        return self._cut(Row(ids, ids, labels, weights, negative_ids, hidden, inputs, False))
 
     def _encoded(
         self, example: Mapping[str, Any], said: str, spans: Sequence[Sequence[int]]
@@ -146,7 +149,7 @@ class Reader:
         source = _ids("input_ids", example["input_ids"])
         labels = source
         if "labels" in found:
-            labels = _ids("labels", example["labels"], ignored=True)
+            labels = _ids("labels", example["labels"])
         ids = labels if self.encoder_decoder else source
         weights = torch.ones(len(labels))
         if "weights" in found:
@@ -157,9 +160,9 @@ class Reader:
         if negative_ids is not None:
             _check_length("negative_ids", negative_ids, len(labels), "labels")
         inputs = self._inputs_of(example, found, len(source), len(ids))
-        if self.encoder_decoder and bool((ids < 0).any()):
-            kept = int((ids >= 0).sum())
-            if bool((ids[:kept] < 0).any()):
+        if self.encoder_decoder and bool((ids == IGNORED).any()):
+            kept = int((ids != IGNORED).sum())
+            if bool((ids[:kept] == IGNORED).any()):
                 raise ValueError(
                     "labels: -100 before the last token of an encoder-decoder's example, which hides what its decoder "
                     "is to read; expected the true ids, with weight 0 where nothing is to be learnt"
@@ -169,7 +172,8 @@ class Reader:
             inputs = {
                 name: x[:kept] if name.startswith("decoder_") else x for name, x in inputs.items()
             }
-        return self._cut(source, ids, labels, weights, negative_ids, example, inputs)
+        hidden = _hidden(example)
+        return self._cut(Row(source, ids, labels, weights, negative_ids, hidden, inputs, False))
 
     def _inputs_of(
         self, example: Mapping[str, Any], found: set[str], source: int | None, length: int | None
@@ -231,49 +235,48 @@ class Reader:
             return x.long()
         return _ids(name, x) if each_token else x
 
-    def _cut(
-        self,
-        source: Tensor,
-        ids: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        negative_ids: Tensor | None,
-        example: Mapping[str, Any],
-        inputs: dict[str, Tensor],
-    ) -> Row:
-        """The row, without the padding that the example has, and not longer than ``max_length``."""
-        hidden = _hidden(example)
-        kept = own = _unpadded(inputs.get("attention_mask"), len(source))
+    def _cut(self, row: Row) -> Row:
+        """The row without the padding that the example has, and not longer than ``max_length``."""
+        source, ids, hidden = row.source, row.ids, row.ref_hidden_states
+        kept = own = _unpadded(row.inputs.get("attention_mask"), len(source))
         if self.encoder_decoder:
-            own = _unpadded(inputs.get("decoder_attention_mask"), len(ids))
-        if hidden is not None and len(hidden) == len(ids):
-            hidden = hidden[own]
-        elif hidden is not None:
-            most = len(ids[own][: self.max_length])
-            _check_length("ref_hidden_states", hidden, most, "the tokens")
-
-        def clipped(x: Tensor, where: slice) -> Tensor:
-            return x[where][: self.max_length]
-
-        counted = _counts(labels[own], weights[own], self.encoder_decoder)
-        labels, weights = clipped(labels, own), clipped(weights, own)
-        for name, x in (("input_ids", source[kept]), ("labels", ids[own])):
-            if not len(x):
+            own = _unpadded(row.inputs.get("decoder_attention_mask"), len(ids))
+        for name, place in (("input_ids", kept), ("labels", own)):
+            if place.stop == place.start:
                 raise ValueError(f"{name}: no tokens that are not padding, expected at least one")
-        inputs = {
-            name: clipped(x, own if name.startswith("decoder_") else kept) if x.dim() == 1 else x
-            for name, x in inputs.items()
-        }
+        counted = own
+        kept, own = (_at_most(place, self.max_length) for place in (kept, own))
+        if hidden is not None and len(hidden) != len(ids):  # of what is left
+            _check_length("ref_hidden_states", hidden, own.stop - own.start, "the tokens")
+        elif hidden is not None:
+            hidden = hidden[own]
+        if kept == slice(0, len(source)) and own == slice(0, len(ids)):
+            return row
+        labels, weights = row.labels[own], row.weights[own]
         return Row(
-            source=clipped(source, kept),
-            ids=clipped(ids, own),
+            source=source[kept],
+            ids=ids[own],
             labels=labels,
             weights=weights,
-            negative_ids=None if negative_ids is None else clipped(negative_ids, own),
-            ref_hidden_states=None if hidden is None else hidden[: self.max_length],
-            inputs=inputs,
-            lost=counted and not _counts(labels, weights, self.encoder_decoder),
+            negative_ids=None if row.negative_ids is None else row.negative_ids[own],
+            ref_hidden_states=hidden,
+            inputs={
+                name: x[own if name.startswith("decoder_") else kept] if x.dim() == 1 else x
+                for name, x in row.inputs.items()
+            },
+            lost=self._counts(row.labels[counted], row.weights[counted])
+            and not self._counts(labels, weights),
         )
+
+    def _counts(self, labels: Tensor, weights: Tensor) -> bool:
+        """Whether a row of these counts."""
+        counts = (labels != IGNORED) & (weights != 0)
+        return bool((counts if self.encoder_decoder else counts[1:]).any())
+
+
+def _at_most(place: slice, length: int | None) -> slice:
+    stop = place.stop if length is None else min(place.stop, place.start + length)
+    return slice(place.start, stop)
 
 
 def _unpadded(mask: Tensor | None, length: int) -> slice:
@@ -282,12 +285,6 @@ def _unpadded(mask: Tensor | None, length: int) -> slice:
         return slice(0, length)
     there = mask.nonzero()
     return slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
-
-
-def _counts(labels: Tensor, weights: Tensor, encoder_decoder: bool) -> bool:
-    """Whether a row of these counts."""
-    counts = (labels != IGNORED) & (weights != 0)
-    return bool((counts if encoder_decoder else counts[1:]).any())
 
 
 def _check_one(found: set[str]) -> None:
@@ -306,28 +303,19 @@ def _filled(x: Any) -> Any:
     return [_filled(value) for value in x] if isinstance(x, (list, tuple)) else x
 
 
-def _ids(name: str, x: Any, ignored: bool = False) -> Tensor:
-    """(T,) int64 of ids, none of them negative; but -100 where ``ignored``."""
+def _ids(name: str, x: Any) -> Tensor:
+    """(T,) int64. The collator looks at the numbers."""
     ids = torch.as_tensor(x)
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise ValueError(f"{name}: shape {tuple(ids.shape)}, {ids.dtype}, expected (T,) integers")
-    ids = ids.long()
-    wrong = (ids < 0) & (ids != IGNORED) if ignored else ids < 0
-    if bool(wrong.any()):
-        also = f", or {IGNORED} where nothing is to be learnt" if ignored else ""
-        raise ValueError(f"{name}: holds {int(ids[wrong][0])}, expected ids from 0 on{also}")
-    return ids
+    return ids.long()
 
 
 def _reals(name: str, x: Any) -> Tensor:
     values = torch.as_tensor(x)
     if values.dim() != 1:
         raise ValueError(f"{name}: shape {tuple(values.shape)}, expected (T,)")
-    values = values.float()
-    if not bool(values.isfinite().all()):
-        wrong = values[~values.isfinite()][0].item()
-        raise ValueError(f"{name}: holds {wrong}, expected finite numbers")
-    return values
+    return values.float()
 
 
 def _table(x: Any) -> Tensor:
@@ -344,10 +332,6 @@ def _table(x: Any) -> Tensor:
         )
     else:
         table = torch.empty(0, 0).long()
-    if table.numel() and int(table.min()) < -1:
-        raise ValueError(
-            f"negative_ids: holds {int(table.min())}, expected ids from 0 on, or -1 for none"
-        )
     return table
 
 

@@ -30,11 +30,13 @@ def auxiliary_loss(model: Any, outputs: Any) -> Auxiliary | None:
     Raises:
         ValueError: the configuration asks for one that the outputs do not hold, or the factor on it is not known.
     """
+    names = [x for x in getattr(outputs, "__dataclass_fields__", ()) if x.endswith("aux_loss")]
+    if not names:
+        return None
     model = base_of(model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    names = [x for x in getattr(outputs, "__dataclass_fields__", ()) if x.endswith("aux_loss")]
-    if not names or not any(getattr(x, "output_router_logits", False) for x in (config, text)):
+    if not any(getattr(x, "output_router_logits", False) for x in (config, text)):
         return None
     loss = getattr(outputs, names[0])
     factors = [getattr(x, name, None) for name in _FACTORS for x in (model, text, config)]
