@@ -234,3 +234,25 @@ def test_recurrent_layers_and_attention_of_torch_are_reached():
         check_deterministic(model, lambda: model(x))
     disable_dropout(model)
     check_deterministic(model, lambda: model(x))
+
+
+@pytest.mark.parametrize(
+    ("answers", "forwards"), [((True,), 2), ((False, True), 5), ((False, False), 7)]
+)
+def test_processes_run_as_many_forwards(answers, forwards):
+    """One whose forwards are equal runs on with another whose forwards are not, and raises with it."""
+    runs, given = [], iter(answers)
+
+    def forward():
+        runs.append(1)
+        return torch.ones(3)
+
+    def check():
+        check_deterministic(torch.nn.Linear(2, 2), forward, lambda here: here and next(given))
+
+    if answers[-1]:
+        check()
+    else:
+        with pytest.raises(ValueError, match="two forwards of one batch differ"):
+            check()
+    assert len(runs) == forwards

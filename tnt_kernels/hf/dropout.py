@@ -65,7 +65,9 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, views.setdefault(id(value), _Quiet(value)))
 
 
-def check_deterministic(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+def check_deterministic(
+    model: nn.Module, forward: Callable[[], Tensor], everywhere: Callable[[bool], bool] = bool
+) -> None:
     """Whether two forwards of one batch are equal, as :func:`disable_dropout` means them to be.
 
     Rounding that varies between runs, as that of kernels that add up in any order, is told from chance by two more
@@ -75,6 +77,7 @@ def check_deterministic(model: nn.Module, forward: Callable[[], Tensor]) -> None
     Args:
         model: in train mode.
         forward: runs ``model`` on one batch, always the same, and returns its output, a tensor of any shape.
+        everywhere: whether something that is so here is so in every process; all of them run as many forwards then.
 
     Raises:
         ValueError: they differ; with the names of the modules whose outputs differ although their inputs are equal.
@@ -84,11 +87,11 @@ def check_deterministic(model: nn.Module, forward: Callable[[], Tensor]) -> None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
             first = forward()
-            if torch.equal(first, forward()):
+            if everywhere(torch.equal(first, forward())):
                 return
             first, again, other = (_seeded(forward, seed) for seed in (0, 0, 1))
             change, noise = _distance(first, other), _distance(first, again)
-            if change <= min(4 * noise, _MOST_NOISE):
+            if everywhere(change <= min(4 * noise, _MOST_NOISE)):
                 return
             named = _random_modules(model, forward)
     finally:

@@ -109,11 +109,8 @@ def check_packing(
     """
     ids = inputs.get("input_ids")
     texts = [] if ids is None else _later_texts(forwards.unwrapped(models[0]), ids, inputs)
-    found = bool(texts)
-    if together:
-        flag = torch.tensor([int(found)], device=forwards.accelerator.device)
-        found = bool(forwards.accelerator.gather(flag).any())
-    if not found or ids is None:
+    none = not texts
+    if ids is None or (forwards.everywhere(none) if together else none):
         return False
     texts = texts or [(0, 0, ids.size(1))]
     row, begin, end = max(texts, key=lambda text: text[2] - text[1])

@@ -77,6 +77,11 @@ class Forwards:
             self.within(module, inputs, run)
         return found[0]
 
+    def everywhere(self, here: bool) -> bool:
+        """Whether it is so in every process; all have to ask."""
+        flag = torch.tensor([int(here)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).min())
+
     def unwrapped(self, model: nn.Module) -> nn.Module:
         """The model in what makes it distributed. A compiled one stays compiled, whatever that holds."""
         if hasattr(model, "_orig_mod"):

@@ -58,8 +58,8 @@ class TNTTrainer(Trainer):
     is off, and texts packed into one row must not see each other.
 
     A step asks the device for nothing: batches hold how many rows count (``active_rows``), which their loader adds.
-    Exceptions are the first step, which probes the model's head, batches made elsewhere (``dispatch_batches``), and
-    methods of which one side alone is a KL (tnfll, tnrll), whose fused loss reads two counts.
+    Exceptions are the first step, which looks at the model, batches made elsewhere (``dispatch_batches``), and methods
+    of which one side alone is a KL (tnfll, tnrll), whose fused loss reads two counts.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as of ``Trainer``. The collator is a
@@ -411,7 +411,9 @@ class TNTTrainer(Trainer):
         if first:
             self._training_seen = True
             if self.args.disable_dropout:
-                check_deterministic(own, lambda: self._forwards.said(model, inputs))
+                check_deterministic(
+                    own, lambda: self._forwards.said(model, inputs), self._forwards.everywhere
+                )
             resumed = self.state.global_step > 0
             if self._original is not None and not resumed and not self._expects_trained_adapters:
                 first_batch.warn_of_trained_adapters(self._forwards, own, self._original, inputs)
@@ -430,8 +432,7 @@ class TNTTrainer(Trainer):
             logger.warning("fused_linear: not with torch_compile; the loss is computed from logits")
             return
         found = [first_batch.probe_head(self._forwards, module, inputs) for module in models]
-        fits = torch.tensor([all(math is not None for math in found)], device=self.args.device)
-        if not bool(self.accelerator.gather(fits.long()).min()):
+        if not self._forwards.everywhere(all(math is not None for math in found)):
             name = type(self._forwards.unwrapped(models[0])).__name__
             logger.warning(
                 f"fused_linear: the logits of {name} (or of its reference) are not those of a plain linear head, so "
