@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+
 import process
 import pytest
 from oracle import BACKENDS, INTERPRETED, MISSING
@@ -46,3 +49,15 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "row_config",
         lambda vocab, *_: tuning.RowConfig(128 if vocab < 2000 else 1024, 4, 1),
     )
+
+
+@pytest.fixture
+def said() -> Iterator[Callable[[], list[str]]]:
+    """What the library warns of."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("tnt_kernels")
+    logger.addHandler(handler)
+    yield lambda: [record.getMessage() for record in records]
+    logger.removeHandler(handler)

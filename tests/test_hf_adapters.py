@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -15,18 +14,6 @@ from tnt_kernels.hf.dropout import disable_dropout
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture
-def said():
-    """What the library warns of."""
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("tnt_kernels")
-    logger.addHandler(handler)
-    yield lambda: [record.getMessage() for record in records]
-    logger.removeHandler(handler)
 
 
 def lora(**options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -476,37 +475,20 @@ def test_bad_numbers(example, message):
         tnt.hf.TNTDataCollator(tokenizer())([example])
 
 
-def test_examples_of_which_nothing_is_left(tmp_path):
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("tnt_kernels")
-    logger.addHandler(handler)
-    try:
-        words = tokenizer()
-        collate = tnt.hf.TNTDataCollator(words, max_length=4)
-        long = {
-            "prompt": "the cat sat on the mat",
-            "completion": " and",
-            "negative_spans": [(1, 4)],
-        }
-        short = {"prompt": "the", "completion": " dog", "negative_spans": [(1, 4)]}
-        for _ in range(2):
-            batch = collate(
-                [long, short, {**GIVEN, "input_ids": [5] * 6, "weights": [0] * 4 + [1, 1]}]
-            )
-            assert (batch["weights"] != 0).any(dim=1).tolist() == [False, True, False]
-        trainer = trained(
-            tiny("gpt2", vocab_size=len(words)),
-            config(tmp_path),
-            [long, short],
-            data_collator=collate,
-            processing_class=words,
-        )
-    finally:
-        logger.removeHandler(handler)
-    said = [record.getMessage() for record in records]
-    assert [x for x in said if "max_length" in x] == said
-    assert len(said) == 1
-    assert "max_length: 4 leaves nothing to learn of 2 of the 3 examples" in said[0]
+def test_examples_of_which_nothing_is_left(tmp_path, said):
+    words = tokenizer()
+    collate = tnt.hf.TNTDataCollator(words, max_length=4)
+    long = {"prompt": "the cat sat on the mat", "completion": " and", "negative_spans": [(1, 4)]}
+    short = {"prompt": "the", "completion": " dog", "negative_spans": [(1, 4)]}
+    for _ in range(2):
+        batch = collate([long, short, {**GIVEN, "input_ids": [5] * 6, "weights": [0] * 4 + [1, 1]}])
+        assert (batch["weights"] != 0).any(dim=1).tolist() == [False, True, False]
+    model = tiny("gpt2", vocab_size=len(words))
+    trainer = trained(
+        model, config(tmp_path), [long, short], data_collator=collate, processing_class=words
+    )
+    messages = said()
+    assert [x for x in messages if "max_length" in x] == messages
+    assert len(messages) == 1
+    assert "max_length: 4 leaves nothing to learn of 2 of the 3 examples" in messages[0]
     assert trainer.state.log_history[0]["active_rows"] == int((batch["weights"] != 0).sum())

@@ -59,6 +59,22 @@ CHATS = [
 ]  # fmt: skip
 
 
+def encoded(texts, prompt, content, words):
+    """A chat, its spans and its prompt's ids: the ids are the template's, and the words are marked."""
+    tokenizer = texts.tokenizer
+    spans = [find(content, word, which) for word, which in words]
+    message = {"role": "assistant", "content": content}
+    text = texts.encode(prompt, [message], spans)
+    expected = tokenizer.apply_chat_template([*prompt, message])["input_ids"]
+    assert text.prompt + text.completion == expected
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    assert asked == texts.prompt_ids(prompt)
+    assert asked in (text.prompt, [*text.prompt, *asked[-1:]])  # a newline may begin a word
+    in_order = sorted(zip(spans, words, strict=True))
+    assert marks(tokenizer, text)[0] == [word for _, (word, _) in in_order]
+    return text, spans, asked
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("post", AROUND)
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,17 +84,9 @@ def test_chats(kind, post, template):
     config = SimpleNamespace(eos_token_id=[end, 2], pad_token_id=None, stop_strings=None)
     texts = Texts(tokenizer, ends=ends_of(tokenizer, config))
     for prompt, content, words in CHATS:
-        spans = [find(content, word, which) for word, which in words]
-        message = {"role": "assistant", "content": content}
-        text = texts.encode(prompt, [message], spans)
-        expected = tokenizer.apply_chat_template([*prompt, message])["input_ids"]
-        assert text.prompt + text.completion == expected
-        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-        assert asked == texts.prompt_ids(prompt)
-        assert asked in (text.prompt, [*text.prompt, *asked[-1:]])  # a newline may begin a word
-        marked, before = marks(tokenizer, text)
+        text, spans, asked = encoded(texts, prompt, content, words)
+        _, before = marks(tokenizer, text)
         in_order = sorted(zip(spans, words, strict=True))
-        assert marked == [word for _, (word, _) in in_order]
         header = "<think> </think>" if template == "qwen-3" and "</think>" not in content else ""
         for ((begin, _), (word, _)), read in zip(in_order, before, strict=True):
             assert read.count(word) == (header + content[:begin]).count(word)
@@ -539,20 +547,10 @@ def test_smollm2():
     texts = Texts(tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for prompt, content, words in CHATS:
-        spans = [find(content, word, which) for word, which in words]
-        message = {"role": "assistant", "content": content}
-        text = texts.encode(prompt, [message], spans)
-        expected = tokenizer.apply_chat_template([*prompt, message])["input_ids"]
-        assert text.prompt + text.completion == expected
-        asked = texts.prompt_ids(prompt)
-        assert (
-            asked == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-        )
-        assert asked in (text.prompt, [*text.prompt, *asked[-1:]])  # spaces may follow its newline
+        text, spans, _ = encoded(texts, prompt, content, words)
         assert tokenizer.decode(text.prompt).startswith("<|im_start|>system\n")
         marked, before = marks(tokenizer, text)
         in_order = sorted(zip(spans, words, strict=True))
-        assert marked == [word for _, (word, _) in in_order]
         assert [b.strip() for b in before] == [content[:b].strip() for (b, _), _ in in_order]
         assert text.said.tolist() == [True] * (len(text.said) - 1) + [False]
         assert text.completion[-2] == end

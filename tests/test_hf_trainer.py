@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 
 import pytest
@@ -170,26 +169,15 @@ def test_adapters_disabled_are_the_reference(fused, tmp_path):
     assert trainer._fingerprint == originals.fingerprint(again, without_adapters=True)
 
 
-def test_an_adapter_on_the_head_takes_the_logits(tmp_path, warnings_of_transformers):
+def test_an_adapter_on_the_head_takes_the_logits(tmp_path, said):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     trainer = trained(peft.get_peft_model(tiny("llama"), lora), config(tmp_path), annotated(8))
     assert trainer._head_math is None
-    assert sum("fused_linear" in message for message in warnings_of_transformers()) == 1
+    assert sum("fused_linear" in message for message in said()) == 1
 
 
 # --- What stands behind the head ------------------------------------------------------------------
-
-
-@pytest.fixture
-def warnings_of_transformers():
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("tnt_kernels")
-    logger.addHandler(handler)
-    yield lambda: [record.getMessage() for record in records]
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +205,7 @@ def test_what_is_behind_the_head_is_honoured(kind, options, expected, tmp_path):
     assert_same(updates[1], updates[0], start, 1e-3)
 
 
-def test_what_is_behind_the_head_and_unknown_takes_the_logits(tmp_path, warnings_of_transformers):
+def test_what_is_behind_the_head_and_unknown_takes_the_logits(tmp_path, said):
     model, start = tiny("bart"), None
     model.final_logits_bias.normal_()
     start, updates = parameters(model), []
@@ -227,7 +215,7 @@ def test_what_is_behind_the_head_and_unknown_takes_the_logits(tmp_path, warnings
         assert trainer._head_math is None
         updates.append(parameters(trainer.model))
     assert_same(updates[1], updates[0], start, 1e-6)
-    assert sum("fused_linear" in message for message in warnings_of_transformers()) == 1
+    assert sum("fused_linear" in message for message in said()) == 1
 
 
 def test_mixed_precision_and_checkpointing(tmp_path):
@@ -264,7 +252,7 @@ def test_models_in_16_bits(dtype, fused, tmp_path):
     assert_same(found[1], found[0], nothing, {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype])
 
 
-def test_compiled(tmp_path, warnings_of_transformers):
+def test_compiled(tmp_path, said):
     """The model is one graph (and one for other lengths); what is around it is not compiled."""
     from torch._dynamo.utils import counters
 
@@ -279,7 +267,7 @@ def test_compiled(tmp_path, warnings_of_transformers):
     assert_same(*updates, start, 1e-4)
     assert 0 < counters["stats"]["unique_graphs"] <= 2
     assert trainer._head_math is None
-    assert sum("torch_compile" in message for message in warnings_of_transformers()) == 1
+    assert sum("torch_compile" in message for message in said()) == 1
     torch.compiler.reset()
 
 
@@ -488,11 +476,11 @@ def test_save_resume_and_load(tmp_path):
     assert "tnt" not in json.dumps(loaded.config.to_dict())
 
 
-def test_an_update_as_its_own_reference_is_said(tmp_path, warnings_of_transformers):
+def test_an_update_as_its_own_reference_is_said(tmp_path, said):
     trained(tiny("gpt2"), config(tmp_path), annotated(8)).save_model(str(tmp_path / "done"))
     rebuilt = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "done")
     tnt.hf.TNTTrainer(rebuilt, config(tmp_path))
-    assert any("becomes its own reference" in message for message in warnings_of_transformers())
+    assert any("becomes its own reference" in message for message in said())
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -522,11 +510,9 @@ def test_bad_arguments(tmp_path):
             config(tmp_path, **options)
 
 
-def test_a_reference_with_other_special_tokens_is_said(tmp_path, warnings_of_transformers):
+def test_a_reference_with_other_special_tokens_is_said(tmp_path, said):
     tnt.hf.TNTTrainer(tiny("gpt2"), config(tmp_path), ref_model=tiny("gpt2", eos_token_id=9))
-    assert any(
-        "eos_token_id is 9, the model's 2" in message for message in warnings_of_transformers()
-    )
+    assert any("eos_token_id is 9, the model's 2" in message for message in said())
 
 
 def test_batches_without_annotations(tmp_path):

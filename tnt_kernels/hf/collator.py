@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from tnt_kernels.annotate import NegativePhrases
 from tnt_kernels.hf import reference as originals
-from tnt_kernels.hf.examples import Reader, Row
+from tnt_kernels.hf.examples import Reader, Row, takes
 from tnt_kernels.hf.rows import IGNORED
 from tnt_kernels.hf.texts import Texts, ends_of
 
@@ -108,9 +109,7 @@ class TNTDataCollator:
             self._learn(model)
 
     def _learn(self, model: Any) -> None:
-        self.encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
+        self.encoder_decoder = originals.is_encoder_decoder(model)
         if self.encoder_decoder and self.padding_free:
             raise ValueError("padding_free: True for an encoder-decoder model, expected False")
         self.model = model if self.encoder_decoder else None  # a worker need not have it otherwise
@@ -173,15 +172,13 @@ class TNTDataCollator:
 
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         starts = [_starts(row) for row in rows]
-        labels, weights = (
-            join([row.labels for row in rows], IGNORED),
-            join([row.weights for row in rows], 0.0),
-        )
+        labels = join([row.labels for row in rows], IGNORED)
+        weights = join([row.weights for row in rows], 0.0)
         if not self.encoder_decoder:  # nothing predicts the first token of a text
             lengths = [len(row.ids) for row in rows]
             begins = [0] * len(rows)
             if flat:
-                begins = [sum(lengths[:n]) for n in range(len(rows))]
+                begins = list(accumulate(lengths, initial=0))[:-1]
             elif side == "left":
                 begins = [labels.size(1) - length for length in lengths]
             places = [
@@ -229,7 +226,7 @@ class TNTDataCollator:
                     "attention_mask: holds 0 between tokens of a row with several texts, expected 1, as transformers "
                     "finds the texts by their positions where there is no mask"
                 )
-            if self.encoder_decoder or not self._reader().takes("position_ids"):
+            if self.encoder_decoder or not takes(self._taken, "position_ids"):
                 raise ValueError(
                     "position_ids: needed for several texts in a row, expected a causal model whose forward takes them"
                 )
@@ -250,11 +247,7 @@ class TNTDataCollator:
                 _check_all(name, values, rows)
                 found[name] = join(values, 0)
                 continue
-            if len({(x.dim(), *x.shape[1:]) for x in values}) > 1:
-                raise ValueError(
-                    f"{name}: shapes {', '.join(str(tuple(x.shape)) for x in values)}, expected the same but for the "
-                    "first dimension, along which the examples of a batch are joined"
-                )
+            _check_shapes(name, values)
             found[name] = torch.cat(values)
         return found
 
@@ -344,6 +337,10 @@ def _check_all(name: str, values: Sequence[Tensor], rows: Sequence[Row]) -> None
         raise ValueError(
             f"{name}: in {len(values)} of {len(rows)} examples, expected in all or in none"
         )
-    if len({x.shape[1:] for x in values}) > 1:
+    _check_shapes(name, values)
+
+
+def _check_shapes(name: str, values: Sequence[Tensor]) -> None:
+    if len({(x.dim(), x.shape[1:]) for x in values}) > 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in values)
         raise ValueError(f"{name}: shapes {shapes}, expected the same but for the first dimension")

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tnt_kernels.hf.reference import check_adapter_reference
+from tnt_kernels.hf.reference import check_adapter_reference, is_encoder_decoder
 from tnt_kernels.objectives import resolve_method
 
 
@@ -101,11 +101,7 @@ def check_arguments(args: Any, model: Any, ref_model: Any, keywords: dict[str, A
         raise ValueError(
             "ref_model: is model itself, which training changes; expected another one, or None for a frozen copy"
         )
-    flags = [
-        bool(getattr(getattr(x, "config", None), "is_encoder_decoder", False))
-        for x in (model, ref_model)
-        if x is not None
-    ]
+    flags = [is_encoder_decoder(x) for x in (model, ref_model) if x is not None]
     if len({*flags}) > 1:
         raise ValueError(
             "ref_model: one of model and ref_model is an encoder-decoder, expected both or none"

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tnt_kernels.hf.head import distance
+
 #: Names of probabilities and widths of noise: dropout, layerdrop, attn_pdrop, drop_path, router_jitter_noise, ...
 _RANDOM = re.compile("drop|jitter")
 #: No rounding makes two forwards differ by more, relative to the norm, in any dtype.
@@ -90,7 +92,7 @@ def check_deterministic(
             if everywhere(torch.equal(first, forward())):
                 return
             first, again, other = (_seeded(forward, seed) for seed in (0, 0, 1))
-            change, noise = _distance(first, other), _distance(first, again)
+            change, noise = distance(other, first), distance(again, first)
             if everywhere(change <= min(4 * noise, _MOST_NOISE)):
                 return
             named = _random_modules(model, forward)
@@ -124,11 +126,6 @@ def _seeded(forward: Callable[[], Tensor], seed: int) -> Tensor:
     torch.manual_seed(seed)
     random.seed(seed)
     return forward()
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    return float((a - b).norm() / a.norm().clamp(min=1e-30))
 
 
 def _random_modules(model: nn.Module, forward: Callable[[], Tensor]) -> list[str]:

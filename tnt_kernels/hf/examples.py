@@ -51,6 +51,11 @@ class Row(NamedTuple):
     lost: bool  # all rows that count have been cut off
 
 
+def takes(taken: frozenset[str] | None, name: str) -> bool:
+    """Whether a forward that takes that (None: it is not known what) takes the input of that name."""
+    return name in (_USUAL if taken is None else taken)
+
+
 @dataclass
 class Reader:
     """Reads examples of the kinds that :class:`TNTDataCollator` takes.
@@ -70,9 +75,6 @@ class Reader:
     spans: str
     correction: str
     phrases: bool
-
-    def takes(self, name: str) -> bool:
-        return name in (_USUAL if self.taken is None else self.taken)
 
     def __call__(self, example: Mapping[str, Any]) -> Row:
         found = {name for name, value in example.items() if value is not None}
@@ -94,7 +96,9 @@ class Reader:
             )
         spans = example["negative_spans"] if "negative_spans" in found else ()
         text = self._encoded(example, said, spans)
-        completion, prompt = _ids("completion", text.completion), _ids("prompt", text.prompt)
+        completion, prompt = (
+            torch.tensor(ids, dtype=torch.int64) for ids in (text.completion, text.prompt)
+        )
         if "corrected" in found:
             corrected = self._encoded(example, "corrected", ())
             weights = weights_from_correction(
@@ -189,7 +193,7 @@ class Reader:
                 )
             inputs["position_ids"] = torch.cat([torch.arange(n) for n in ends.diff().tolist()])
         for name in sorted(found - {*COLUMNS}):
-            if not self.takes(name):
+            if not takes(self.taken, name):
                 if name == "position_ids" and source is not None:
                     positions = _ids(name, example[name])
                     if bool((positions[1:] == 0).any()):
@@ -324,15 +328,11 @@ def _table(x: Any) -> Tensor:
     for row in rows:
         if row.numel() and (row.is_floating_point() or row.dtype == torch.bool):
             raise ValueError(f"negative_ids: {row.dtype}, expected integers")
+    if not rows:
+        return torch.empty(0, 0).long()
     if isinstance(x, Tensor) and x.dim() == 2:
-        table = x.long()
-    elif rows:
-        table = pad_sequence(
-            [row.long().view(-1) for row in rows], batch_first=True, padding_value=-1
-        )
-    else:
-        table = torch.empty(0, 0).long()
-    return table
+        return x.long()
+    return pad_sequence([row.long().view(-1) for row in rows], batch_first=True, padding_value=-1)
 
 
 def _hidden(example: Mapping[str, Any]) -> Tensor | None:

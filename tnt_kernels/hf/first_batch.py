@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from tnt_kernels.hf.forward import Forward, Forwards
-from tnt_kernels.hf.head import HeadMath, apart, plain_head, probe
+from tnt_kernels.hf.forward import Forwards
+from tnt_kernels.hf.head import HeadMath, distance, plain_head, probe, rounding
 from tnt_kernels.hf.reference import (
     Original,
     as_it_is,
@@ -33,15 +33,8 @@ def probe_head(forwards: Forwards, model: nn.Module, inputs: Inputs) -> HeadMath
     head = plain_head(module)
     if head is None:
         return None
-    found: list[HeadMath | None] = []
-
-    def run(forward: Forward) -> Tensor:
-        found.append(probe(forward, head, getattr(module, "config", None)))
-        return torch.zeros((), device=forwards.accelerator.device)
-
-    with torch.no_grad():
-        forwards.within(model, inputs, run)
-    return found[0]
+    config = getattr(module, "config", None)
+    return forwards.look(model, inputs, lambda forward: probe(forward, head, config))
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
@@ -63,10 +56,10 @@ def check_precomputed(
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == ref_hidden.shape[:2]:
         ref_hidden, theirs = (x * mask[..., None].to(x) for x in (ref_hidden, theirs))
-    distance = apart(theirs, ref_hidden.to(theirs))[0]
-    if distance > _other_sums(forwards, theirs):
+    found = distance(theirs, ref_hidden.to(theirs))
+    if found > _other_sums(forwards, theirs):
         raise ValueError(
-            f"ref_hidden_states: {distance:.2g} apart, relative to their norm, from those of this trainer's "
+            f"ref_hidden_states: {found:.2g} apart, relative to their norm, from those of this trainer's "
             f"reference, the model {'without its adapters' if original.without_adapters else 'as it is'}; expected "
             "them to be precomputed with it (precompute_reference takes a model as it is)"
         )
@@ -81,14 +74,15 @@ def warn_of_trained_adapters(
     with original.running(model) as module:
         theirs = forwards.said(module, inputs)
     with as_it_is(model).running(model) as module:
-        distance, tolerance = apart(forwards.said(module, inputs), theirs)
-    if distance > tolerance:
-        say_that_adapters_are_trained(distance)
+        ours = forwards.said(module, inputs)
+    found = distance(ours, theirs)
+    if found > rounding(ours, theirs):
+        say_that_adapters_are_trained(found)
 
 
-def say_that_adapters_are_trained(distance: float) -> None:
+def say_that_adapters_are_trained(change: float) -> None:
     logger.warning(
-        f"model: its adapters change it already, by {distance:.2g} of the norm of what it computes, and its reference "
+        f"model: its adapters change it already, by {change:.2g} of the norm of what it computes, and its reference "
         "is the model without them, so that training also undoes what they have learnt. adapter_reference='start' "
         "takes the model with them as the reference."
     )
@@ -121,12 +115,12 @@ def check_packing(
     }
     for model in models:
         single = forwards.said(model, alone)[0]
-        distance = apart(forwards.said(model, inputs)[row, begin:end], single)[0]
-        if distance > _other_sums(forwards, single):
+        found = distance(forwards.said(model, inputs)[row, begin:end], single)
+        if found > _other_sums(forwards, single):
             raise ValueError(
                 "position_ids: several texts in a row, but in "
                 f"{type(base_of(forwards.unwrapped(model))).__name__} they see each other (hidden states are "
-                f"{distance:.2g} apart, relative to their norm, from those of a text alone); expected no "
+                f"{found:.2g} apart, relative to their norm, from those of a text alone); expected no "
                 "attention_mask beside such position_ids, a model that takes them, or one text in a row"
             )
     return True

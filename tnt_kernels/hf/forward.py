@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tnt_kernels.hf.head import head_input, logits_of, plain_head
 
 Forward = Callable[[], Any]  # runs a model's own forward on a batch, and returns its outputs
+Found = TypeVar("Found")
 _MOST_KNOWN = 4
 
 
@@ -62,19 +63,28 @@ class Forwards:
         module = self.unwrapped(model)
         module = getattr(module, "_orig_mod", module)  # as it is: it is not compiled for this
         head = plain_head(module)
-        found: list[Tensor] = []
+
+        def hidden(forward: Forward) -> Tensor:
+            if head is None:
+                return logits_of(forward())
+            with head_input(head) as kept:
+                outputs = forward()
+            return kept[0] if kept else logits_of(outputs)
+
+        return self.look(module, inputs, hidden)
+
+    def look(
+        self, model: nn.Module, inputs: dict[str, Any], function: Callable[[Forward], Found]
+    ) -> Found:
+        """What ``function(forward)`` returns within the model's forward, without gradients."""
+        found: list[Found] = []
 
         def run(forward: Forward) -> Tensor:
-            if head is None:
-                found.append(logits_of(forward()))
-            else:
-                with head_input(head) as kept:
-                    outputs = forward()
-                found.append(kept[0] if kept else logits_of(outputs))
+            found.append(function(forward))
             return torch.zeros((), device=self.accelerator.device)
 
         with torch.no_grad():
-            self.within(module, inputs, run)
+            self.within(model, inputs, run)
         return found[0]
 
     def everywhere(self, here: bool) -> bool:

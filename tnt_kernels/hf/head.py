@@ -58,11 +58,16 @@ def head_input(head: nn.Module, rows: int = 0) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def apart(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """How far two results of one arithmetic are apart, relative to their norm, and how far rounding may take them."""
-    norm = b.float().norm().item()
-    distance = (a.float() - b.float()).norm().item()
-    return distance / norm if norm else distance, max(_TOLERANCES[a.dtype], _TOLERANCES[b.dtype])
+def distance(a: Tensor, b: Tensor) -> float:
+    """How far ``a`` is from ``b``, relative to the norm of ``b``; NaN counts as 0."""
+    a, b = a.nan_to_num(), b.nan_to_num()
+    apart, norm = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (a - b, b))
+    return float(apart / norm.clamp(min=1e-30))
+
+
+def rounding(a: Tensor, b: Tensor) -> float:
+    """How far rounding takes two results of one arithmetic apart at most, relative to their norm."""
+    return max(_TOLERANCES[a.dtype], _TOLERANCES[b.dtype])
 
 
 def probe(forward: Callable[[], Any], head: nn.Linear, config: Any) -> HeadMath | None:
@@ -81,7 +86,7 @@ def probe(forward: Callable[[], Any], head: nn.Linear, config: Any) -> HeadMath 
     if logits.shape != (*rows.shape[:2], weight.size(0)):
         return None
     raw = F.linear(rows, weight, bias)  # in the dtype of the model, or autocast's
-    tolerance = max(_TOLERANCES[raw.dtype], _TOLERANCES[logits.dtype])
+    tolerance = rounding(raw, logits)
     raw, own = raw.float(), logits.float()
     norm = (own - own.mean(dim=-1, keepdim=True)).norm(dim=(0, 2))
     for math in _candidates(config):

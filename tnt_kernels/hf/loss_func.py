@@ -11,7 +11,7 @@ from transformers.utils import logging
 from tnt_kernels.functional import tnt_loss
 from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.first_batch import say_that_adapters_are_trained
-from tnt_kernels.hf.head import apart, logits_of
+from tnt_kernels.hf.head import distance, logits_of, rounding
 from tnt_kernels.hf.router import auxiliary_loss
 from tnt_kernels.hf.rows import take_rows
 from tnt_kernels.losses import TNTLoss
@@ -30,7 +30,7 @@ class _LossFunc:
         TNTLoss(**keywords)  # checks the names
         originals.check_adapter_reference(adapter_reference)
         self.keywords = keywords
-        self.causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.causal = not originals.is_encoder_decoder(model)
         self.model = model
         self.given = ref_model is not None
         self.original = originals.original_of(model, ref_model, adapter_reference)
@@ -68,16 +68,12 @@ class _LossFunc:
                 ref_logits = logits_of(module.to(logits.device)(**batch, use_cache=False))
         finally:
             self.busy = False
-        length = rows.labels.size(1)
-        extra = originals.virtual_tokens(self.model)
-        if logits.size(1) not in (length, length + extra):
-            raise ValueError(
-                f"outputs: {logits.size(1)} positions of logits for {length} labels of a text, expected as many"
-            )
+        logits, ref_logits = (
+            originals.of_the_texts(self.model, x, rows.labels.size(1)) for x in (logits, ref_logits)
+        )
         vocab = min(logits.size(-1), ref_logits.size(-1))
-        ref_logits = ref_logits[:, ref_logits.size(1) - length :, :vocab].to(logits.dtype)
-        if logits.shape != ref_logits.shape:
-            logits = logits[:, logits.size(1) - length :, :vocab]
+        ref_logits = ref_logits[..., :vocab].to(logits.dtype)
+        logits = logits if logits.size(-1) == vocab else logits[..., :vocab]
         if not self.looked:
             self.looked = True
             self._look_at(logits, ref_logits)
@@ -98,12 +94,15 @@ class _LossFunc:
     def _look_at(self, logits: Tensor, ref_logits: Tensor) -> None:
         if self.given or originals.learns_prompts(self.model):
             return
-        distance, tolerance = apart(logits.detach()[:, :8], ref_logits[:, :8])
-        if distance > tolerance and self.original.without_adapters:
-            say_that_adapters_are_trained(distance)
-        elif distance > tolerance:
+        ours, theirs = logits.detach()[:, :8], ref_logits[:, :8]
+        found = distance(ours, theirs)
+        if found <= rounding(ours, theirs):
+            return
+        if self.original.without_adapters:
+            say_that_adapters_are_trained(found)
+        else:
             logger.warning(
-                f"model: its logits are {distance:.2g} apart, relative to their norm, from those of its reference, "
+                f"model: its logits are {found:.2g} apart, relative to their norm, from those of its reference, "
                 "which it was when this function was made: it has been trained since, or dropout is on in it "
                 "(tnt_kernels.hf.dropout.disable_dropout)"
             )

@@ -9,7 +9,7 @@ from torch import nn
 
 from tnt_kernels.hf.collator import TNTDataCollator
 from tnt_kernels.hf.head import head_input, plain_head
-from tnt_kernels.hf.reference import as_it_is
+from tnt_kernels.hf.reference import as_it_is, of_the_texts
 
 
 def precompute_reference(
@@ -49,9 +49,7 @@ def precompute_reference(
             }
             with head_input(head) as kept:
                 model(**inputs, use_cache=False)
-            found = kept[0][
-                :, kept[0].size(1) - batch["labels"].size(1) :
-            ]  # without virtual tokens
+            found = of_the_texts(model, kept[0], batch["labels"].size(1))
             for example, hidden, length in zip(part, found, lengths, strict=True):
                 done.append({**example, "ref_hidden_states": hidden[:length].cpu()})
     return done

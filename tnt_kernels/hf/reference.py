@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,10 @@ def is_peft(model: Any) -> bool:
     )
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def base_of(model: Any) -> Any:
     """The model of transformers within a PEFT model, whose forward the adapters change."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -46,20 +50,41 @@ def virtual_tokens(model: Any) -> int:
     if not learns_prompts(model):
         return 0
     config = model.active_peft_config
-    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") or model.config.is_encoder_decoder:
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") or is_encoder_decoder(model):
         return 0  # these stand in the cache, or before the encoder's text
     return int(config.num_virtual_tokens)
 
 
-def _is_adapter(model: Any, name: str) -> bool:
-    """Whether the parameter of that name is read by a model with its adapters alone."""
+def of_the_texts(model: Any, x: Tensor, length: int) -> Tensor:
+    """Hidden states or logits (B, T, ...) of texts of ``length`` labels, without those of virtual tokens in front."""
+    if x.size(1) == length:
+        return x
+    extra = virtual_tokens(model)
+    if x.size(1) != length + extra:
+        raise ValueError(
+            f"model: {x.size(1)} positions of output for {length} labels of a text, expected as many"
+        )
+    return x[:, extra:]
+
+
+def _adapter_test(model: Any) -> Callable[[str], bool]:
+    """Tells the names of parameters that a model reads with its adapters alone."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     kinds = (config.peft_type for config in model.peft_config.values())
     prefixes = [PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) for kind in kinds]
     others = ("modules_to_save.", "trainable_tokens_", "prompt_encoder.")
     marks = [*others, *(prefix for prefix in prefixes if prefix)]
-    return any(f".{mark}" in f".{name}" for mark in marks)
+    return lambda name: any(f".{mark}" in f".{name}" for mark in marks)
+
+
+def _read_and_trained(model: Any, without_adapters: bool) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that train, and that the model reads with its adapters, or without them."""
+    trained = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+    if not without_adapters:
+        return trained
+    is_adapter = _adapter_test(model)
+    return [(name, x) for name, x in trained if not is_adapter(name)]
 
 
 @contextmanager
@@ -117,10 +142,8 @@ class Original:
         kept = {id(x) for x, _ in self.kept}
         new = [
             name
-            for name, x in module.named_parameters()
-            if x.requires_grad
-            and id(x) not in kept
-            and not (self.without_adapters and _is_adapter(module, name))
+            for name, x in _read_and_trained(module, self.without_adapters)
+            if id(x) not in kept
         ]
         if new:
             raise ValueError(
@@ -169,11 +192,7 @@ def original_of(model: Any, ref_model: Any, adapter_reference: str) -> Original:
         return Original(frozen_copy(model))
     base = adapter_reference == "base"
     _check_adapters(model, base)
-    kept = [
-        (x, x.detach().clone())
-        for name, x in model.named_parameters()
-        if x.requires_grad and not (base and _is_adapter(model, name))
-    ]
+    kept = [(x, x.detach().clone()) for _, x in _read_and_trained(model, base)]
     return Original(None, base, kept)
 
 
@@ -260,8 +279,9 @@ def fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
     """Of the values of a sample of every parameter; the same on every device."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     samples: list[Tensor] = []
+    is_adapter = _adapter_test(model) if without_adapters else lambda _: False
     for name, x in model.named_parameters():
-        if without_adapters and _is_adapter(model, name):
+        if is_adapter(name):
             continue
         for wrapper in ("base_model.model.", "base_layer.", "original_module."):
             name = name.replace(wrapper, "")  # the base of adapters is the model that it was before

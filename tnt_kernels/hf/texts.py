@@ -419,11 +419,12 @@ def _places(
             return None
         return {where[at]: at - before for before, at in enumerate(sorted(where))}
 
+    mark = next(iter(some.values()))  # one does for places that are looked for one at a time
+
     def one(place: int) -> int | None:
         places = found({place: mark})
         return None if places is None else places[place]
 
-    mark = next(iter(some.values()))
     together = found(some) if all(p in some for span in spans for p in span) else None
     placed = []
     for begin, end in spans:

@@ -108,7 +108,7 @@ class TNTTrainer(Trainer):
             )
         self.loss_is_scaled_for_ga = True  # by the count of rows
         self._objective = resolve_method(args.method)
-        self._causal = not getattr(self.model.config, "is_encoder_decoder", False)
+        self._causal = not originals.is_encoder_decoder(self.model)
         if data_collator is None:
             self.data_collator = TNTDataCollator(processing_class, self.model)
         originals.set_cache(self.model, args.use_cache)
@@ -361,16 +361,8 @@ class TNTTrainer(Trainer):
         return loss, *kept[0]
 
     def _of_the_texts(self, x: Tensor, rows: Rows) -> Tensor:
-        """Hidden states or logits (B, T, ...) without those of the virtual tokens that adapters put in front."""
-        length = rows.labels.size(1)
-        if x.size(1) == length:
-            return x
-        extra = originals.virtual_tokens(self._forwards.unwrapped(self.model))
-        if x.size(1) != length + extra:
-            raise ValueError(
-                f"model: {x.size(1)} positions of output for {length} labels of a text, expected as many"
-            )
-        return x[:, extra:]
+        own = self._forwards.unwrapped(self.model)
+        return originals.of_the_texts(own, x, rows.labels.size(1))
 
     def _with(self, auxiliary: Auxiliary | None, loss: Tensor) -> Tensor:
         if auxiliary is None:
@@ -401,8 +393,7 @@ class TNTTrainer(Trainer):
         models = [model] if self.ref_model is None else [model, self.ref_model]
         if not self._head_probed:
             self._head_probed = True
-            if self._causal:
-                first_batch.check_inputs(own, inputs)
+            first_batch.check_inputs(own, inputs)
             self._probe(models, inputs)
             if self._precomputed_by is not None and ref_hidden is not None:
                 first_batch.check_precomputed(
