@@ -84,7 +84,7 @@ def load_balancing(router_logits: Sequence[Tensor], chosen: int) -> Tensor:
 
 
 def loss(
-    model: nn.Module, reference: nn.Module, texts: Sequence[Text], method: str, alpha: float = 1.0,
+    model: nn.Module, original: nn.Module, texts: Sequence[Text], method: str, alpha: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """Mean over the positions of weight other than 0 that something predicts, and the experts' load balancing.
@@ -97,7 +97,7 @@ def loss(
     for text in texts:
         outputs = outputs_of(model, text)
         with torch.no_grad():
-            other = logits_of(outputs_of(reference, text), text, causal)
+            other = logits_of(outputs_of(original, text), text, causal)
         logits, shift = logits_of(outputs, text, causal), int(causal)
         for t, (z, r) in enumerate(zip(logits, other, strict=True)):
             label, weight = int(text["labels"][t + shift]), float(text["weights"][t + shift])

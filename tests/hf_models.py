@@ -137,7 +137,7 @@ def adapted(model: nn.Module, kind: str, tuning: str, **options: Any) -> Any:
 
 
 def perturb(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
-    """Moves whatever trains, so that the model is no longer its reference."""
+    """Moves whatever trains, so that the model is no longer its original."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for x in model.parameters():

@@ -1,4 +1,4 @@
-"""Adapters: which model is the reference, whatever trains, and what is said of it."""
+"""Adapters: which model is the original, whatever trains, and what is said of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from hf_tiny import annotated, assert_same, config, parameters, tiny, tokenizer, trained
 
 import tnt_kernels as tnt
-from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.dropout import disable_dropout
+from tnt_kernels.hf.original import fingerprint, original_of, take_reference
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -39,29 +39,29 @@ def log_of(model, tmp_path, examples=None, **options):
     return trainer.state.log_history[0]
 
 
-# --- A reference with adapters ----------------------------------------------------------------------
+# --- An original with adapters ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 def test_a_reference_keeps_its_adapter(fused, tmp_path):
-    """As given it says what it says merged; a model that starts from it merged is at its reference."""
-    reference = adapted(seed=1)
+    """As given it says what it says merged; a model that starts from it merged is at its original."""
+    original = adapted(seed=1)
     start, logs = parameters(tiny("llama").double()), []
-    for ref_model in (copy.deepcopy(reference), merged(reference)):
+    for ref_model in (copy.deepcopy(original), merged(original)):
         args = config(tmp_path, fused_linear=fused)
         trainer = trained(tiny("llama").double(), args, annotated(8), ref_model=ref_model)
         logs.append((trainer.state.log_history[0]["loss"], parameters(trainer.model)))
     assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-9)
     assert_same(logs[0][1], logs[1][1], start, 1e-6)
-    log = log_of(merged(reference), tmp_path, fused_linear=fused, ref_model=reference)
+    log = log_of(merged(original), tmp_path, fused_linear=fused, ref_model=original)
     assert log["positive_kl"] < 1e-12
 
 
 def test_a_reference_keeps_its_adapter_in_a_loss_function():
-    model, reference = tiny("llama").double(), adapted(seed=1)
+    model, original = tiny("llama").double(), adapted(seed=1)
     batch = tnt.hf.TNTDataCollator(model=model)(annotated(8))
     losses = []
-    for ref_model in (copy.deepcopy(reference), merged(reference)):
+    for ref_model in (copy.deepcopy(original), merged(original)):
         function = tnt.hf.compute_loss_func(model, ref_model)
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         losses.append(function(model(**inputs), batch["labels"]).item())
@@ -73,15 +73,15 @@ def test_a_reference_keeps_its_adapter_in_a_loss_function():
 
 
 def test_hidden_states_are_precomputed_with_the_adapter(tmp_path):
-    reference, examples = adapted(seed=1), annotated(8)
+    original, examples = adapted(seed=1), annotated(8)
     collate = tnt.hf.TNTDataCollator()
     with_it, alone = (
         tnt.hf.precompute_reference(model, examples, collate)
-        for model in (reference, merged(reference))
+        for model in (original, merged(original))
     )
     for one, other in zip(with_it, alone, strict=True):
         torch.testing.assert_close(one["ref_hidden_states"], other["ref_hidden_states"])
-    # A model's own adapters: hidden states of another reference than the trainer's are noticed.
+    # A model's own adapters: hidden states of another original than the trainer's are noticed.
     model = adapted(seed=1)
     args = config(tmp_path, precomputed_reference=True)
     with pytest.raises(ValueError, match=r"ref_hidden_states: .* apart.* without its adapters"):
@@ -113,7 +113,7 @@ def test_a_fresh_adapter_is_not_said(tmp_path, said):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 def test_the_start_of_an_adapter_can_be_the_reference(fused, tmp_path, said):
-    """Over several steps, with what else trains: as with a copy of the model as the reference."""
+    """Over several steps, with what else trains: as with a copy of the model as the original."""
     options = {"bias": "all", "modules_to_save": ["norm"], "attention_bias": True}
     model, start = adapted(**options), None
     start = parameters(model)
@@ -159,7 +159,7 @@ def unfrozen(model):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 @pytest.mark.parametrize("what", ["all", "lora_only", "layers"])
 def test_the_reference_stays_where_its_parameters_train(what, fused, tmp_path):
-    """Biases and layers of the base, its head too: over steps, the reference is the base as it was."""
+    """Biases and layers of the base, its head too: over steps, the original is the base as it was."""
     sizes = {"attention_bias": True, "mlp_bias": True}
     base = tiny("llama", **sizes).double()
     options = {} if what == "layers" else {"bias": what}
@@ -171,12 +171,12 @@ def test_the_reference_stays_where_its_parameters_train(what, fused, tmp_path):
         copy.deepcopy(model), config(tmp_path, **args), annotated(32), ref_model=copy.deepcopy(base)
     )
     trainer = trained(model, config(tmp_path, **args), annotated(32))
-    assert (trainer._head_math is not None) == fused
+    assert (trainer._first_batch.head_math is not None) == fused
     assert_same(parameters(expected.model), parameters(trainer.model), start, 1e-6)
     moved = [n for n, x in model.named_parameters() if "lora" not in n and (x != start[n]).any()]
     assert moved  # of the base
     ids = torch.arange(3, 13)[None]
-    with trainer._original.running(model) as module:
+    with trainer._reference.original.running(model) as module:
         torch.testing.assert_close(module(ids).logits, base.eval()(ids).logits)
     assert not torch.allclose(model.eval()(ids).logits, base(ids).logits)
 
@@ -194,7 +194,7 @@ def test_what_does_not_train_still_does_not(tmp_path):
 
 
 def test_adapters_of_transformers_itself(tmp_path):
-    """``model.add_adapter``: their reference is the base, too, without a copy of it."""
+    """``model.add_adapter``: their original is the base, too, without a copy of it."""
     model = tiny("llama").double()
     torch.manual_seed(0)
     model.add_adapter(lora(modules_to_save=["lm_head"]))
@@ -213,14 +213,14 @@ def test_adapters_of_transformers_itself(tmp_path):
 
 
 def test_a_model_made_anew(tmp_path):
-    """``model_init``: the reference is the base of the model that trains."""
+    """``model_init``: the original is the base of the model that trains."""
     trainer = tnt.hf.TNTTrainer(
         args=config(tmp_path, max_steps=2),
         train_dataset=annotated(16),
         model_init=lambda: adapted(bias="all", attention_bias=True),
     )
     trainer.train()
-    kept = {id(x) for x, _ in trainer._original.kept}
+    kept = {id(x) for x, _ in trainer._reference.original.kept}
     assert kept
     assert kept <= {id(x) for x in trainer.model.parameters()}
 
@@ -243,7 +243,7 @@ def prompted(kind, **options):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "p"])
 def test_the_reference_has_no_virtual_tokens(kind, fused, precision, tmp_path):
-    """Their base is the reference in mixed precision too, where accelerate stands before the forward."""
+    """Their base is the original in mixed precision too, where accelerate stands before the forward."""
     model = peft.get_peft_model(tiny("llama"), prompted(kind))
     for x in model.prompt_encoder.parameters():
         torch.nn.init.normal_(x)
@@ -251,7 +251,7 @@ def test_the_reference_has_no_virtual_tokens(kind, fused, precision, tmp_path):
     for ref_model in (tiny("llama"), None):
         args = config(tmp_path, fused_linear=fused, **precision)
         trainer = trained(copy.deepcopy(model), args, annotated(8), ref_model=ref_model)
-        assert (trainer._head_math is not None) == fused
+        assert (trainer._first_batch.head_math is not None) == fused
         assert trainer.state.log_history[0]["positive_kl"] > 1e-3
         updates.append(parameters(trainer.model))
     assert_same(updates[0], updates[1], start, 0.05 if precision else 1e-4)
@@ -272,25 +272,25 @@ def test_virtual_tokens_and_positions(tmp_path):
         trainer.data_collator([packed])
 
 
-def test_trained_parameters_of_a_reference_are_not_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tnt.hf.TNTTrainer, "_check_strategy", lambda self: None)
-    trainer = tnt.hf.TNTTrainer(adapted(bias="all", attention_bias=True), config(tmp_path))
-    trainer.is_fsdp_enabled = True
+def test_trained_parameters_of_a_reference_are_not_sharded(tmp_path):
+    model = adapted(bias="all", attention_bias=True)
     with pytest.raises(ValueError, match="parameters that its reference reads train, which FSDP"):
-        trainer._take_reference(None)
+        take_reference(model, None, config(tmp_path), accelerator=None, sharded=True)
 
 
 def test_fingerprints(tmp_path):
-    """Of a reference with adapters they are of these, too; of a base they are not."""
+    """Of an original with adapters they are of these, too; of a base they are not."""
     one, other = adapted(seed=1), adapted(seed=2)
-    assert originals.fingerprint(one) != originals.fingerprint(other)
-    assert originals.fingerprint(one, True) == originals.fingerprint(other, True)
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one, True) == fingerprint(other, True)
     prints = {
-        start: tnt.hf.TNTTrainer(model, config(tmp_path, adapter_reference=start))._fingerprint
+        start: tnt.hf.TNTTrainer(
+            model, config(tmp_path, adapter_reference=start)
+        )._reference.fingerprint
         for start, model in (("base", one), ("start", other))
     }
-    assert prints["base"] == originals.fingerprint(other, True)
-    assert prints["start"] == originals.fingerprint(other)
+    assert prints["base"] == fingerprint(other, True)
+    assert prints["start"] == fingerprint(other)
     with pytest.raises(ValueError, match="adapter_reference is 'end'"):
         config(tmp_path, adapter_reference="end")
 
@@ -312,14 +312,13 @@ def test_rounds_of_refinement(start, tmp_path, said):
     for reference in ("first", "previous"):
         args = config(tmp_path / reference, adapter_reference=start, method="tnfll", max_steps=2)
         own, seen = copy.deepcopy(model), []
-        original = originals.original_of
 
-        def recorded(*arguments, seen=seen, original=original):
-            seen.append(original(*arguments))
+        def recorded(*arguments, seen=seen):
+            seen.append(original_of(*arguments))
             return seen[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(originals, "original_of", recorded)
+            patch.setattr("tnt_kernels.hf.original.original_of", recorded)
             tnt.hf.refine(
                 own, words, ["the", "a cat"], annotate, args, reference=reference, **options
             )
@@ -370,7 +369,7 @@ def test_the_base_is_the_reference_of_any_kind_of_adapter(kind, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-# --- A reference that would not be the original -------------------------------------------------------
+# --- A base that would not be the original -------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["base", "start"])
@@ -452,7 +451,7 @@ def test_hidden_states_of_a_reference_that_is_given(tmp_path):
 @pytest.mark.parametrize("precomputed", [True, False])
 @pytest.mark.parametrize("start", ["base", "start"])
 def test_runs_that_go_on(start, precomputed, tmp_path, said):
-    """They have the same reference, biases that train and precomputed hidden states too, and nothing is said."""
+    """They have the same original, biases that train and precomputed hidden states too, and nothing is said."""
     examples, args = annotated(16), {
         "adapter_reference": start, "precomputed_reference": precomputed, "max_steps": 4, "learning_rate": 1.0,
         "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
@@ -463,7 +462,7 @@ def test_runs_that_go_on(start, precomputed, tmp_path, said):
 
     if precomputed:
         model = make()
-        with originals.original_of(model, None, start).running(model):
+        with original_of(model, None, start).running(model):
             examples = tnt.hf.precompute_reference(model, examples, tnt.hf.TNTDataCollator())
     whole = trained(make(), config(tmp_path / "a", **args), examples)
     resumed = tnt.hf.TNTTrainer(make(), config(tmp_path / "b", **args), train_dataset=examples)
@@ -488,7 +487,7 @@ def test_fresh_adapters_on_an_update_are_said(tmp_path, said):
     tnt.hf.TNTTrainer(peft.get_peft_model(updated, lora()), config(tmp_path))
     assert any("becomes its own reference" in message for message in said())
     plain, wrapped = tiny("llama"), peft.get_peft_model(tiny("llama"), lora())
-    assert originals.fingerprint(plain) == originals.fingerprint(wrapped, without_adapters=True)
+    assert fingerprint(plain) == fingerprint(wrapped, without_adapters=True)
 
 
 def test_a_tied_head_that_is_saved_with_the_adapter(tmp_path):

@@ -69,7 +69,7 @@ def sharded(rank: int, folder: str, fused: bool) -> dict[str, torch.Tensor]:
         batch = trainer.data_collator(annotated(8)[rank::2])
         count = trainer._get_num_items_in_batch([batch], args.device)
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
-    assert (trainer._head_math is not None) == fused
+    assert (trainer._first_batch.head_math is not None) == fused
     return {name: x.grad.full_tensor() for name, x in trainer.model.named_parameters()}
 
 

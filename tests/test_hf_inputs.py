@@ -304,9 +304,11 @@ def test_packing_in_mixed_precision(kind, tmp_path):
         model = tiny(kind, seed=seed, num_hidden_layers=8)
         collate = tnt.hf.TNTDataCollator(model=model, padding_free=True)
         trainer = trained(model, config(tmp_path, bf16=True), annotated(8), data_collator=collate)
-        assert trainer._packing_seen
+        assert trainer._first_batch.packing_seen
     native = tiny(kind, num_hidden_layers=8).bfloat16()
-    assert trained(native, config(tmp_path), annotated(8), data_collator=collate)._packing_seen
+    assert trained(
+        native, config(tmp_path), annotated(8), data_collator=collate
+    )._first_batch.packing_seen
 
 
 def test_packed_rows_are_looked_at_whatever_came_before(tmp_path):
@@ -337,7 +339,7 @@ def test_a_model_made_anew_separates_texts(tmp_path):
         data_collator=tnt.hf.TNTDataCollator(model=tiny("llama"), padding_free=True),
     )  # fmt: skip
     trainer.train()
-    assert trainer._packing_seen
+    assert trainer._first_batch.packing_seen
 
 
 # --- Images and others ----------------------------------------------------------------------------------

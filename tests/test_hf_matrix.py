@@ -1,7 +1,7 @@
 """Models × adapters × heads × layouts × methods: ``TNTTrainer`` against a loss written by hand in float64.
 
-Every pair of values of two factors occurs, as far as it exists. A cell checks that a model is its own reference at
-the start, and that loss and gradients against another reference are those of the texts one by one.
+Every pair of values of two factors occurs, as far as it exists. A cell checks that a model is its own original at
+the start, and that loss and gradients against another original are those of the texts one by one.
 """
 
 from __future__ import annotations
@@ -202,12 +202,12 @@ def twin(cell: Mapping[str, Any], model: nn.Module, **options: Any) -> Any:
 
 
 def assert_by_hand(
-    trainer: Any, batch: Mapping[str, Tensor], copy: Any, reference: Any, texts: Any, method: str
+    trainer: Any, batch: Mapping[str, Tensor], copy: Any, original: Any, texts: Any, method: str
 ) -> None:
     """Loss and gradients are those of ``copy``, the same model, by hand."""
     model = trainer.model.train()
     loss = trainer.compute_loss(model, batch)
-    expected = by_hand.loss(copy, reference.eval(), texts, method, ALPHA)
+    expected = by_hand.loss(copy, original.eval(), texts, method, ALPHA)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours, theirs = gradients(model, loss), gradients(copy, expected)
     whole = torch.stack([x.norm() for x in theirs.values()]).norm()
@@ -241,14 +241,14 @@ def test_against_the_loss_by_hand(cell: Cell, tmp_path: Path) -> None:
             assert abs(logs["positive_kl"]) < 1e-6
         if sides[0] != "unlikelihood":
             assert logs["negative_mass"] == pytest.approx(logs["ref_negative_mass"], rel=1e-6)
-    reference = build(kind, seed=1 if tuning == "full" else 0)
+    original = build(kind, seed=1 if tuning == "full" else 0)
     if tuning == "full":
         trainer = tnt.hf.TNTTrainer(model, args, ref_model=build(kind, seed=1))
     else:
         perturb(model)
-    assert_by_hand(trainer, batch, twin(cell, model), reference, texts, method)
+    assert_by_hand(trainer, batch, twin(cell, model), original, texts, method)
     behind = kind == "mbart" or (tuning == "lora+saved" and "lm_head" in SAVED[kind])
-    assert (trainer._head_math is not None) == (cell["fused"] and not behind)
+    assert (trainer._first_batch.head_math is not None) == (cell["fused"] and not behind)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
@@ -260,12 +260,12 @@ def test_a_given_reference_keeps_its_adapters(tuning: str, fused: bool, tmp_path
     given = adapted(build("falcon", seed=1), "falcon", "lora+saved")
     perturb(given, seed=4)
     perturb(model)
-    reference = twin(adapters, given)
+    original = twin(adapters, given)
     args = config(tmp_path, method="tnff", alpha=ALPHA, fused_linear=fused)
     trainer = tnt.hf.TNTTrainer(model, args, ref_model=given)
     batch = batch_of(cell, model, texts)
-    assert_by_hand(trainer, batch, twin(cell, model), reference, texts, "tnff")
-    assert (trainer._head_math is not None) == fused
+    assert_by_hand(trainer, batch, twin(cell, model), original, texts, "tnff")
+    assert (trainer._first_batch.head_math is not None) == fused
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
@@ -275,21 +275,21 @@ def test_adapters_of_the_start_as_the_reference(tuning: str, fused: bool, tmp_pa
     cell = {"kind": "gemma3", "tuning": tuning, "layout": "right"}
     model, texts = adapted(build("gemma3"), "gemma3", tuning), texts_of(cell)
     perturb(model, seed=4)
-    reference, batch = twin(cell, model), batch_of(cell, model, texts)
+    original, batch = twin(cell, model), batch_of(cell, model, texts)
     args = config(
         tmp_path, method="tnrf", alpha=ALPHA, fused_linear=fused, adapter_reference="start"
     )
     trainer = tnt.hf.TNTTrainer(model, args)
     assert abs(logged(trainer, batch)["positive_kl"]) < 1e-6
     perturb(model)
-    assert_by_hand(trainer, batch, twin(cell, model), reference, texts, "tnrf")
-    assert (trainer._head_math is not None) == fused
+    assert_by_hand(trainer, batch, twin(cell, model), original, texts, "tnrf")
+    assert (trainer._first_batch.head_math is not None) == fused
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 @pytest.mark.parametrize("trained_too", ["all", "lora_only", "by hand"])
 def test_base_weights_that_train(trained_too: str, fused: bool, tmp_path: Path) -> None:
-    """The reference keeps the values that they had at the start."""
+    """The original keeps the values that they had at the start."""
     cell = {"kind": "gpt2", "tuning": "lora", "layout": "right"}
     options = {} if trained_too == "by hand" else {"bias": trained_too}
 
@@ -309,7 +309,7 @@ def test_base_weights_that_train(trained_too: str, fused: bool, tmp_path: Path) 
     copy = made()
     copy.load_state_dict(model.state_dict())
     assert_by_hand(trainer, batch, copy.eval(), build("gpt2"), texts, "tnff")
-    assert (trainer._head_math is not None) == fused
+    assert (trainer._first_batch.head_math is not None) == fused
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

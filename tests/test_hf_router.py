@@ -44,7 +44,7 @@ def test_it_is_what_the_models_own_forward_adds(fused, tmp_path):
     trainer = tnt.hf.TNTTrainer(copy.deepcopy(model), config(tmp_path, fused_linear=fused))
     batch = trainer.data_collator(examples)
     trainer.compute_loss(trainer.model, batch).backward()
-    assert (trainer._head_math is not None) == fused
+    assert (trainer._first_batch.head_math is not None) == fused
     model.zero_grad()
     expected = own_loss(trainer.model.eval(), batch)
     assert expected.item() > 1e-3

@@ -23,8 +23,8 @@ from hf_tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnt_kernels as tnt
-from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.dropout import disable_dropout
+from tnt_kernels.hf.original import fingerprint
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,7 +65,7 @@ def test_a_step_is_that_of_the_loss(kind, fused, tmp_path):
             method="tnrf", alpha=2.0,
         )  # fmt: skip
         trainer = trained(copy.deepcopy(model), args, examples, ref_model=copy.deepcopy(original))
-        assert (trainer._head_math is not None) == fused
+        assert (trainer._first_batch.head_math is not None) == fused
         assert_same(expected, parameters(trainer.model), start, 1e-6)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
 
@@ -163,17 +163,17 @@ def test_adapters_disabled_are_the_reference(fused, tmp_path):
     )
     trainer = trained(wrapped, config(tmp_path, fused_linear=fused), examples)
     assert trainer.ref_model is None  # one set of weights
-    assert (trainer._head_math is not None) == fused
+    assert (trainer._first_batch.head_math is not None) == fused
     assert_same(parameters(by_model.model), parameters(trainer.model), start, 1e-5)
     again = peft.get_peft_model(tiny("llama"), lora)
-    assert trainer._fingerprint == originals.fingerprint(again, without_adapters=True)
+    assert trainer._reference.fingerprint == fingerprint(again, without_adapters=True)
 
 
 def test_an_adapter_on_the_head_takes_the_logits(tmp_path, said):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     trainer = trained(peft.get_peft_model(tiny("llama"), lora), config(tmp_path), annotated(8))
-    assert trainer._head_math is None
+    assert trainer._first_batch.head_math is None
     assert sum("fused_linear" in message for message in said()) == 1
 
 
@@ -201,7 +201,7 @@ def test_what_is_behind_the_head_is_honoured(kind, options, expected, tmp_path):
             copy.deepcopy(model), args, examples, ref_model=tiny(kind, seed=1, **options)
         )
         updates.append(parameters(trainer.model))
-        assert trainer._head_math == ((expected, expected) if fused else None)
+        assert trainer._first_batch.head_math == ((expected, expected) if fused else None)
     assert_same(updates[1], updates[0], start, 1e-3)
 
 
@@ -212,7 +212,7 @@ def test_what_is_behind_the_head_and_unknown_takes_the_logits(tmp_path, said):
     for fused in (True, False):
         args = config(tmp_path, fused_linear=fused, max_steps=2)
         trainer = trained(copy.deepcopy(model), args, annotated(8, encoder_decoder=True))
-        assert trainer._head_math is None
+        assert trainer._first_batch.head_math is None
         updates.append(parameters(trainer.model))
     assert_same(updates[1], updates[0], start, 1e-6)
     assert sum("fused_linear" in message for message in said()) == 1
@@ -230,7 +230,7 @@ def test_mixed_precision_and_checkpointing(tmp_path):
         trainer = trained(copy.deepcopy(model), config(tmp_path, **options), annotated(8),
                           ref_model=tiny("llama", seed=1))  # fmt: skip
         updates.append(parameters(trainer.model))
-        assert (trainer._head_math is None) == ("fused_linear" in options)
+        assert (trainer._first_batch.head_math is None) == ("fused_linear" in options)
     assert_same(updates[0], updates[1], start, 1e-6)
     assert_same(updates[0], updates[2], start, 0.1)
     assert_same(updates[2], updates[3], start, 0.1)
@@ -246,7 +246,7 @@ def test_models_in_16_bits(dtype, fused, tmp_path):
         model, original = (copy.deepcopy(x).to(kind) for x in models)
         trainer = tnt.hf.TNTTrainer(model, config(tmp_path, fused_linear=fused), ref_model=original)
         trainer.compute_loss(model, trainer.data_collator(annotated(8))).backward()
-        assert (trainer._head_math is not None) == fused
+        assert (trainer._first_batch.head_math is not None) == fused
         found.append({name: x.grad.float() for name, x in model.named_parameters()})
     nothing = {name: torch.zeros_like(x) for name, x in found[0].items()}
     assert_same(found[1], found[0], nothing, {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype])
@@ -266,7 +266,7 @@ def test_compiled(tmp_path, said):
         updates.append(parameters(trainer.model))
     assert_same(*updates, start, 1e-4)
     assert 0 < counters["stats"]["unique_graphs"] <= 2
-    assert trainer._head_math is None
+    assert trainer._first_batch.head_math is None
     assert sum("torch_compile" in message for message in said()) == 1
     torch.compiler.reset()
 
@@ -352,18 +352,15 @@ class ReadsOfTheDevice(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["tnff", "tnfll", "ul+ll"])
 def test_rows_are_counted_before_they_are_on_a_device(method, tmp_path, monkeypatch):
     """Every loss is told, so that it need not ask; and the step's count is the sum. "tnfll" asks for two numbers."""
-    from tnt_kernels.hf import trainer as module
-
-    told, counts, linear = [], [], module.linear_tnt_loss
+    told, counts, normalizers = [], [], []
 
     def recorded(*arguments, **keywords):
         told.append(keywords.get("max_active_rows"))
         counts.append(int(((arguments[4] != -100) & (arguments[5] != 0)).sum()))
         normalizers.append(float(keywords["normalizer"]))
-        return linear(*arguments, **keywords)
+        return tnt.linear_tnt_loss(*arguments, **keywords)
 
-    monkeypatch.setattr(module, "linear_tnt_loss", recorded)
-    normalizers = []
+    monkeypatch.setattr("tnt_kernels.hf.batch_loss.linear_tnt_loss", recorded)
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "method": method}
     trained(tiny("gpt2"), config(tmp_path, **options), annotated(9))
     assert len({*counts}) > 1

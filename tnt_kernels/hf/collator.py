@@ -16,8 +16,8 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from tnt_kernels.annotate import NegativePhrases
-from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.examples import Reader, Row, takes
+from tnt_kernels.hf.models import base_of, is_encoder_decoder, learns_prompts
 from tnt_kernels.hf.rows import IGNORED
 from tnt_kernels.hf.texts import Texts, ends_of
 
@@ -109,7 +109,7 @@ class TNTDataCollator:
             self._learn(model)
 
     def _learn(self, model: Any) -> None:
-        self.encoder_decoder = originals.is_encoder_decoder(model)
+        self.encoder_decoder = is_encoder_decoder(model)
         if self.encoder_decoder and self.padding_free:
             raise ValueError("padding_free: True for an encoder-decoder model, expected False")
         self.model = model if self.encoder_decoder else None  # a worker need not have it otherwise
@@ -313,8 +313,8 @@ class TNTDataCollator:
 
 def _taken_by(model: Any) -> frozenset[str]:
     """The names that the forward of a model takes, adapters or not."""
-    names = {*inspect.signature(originals.base_of(model).forward).parameters}
-    if originals.learns_prompts(model):
+    names = {*inspect.signature(base_of(model).forward).parameters}
+    if learns_prompts(model):
         # PEFT ignores them for virtual tokens, and padding must not stand between a prefix and the text.
         names -= {"position_ids", "token_type_ids"}
     return frozenset(names - {"labels", "input_ids"})

@@ -7,8 +7,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tnt_kernels.hf.reference import check_adapter_reference, is_encoder_decoder
+from tnt_kernels.hf.models import is_encoder_decoder
 from tnt_kernels.objectives import resolve_method
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -18,59 +22,39 @@ class TNTConfig(TrainingArguments):
     NaN losses are logged as they are: ``logging_nan_inf_filter`` is False here.
     """
 
-    method: str = field(
-        default="tnff",
-        metadata={
-            "help": "tnff, tnrr, tnrf, tnfr, tnfll, tnrll, nl+ll or ul+ll: negative side, positive side."
-        },
+    method: str = _option(
+        "tnff",
+        "tnff, tnrr, tnrf, tnfr, tnfll, tnrll, nl+ll or ul+ll: negative side, positive side.",
     )
-    alpha: float = field(default=1.0, metadata={"help": "Factor on negative rows."})
-    eps: float = field(
-        default=1e-6,
-        metadata={"help": "Floor that a reverse KL's target leaves to removed tokens."},
+    alpha: float = _option(1.0, "Factor on negative rows.")
+    eps: float = _option(1e-6, "Floor that a reverse KL's target leaves to removed tokens.")
+    smoothing: str = _option(
+        "negatives", "Where eps goes: negatives, or uniform as in the authors' code."
     )
-    smoothing: str = field(
-        default="negatives",
-        metadata={"help": "Where eps goes: negatives, or uniform as in the authors' code."},
+    nl_floor: float | None = _option(None, "Negative likelihood stops below this log-probability.")
+    temperature: float = _option(1.0, "Both logits are divided by it.")
+    fused_linear: bool = _option(
+        True,
+        "Go from hidden states to the loss without logits, where a check at the start finds that the model "
+        "allows it. With torch_compile, the loss is computed from logits.",
     )
-    nl_floor: float | None = field(
-        default=None, metadata={"help": "Negative likelihood stops below this log-probability."}
+    inplace: bool = _option(
+        True,
+        "Where there are logits, write their gradient over them. False for a model whose last operation "
+        "needs its own result in backward (autograd says so).",
     )
-    temperature: float = field(default=1.0, metadata={"help": "Both logits are divided by it."})
-    fused_linear: bool = field(
-        default=True,
-        metadata={
-            "help": "Go from hidden states to the loss without logits, where a check at the start finds that the model "
-            "allows it. With torch_compile, the loss is computed from logits."
-        },
+    disable_dropout: bool = _option(
+        True, "No dropout in the model: the target is what it says without."
     )
-    inplace: bool = field(
-        default=True,
-        metadata={
-            "help": "Where there are logits, write their gradient over them. False for a model whose last operation "
-            "needs its own result in backward (autograd says so)."
-        },
+    adapter_reference: str = _option(
+        "base",
+        "What computes the reference of a model with adapters where no ref_model is given: base, the model "
+        "without them, or start, the model with them as they are when the trainer is made.",
     )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "No dropout in the model: the target is what it says without."},
+    precomputed_reference: bool = _option(
+        False, "The data hold the reference's hidden states (see precompute_reference)."
     )
-    adapter_reference: str = field(
-        default="base",
-        metadata={
-            "help": "What the reference of a model with adapters is, where no ref_model is given: base, the model "
-            "without them, or start, the model with them as they are when the trainer is made."
-        },
-    )
-    precomputed_reference: bool = field(
-        default=False,
-        metadata={
-            "help": "The data hold the reference's hidden states (see precompute_reference)."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses in the logs."}
-    )
+    logging_nan_inf_filter: bool = _option(False, "Hide NaN and infinite losses in the logs.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +68,11 @@ class TNTConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: TNT's target is the reference"
             )
+
+
+def check_adapter_reference(name: str) -> None:
+    if name not in ("base", "start"):
+        raise ValueError(f"adapter_reference is {name!r}, expected 'base' or 'start'")
 
 
 def check_arguments(args: Any, model: Any, ref_model: Any, keywords: dict[str, Any]) -> None:

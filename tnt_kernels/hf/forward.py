@@ -17,27 +17,27 @@ _MOST_KNOWN = 4
 
 
 class Forwards:
-    """Runs the models of a trainer.
-
-    Args:
-        accelerator: of accelerate, which wraps them.
-    """
+    """Runs the models of a trainer, which accelerate wraps."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self._inner: dict[nn.Module, nn.Module] = {}
 
     def within(
-        self, model: nn.Module, inputs: dict[str, Any], function: Callable[[Forward], Tensor]
-    ) -> Tensor:
-        """``model(**inputs)``, with ``function(forward)`` in place of the inner model's forward.
+        self, model: nn.Module, inputs: dict[str, Any], function: Callable[[Forward], tuple[Tensor, Found]]
+    ) -> tuple[Tensor, Found]:  # fmt: skip
+        """Runs ``model(**inputs)`` with ``function(forward)`` in place of the inner model's forward.
 
         What computes the loss has to run in there: DistributedDataParallel prepares its reduction for the parameters
         that the outputs depend on, FSDP has them gathered in there only, and accelerate casts what comes out.
+
+        Returns:
+            The tensor that ``function`` returns, as it comes out of ``model``, and what else it returns.
         """
         module = self.unwrapped(model)
         before = module.__dict__.get("forward")
         forward = _bare_forward(module)
+        found: list[Found] = []
 
         def restore() -> None:
             module.__dict__.pop("forward", None)
@@ -47,11 +47,13 @@ class Forwards:
         def redirected(*arguments: Any, **keywords: Any) -> Tensor:
             restore()
             with self.accelerator.autocast():
-                return function(partial(forward, *arguments, **keywords))
+                x, more = function(partial(forward, *arguments, **keywords))
+            found.append(more)
+            return x
 
         module.__dict__["forward"] = redirected
         try:
-            return cast(Tensor, model(**inputs))
+            return cast(Tensor, model(**inputs)), found[0]
         finally:
             restore()
 
@@ -77,15 +79,9 @@ class Forwards:
         self, model: nn.Module, inputs: dict[str, Any], function: Callable[[Forward], Found]
     ) -> Found:
         """What ``function(forward)`` returns within the model's forward, without gradients."""
-        found: list[Found] = []
-
-        def run(forward: Forward) -> Tensor:
-            found.append(function(forward))
-            return torch.zeros((), device=self.accelerator.device)
-
+        nothing = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad():
-            self.within(model, inputs, run)
-        return found[0]
+            return self.within(model, inputs, lambda forward: (nothing, function(forward)))[1]
 
     def everywhere(self, here: bool) -> bool:
         """Whether it is so in every process; all have to ask."""
@@ -106,14 +102,14 @@ class Forwards:
 def _bare_forward(module: nn.Module) -> Callable[..., Any]:
     """``module.forward``, without accelerate's wrapper, which would cast the logits to float32.
 
-    Other forwards that stand in its place, as that of a base whose adapters are disabled, are what is to be called.
+    Whatever else stands in its place is to be called, as the forward of a base whose adapters are off.
     """
     forward: Any = module.forward
-    original = getattr(module, "_original_forward", None)
-    if original is not None:
-        inner, function = forward, getattr(original, "__func__", original)
+    bare = getattr(module, "_original_forward", None)
+    if bare is not None:
+        inner, function = forward, getattr(bare, "__func__", bare)
         while getattr(inner, "__func__", inner) is not function and hasattr(inner, "__wrapped__"):
             inner = inner.__wrapped__
         if getattr(inner, "__func__", inner) is function:
-            forward = original
+            forward = bare
     return cast(Callable[..., Any], forward)

@@ -101,19 +101,16 @@ def probe(forward: Callable[[], Any], head: nn.Linear, config: Any) -> HeadMath 
 
 
 def head_parameters(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, gathered where FSDP shards them, in the dtype of ``hidden`` unless autocast sees to that."""
+    """Weight and bias: gathered where FSDP shards them, in the dtype of ``hidden`` unless autocast sees to that, and
+    without gradient, wherever they are used, if none is asked for here."""
 
     def whole(x: Any) -> Tensor:
         x = x.full_tensor() if hasattr(x, "full_tensor") and not x.requires_grad else x
         casts = torch.is_autocast_enabled(hidden.device.type) or hasattr(x, "full_tensor")
-        return cast(Tensor, x if casts else x.to(hidden.dtype))
+        x = x if casts else x.to(hidden.dtype)
+        return cast(Tensor, x if torch.is_grad_enabled() else x.detach())
 
     return whole(head.weight), None if head.bias is None else whole(head.bias)
-
-
-def detached(parameters: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    weight, bias = parameters
-    return weight.detach(), None if bias is None else bias.detach()
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tnt_kernels.functional import tnt_loss
-from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.first_batch import say_that_adapters_are_trained
 from tnt_kernels.hf.head import distance, logits_of, rounding
+from tnt_kernels.hf.models import is_encoder_decoder, learns_prompts, without_virtual_tokens
+from tnt_kernels.hf.original import original_of
 from tnt_kernels.hf.router import auxiliary_loss
 from tnt_kernels.hf.rows import take_rows
 from tnt_kernels.losses import TNTLoss
@@ -28,12 +29,11 @@ class _LossFunc:
         keywords: dict[str, Any],
     ) -> None:
         TNTLoss(**keywords)  # checks the names
-        originals.check_adapter_reference(adapter_reference)
         self.keywords = keywords
-        self.causal = not originals.is_encoder_decoder(model)
+        self.causal = not is_encoder_decoder(model)
         self.model = model
         self.given = ref_model is not None
-        self.original = originals.original_of(model, ref_model, adapter_reference)
+        self.original = original_of(model, ref_model, adapter_reference)
         self.inputs: dict[str, Any] = {}
         self.handle = model.register_forward_pre_hook(self._take, with_kwargs=True)
         self.busy = False
@@ -69,7 +69,7 @@ class _LossFunc:
         finally:
             self.busy = False
         logits, ref_logits = (
-            originals.of_the_texts(self.model, x, rows.labels.size(1)) for x in (logits, ref_logits)
+            without_virtual_tokens(self.model, x, rows.labels.size(1)) for x in (logits, ref_logits)
         )
         vocab = min(logits.size(-1), ref_logits.size(-1))
         ref_logits = ref_logits[..., :vocab].to(logits.dtype)
@@ -77,22 +77,17 @@ class _LossFunc:
         if not self.looked:
             self.looked = True
             self._look_at(logits, ref_logits)
+        count = num_items_in_batch
+        count = None if count is None else torch.as_tensor(count, device=logits.device)
         loss: Tensor = tnt_loss(
-            logits,
-            ref_logits,
-            rows.labels,
-            rows.weights,
-            negative_ids=rows.negative_ids,
-            normalizer=torch.as_tensor(num_items_in_batch, device=logits.device)
-            if num_items_in_batch is not None
-            else None,
+            logits, ref_logits, rows.labels, rows.weights, negative_ids=rows.negative_ids, normalizer=count,
             **self.keywords,
-        )
+        )  # fmt: skip
         auxiliary = auxiliary_loss(self.model, outputs)
         return loss if auxiliary is None else loss + auxiliary.term.to(loss)
 
     def _look_at(self, logits: Tensor, ref_logits: Tensor) -> None:
-        if self.given or originals.learns_prompts(self.model):
+        if self.given or learns_prompts(self.model):
             return
         ours, theirs = logits.detach()[:, :8], ref_logits[:, :8]
         found = distance(ours, theirs)
@@ -123,9 +118,9 @@ def compute_loss_func(
 
     A ``Trainer`` calls such a function with outputs, labels and a count alone. So this one also hooks onto the model's
     forward: the hook takes ``weights`` and ``negative_ids`` out of what the trainer passes to the model, and keeps the
-    other inputs for the reference. For that they must reach it: ``TrainingArguments(remove_unused_columns=False)``,
+    other inputs for the original. For that they must reach it: ``TrainingArguments(remove_unused_columns=False)``,
     and ``data_collator=TNTDataCollator(tokenizer, model)``, which also sets the labels such that the trainer's count
-    is right. Dropout has to be off in the model, as the reference has none
+    is right. Dropout has to be off in the model, as the original has none
     (:func:`tnt_kernels.hf.dropout.disable_dropout`). A mixture of experts with
     ``output_router_logits=True`` gets its auxiliary loss, which no count divides, as in its own forward. Everything
     else (fused head, logged masses, checks of the model and of a resumed run) is :class:`TNTTrainer`'s.

@@ -9,7 +9,9 @@ from torch import nn
 
 from tnt_kernels.hf.collator import TNTDataCollator
 from tnt_kernels.hf.head import head_input, plain_head
-from tnt_kernels.hf.reference import as_it_is, of_the_texts
+from tnt_kernels.hf.models import without_virtual_tokens
+from tnt_kernels.hf.original import Original
+from tnt_kernels.hf.rows import take_rows
 
 
 def precompute_reference(
@@ -38,18 +40,15 @@ def precompute_reference(
         )
     device = next(model.parameters()).device
     done: list[dict[str, Any]] = []
-    with as_it_is(model).running(model):
+    with Original(model).running(model):
         for begin in range(0, len(examples), batch_size):
             part = [dict(example) for example in examples[begin : begin + batch_size]]
             batch, lengths = data_collator.padded(part)
-            inputs = {
-                name: x.to(device)
-                for name, x in batch.items()
-                if name not in ("labels", "weights", "negative_ids")
-            }
+            tokens = take_rows(batch, causal=False).labels.size(1)
+            inputs = {name: x.to(device) for name, x in batch.items()}
             with head_input(head) as kept:
                 model(**inputs, use_cache=False)
-            found = of_the_texts(model, kept[0], batch["labels"].size(1))
+            found = without_virtual_tokens(model, kept[0], tokens)
             for example, hidden, length in zip(part, found, lengths, strict=True):
                 done.append({**example, "ref_hidden_states": hidden[:length].cpu()})
     return done

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StopStringCriteria
 
-from tnt_kernels.hf import reference as originals
 from tnt_kernels.hf.collator import TNTDataCollator
 from tnt_kernels.hf.config import TNTConfig
+from tnt_kernels.hf.models import base_of, is_peft, virtual_tokens
+from tnt_kernels.hf.original import frozen_copy
 from tnt_kernels.hf.texts import Texts, ends_of
 from tnt_kernels.hf.trainer import TNTTrainer
 
@@ -75,7 +76,7 @@ def generate_completions(
         raise ValueError(
             "stopping_criteria: where they end a completion cannot be seen in it; expected stop_strings or eos_token_id"
         )
-    own = originals.base_of(model).generation_config
+    own = base_of(model).generation_config
     config, others = _config(own, tokenizer, generation)
     encoder_decoder = bool(model.config.is_encoder_decoder)
     decoder = _Decoder.of(model, config) if encoder_decoder else None
@@ -98,7 +99,7 @@ def generate_completions(
     done: list[list[Example]] = [[] for _ in sources]
     with _generating(model, config):
         # Padding would stand between the embeddings that PEFT puts in front and the text.
-        for numbers in _batches(sources, batch_size, alike=originals.virtual_tokens(model) > 0):
+        for numbers in _batches(sources, batch_size, alike=virtual_tokens(model) > 0):
             part = [sources[number] for number in numbers]
             ids, mask = _padded(part, ends.pad or 0, left=not encoder_decoder)
             said = model.generate(
@@ -156,7 +157,7 @@ def _config(
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
     """The model in eval mode, and with ``config`` as its own: ``generate`` fills what is None from the model's."""
-    base = originals.base_of(model)
+    base = base_of(model)
     own, training = base.generation_config, [x for x in model.modules() if x.training]
     base.generation_config = config
     model.eval()
@@ -222,7 +223,7 @@ def _listed(ids: int | list[int] | None) -> list[int]:
 
 
 def _name(model: Any) -> str:
-    return type(originals.base_of(model)).__name__
+    return type(base_of(model)).__name__
 
 
 class _Decoder(NamedTuple):
@@ -314,9 +315,9 @@ def refine(
         raise ValueError(f"reference is {reference!r}, expected 'first' or 'previous'")
     if reference == "previous" and ref_model is not None:
         raise ValueError("reference is 'previous', expected 'first' with a ref_model")
-    based = originals.is_peft(model) and args.adapter_reference == "base"
+    based = is_peft(model) and args.adapter_reference == "base"
     if reference == "first" and ref_model is None and not based:
-        ref_model = originals.frozen_copy(model)
+        ref_model = frozen_copy(model)
     collator = TNTDataCollator(tokenizer, model) if data_collator is None else data_collator
     done: list[Round] = []
     for number in range(1, rounds + 1):

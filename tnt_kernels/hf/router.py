@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tnt_kernels.hf.reference import base_of
+from tnt_kernels.hf.models import base_of
 
 #: Where the models of transformers 5.23 keep the factor on it.
 _FACTORS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -19,10 +19,6 @@ class Auxiliary(NamedTuple):
 
 def auxiliary_loss(model: Any, outputs: Any) -> Auxiliary | None:
     """The auxiliary loss that ``model`` computes with ``output_router_logits=True``, and the model's own factor.
-
-    Args:
-        model: of transformers, or a PEFT model around one.
-        outputs: of its forward.
 
     Returns:
         None for a model that has none, or is not asked for it.

@@ -1,4 +1,4 @@
-"""The rows of a batch: labels, weights and negative ids in line with the logits, and what is logged of them."""
+"""The rows of a batch: labels, weights and negative ids in line with the logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnt_kernels.functional import RowStats
-from tnt_kernels.objectives import Objective, RowLoss
-
 IGNORED = -100
 #: The columns that ``CountedRows`` adds.
 ACTIVE_ROWS = "active_rows"
 SEVERAL_TEXTS = "several_texts"
-_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
 
 
 class Rows(NamedTuple):
@@ -119,47 +115,3 @@ class CountedRows:
                 later = later_texts(batch, batch["labels"].shape)
                 batch[SEVERAL_TEXTS] = later is not None and bool(later.any())
         return batch
-
-
-# --- What is logged -------------------------------------------------------------------------------
-
-
-def sums(rows: Rows, stats: RowStats, objective: Objective, alpha: float) -> Tensor:
-    """(B, 6) float32, for each text: rows, negative rows, and the sums that ``averages`` divides by these."""
-    active, negative = rows.active(), rows.negative()
-    weights = torch.ones_like(stats.loss) if rows.weights is None else rows.weights.to(stats.loss)
-    on_negatives = torch.full_like(weights, alpha)
-    if objective.negative_loss in _BY_WEIGHT:
-        on_negatives = torch.where(weights < 0, -alpha * weights, on_negatives)
-    factor = torch.where(negative, on_negatives, weights)
-
-    def total(values: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, values, 0.0).sum(dim=1)
-
-    return torch.stack(
-        [
-            active.sum(dim=1),
-            negative.sum(dim=1),
-            total(factor * stats.loss, active),
-            total(stats.negative_mass, negative),
-            total(stats.ref_negative_mass, negative),
-            total(stats.kl, active & ~negative),
-        ],
-        dim=1,
-    ).float()
-
-
-def averages(sums: Tensor, objective: Objective) -> dict[str, float]:
-    """What is logged, of (8,): summed ``sums``, the auxiliary losses and their number. Waits for the device once."""
-    rows, negatives, loss, mass, ref_mass, kl, auxiliary, batches = sums.tolist()
-    found = {"rows_loss": loss / rows if rows else 0.0, "active_rows": rows}
-    if batches:
-        found["aux_loss"] = auxiliary / batches
-    found["negative_share"] = negatives / rows if rows else 0.0
-    if negatives:
-        found["negative_mass"] = mass / negatives
-        if objective.negative_loss.reads_reference:
-            found["ref_negative_mass"] = ref_mass / negatives
-    if rows > negatives and objective.positive_loss.reads_reference:
-        found["positive_kl"] = kl / (rows - negatives)
-    return found
