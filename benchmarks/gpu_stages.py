@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 import tnt_kernels as tnt
 from benchmarks import accuracy, linear, peers
-from tnt_kernels.backends import BACKENDS, tuning
+from tnt_kernels.backends import BACKENDS, triton
+from tnt_kernels.backends.triton.config import RowConfig, row_config, table_key
 from tnt_kernels.bench.contenders import make_loss, model_output, training_step
 from tnt_kernels.bench.measure import bandwidths, time_calls
 from tnt_kernels.bench.memory import can_measure, peak_beyond
@@ -357,13 +359,17 @@ class Stages:
 
     def triton_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
         """The usual columns and warps, then others."""
-        default = tuning.row_config
-        architecture = BACKENDS["triton"].architecture(self.device)
-        usual = default(vocab, 2, True, True, False, architecture)
-        for config in (usual, *SETTINGS):
-            tuning.row_config = lambda *_, config=config: config
-            yield config._asdict()
-        tuning.row_config = default
+        rows = {
+            "vocab": self.size(MAIN._replace(vocab=vocab)).vocab, "itemsize": 2, "pair": True, "gradient": True,
+            "ids": False, "architecture": triton.architecture(self.device),
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            for config in (row_config(**rows), *SETTINGS):
+                # A file of its own: the library reads each once.
+                table = Path(folder, "-".join(map(str, config)))
+                table.write_text(json.dumps({table_key(**rows): config}))
+                with mock.patch.dict(os.environ, TNT_KERNELS_TUNING=str(table)):
+                    yield config._asdict()
 
     def cuda_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
         """The usual blocks a row and threads a block, then others that the kernel has room for."""
@@ -536,9 +542,9 @@ def profiles(raw: str) -> Iterator[dict[str, Any]]:
 
 SETTINGS_VOCABULARIES = (128256, 32000, 262144)
 SETTINGS = (
-    tuning.RowConfig(4096, 16, 1), tuning.RowConfig(8192, 32, 1), tuning.RowConfig(2048, 8, 1),
-    tuning.RowConfig(8192, 16, 1), tuning.RowConfig(1024, 4, 1), tuning.RowConfig(2048, 4, 1),
-    tuning.RowConfig(4096, 8, 1), tuning.RowConfig(4096, 16, 2),
+    RowConfig(4096, 16, 1), RowConfig(8192, 32, 1), RowConfig(2048, 8, 1),
+    RowConfig(8192, 16, 1), RowConfig(1024, 4, 1), RowConfig(2048, 4, 1),
+    RowConfig(4096, 8, 1), RowConfig(4096, 16, 2),
 )  # fmt: skip
 #: Blocks of half the threads: as many warps in twice the blocks, or half of them with twice the work.
 CUDA_SETTINGS: dict[int, tuple[dict[str, int], ...]] = {

@@ -87,7 +87,7 @@ def _part(path: Path) -> int:
 def count() -> dict[str, float]:
     """Instructions per pair of logits, by case."""
     with tempfile.TemporaryDirectory() as folder:
-        kernels = [f"tnt::{isa}::run_rows(tnt::RowParams const&)" for isa in INSTRUCTION_SETS]
+        kernels = [f"tnt::{isa}::run_rows(tnt::RowCall const&, int)" for isa in INSTRUCTION_SETS]
         command = [
             "valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out",
             *(f"--dump-{when}={k}" for when in ("before", "after") for k in kernels),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tnt_kernels as tnt
 from benchmarks import THREADS
-from tnt_kernels._linear_chunks import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from tnt_kernels._linear.chunks import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from tnt_kernels.bench.contenders import naive_tnff
 from tnt_kernels.bench.memory import KNOWN, in_process, peak_beyond
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import table, with_block
-from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS
+from tnt_kernels._call import ROW_PARTIAL_SUMS, ROW_STATISTICS
 
 PAGE = Path(__file__).parent.parent / "docs" / "sharded.md"
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -30,8 +30,8 @@ def exponentials(vocab: int, ranks: int) -> float:
 
 
 def gathered(ranks: int) -> int:
-    """Bytes per token that a rank receives in the all-gathers of statistics and parts."""
-    return FLOAT32 * (ROW_STATISTICS + ROW_PARTS) * (ranks - 1)
+    """Bytes per token that a rank receives in the all-gathers of statistics and partial sums."""
+    return FLOAT32 * (ROW_STATISTICS + ROW_PARTIAL_SUMS) * (ranks - 1)
 
 
 def gathered_logits(vocab: int, ranks: int, width: int = BFLOAT16) -> float:

@@ -1,15 +1,16 @@
-// The Python module tnt_kernels._C: raw addresses in, no torch headers, the GIL released while rows are processed.
+// The Python module tnt_kernels._C: no torch headers, and the GIL released while rows are processed, unless they are
+// few.
+#include "bind.h"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bind_rows.h"
-#ifdef TNT_HAVE_CUDA
-#include "bind_cuda.h"
-#endif
+#include "row_math.h"
 
 #ifndef TNT_VERSION
 #define TNT_VERSION "unknown"
@@ -17,16 +18,16 @@
 
 namespace tnt {
 namespace baseline {
-void run_rows(const RowParams&);
+void run_rows(const RowCall&, int threads);
 }
 #ifdef TNT_HAVE_AVX2
 namespace avx2 {
-void run_rows(const RowParams&);
+void run_rows(const RowCall&, int threads);
 }
 #endif
 #ifdef TNT_HAVE_AVX512
 namespace avx512 {
-void run_rows(const RowParams&);
+void run_rows(const RowCall&, int threads);
 }
 #endif
 
@@ -36,7 +37,7 @@ namespace py = pybind11;
 
 struct InstructionSet {
   const char* name;
-  void (*run_rows)(const RowParams&);
+  void (*run_rows)(const RowCall&, int threads);
 };
 
 std::vector<InstructionSet> supported() {  // best last
@@ -66,45 +67,57 @@ void select_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set is '" + name + "', expected one of: " + known);
 }
 
-bool ignored(const RowParams& p, int64_t row) {
-  if (p.labels[row] == p.ignore_index) return true;
-  if (!p.weights) return false;
-  return p.dtype == DType::FLOAT64 ? static_cast<const double*>(p.weights)[row] == 0
-                                   : static_cast<const float*>(p.weights)[row] == 0;
+bool is_active_row(const RowCall& p, int64_t row) {
+  return p.dtype == DType::FLOAT64 ? is_active<double>(p, row) : is_active<float>(p, row);
 }
 
+std::string expected(const RowCall& p) { return " (vocabulary size " + std::to_string(p.vocab_size) + ")"; }
+
 // Before anything is written: every index that a kernel would follow lies inside the vocabulary.
-void check_indices(const RowParams& p) {
-  const std::string size = " (vocabulary size " + std::to_string(p.vocab_size) + ")";
+void check_indices(const RowCall& p) {
   for (int64_t i = 0; i < p.rows; ++i)
-    if ((p.labels[i] < 0 || p.labels[i] >= p.vocab_size) && !ignored(p, i))
+    if ((p.labels[i] < 0 || p.labels[i] >= p.vocab_size) && is_active_row(p, i))
       throw std::invalid_argument("labels: row " + std::to_string(i) + " has label " + std::to_string(p.labels[i]) +
-                                  ", expected 0 <= label < V" + size + " or ignore_index (" +
+                                  ", expected 0 <= label < V" + expected(p) + " or ignore_index (" +
                                   std::to_string(p.ignore_index) + ")");
   if (!p.negative_ids) return;
   const int64_t lists = p.negative_ids_stride == 0 ? std::min<int64_t>(p.rows, 1) : p.rows;
   for (int64_t i = 0; i < lists; ++i) {
-    if (p.negative_ids_stride != 0 && ignored(p, i)) continue;
+    if (p.negative_ids_stride != 0 && !is_active_row(p, i)) continue;
     const int64_t* ids = p.negative_ids + i * p.negative_ids_stride;
     for (int64_t k = 0; k < p.negative_ids_count; ++k)
       if (ids[k] < -1 || ids[k] >= p.vocab_size)
         throw std::invalid_argument("negative_ids: row " + std::to_string(i) + " has id " + std::to_string(ids[k]) +
-                                    ", expected 0 <= id < V" + size + ", or -1 as padding");
+                                    ", expected 0 <= id < V" + expected(p) + ", or -1 as padding");
   }
 }
 
-void run_rows(RowParams& p, int threads) {
-  p.threads = threads;
-  if (!p.upstream && !p.gathered) check_indices(p);  // in a call's first launch
-  selected.run_rows(p);
+// To release the GIL takes as long as a thousand entries.
+constexpr int64_t SMALL_CALL = 1024;
+bool is_small(const RowCall& p) { return (p.rows + 1) * (p.vocab + p.negative_ids_count + 1) <= SMALL_CALL; }
+
+void run_rows(py::handle call, int threads) {
+  const RowCall p = read_call(call);
+  std::optional<py::gil_scoped_release> released;
+  if (!is_small(p)) released.emplace();
+  if (is_first(p.kind)) check_indices(p);
+  selected.run_rows(p, threads);
 }
+
+#define TNT_FIELD(type, name) #name,
+#define TNT_RECORD(name) #name,
+const std::vector<std::string> ROW_CALL_FIELDS{TNT_ROW_CALL(TNT_FIELD, TNT_RECORD)};
+const std::vector<std::string> ROW_TENSORS_FIELDS{TNT_ROW_TENSORS(TNT_FIELD)};
+const std::vector<std::string> SCALARS_FIELDS{TNT_SCALARS(TNT_FIELD)};
+#undef TNT_FIELD
+#undef TNT_RECORD
 
 }  // namespace
 }  // namespace tnt
 
 PYBIND11_MODULE(_C, m) {
   using namespace tnt;
-  bind_rows(m, "run_rows", &tnt::run_rows);
+  m.def("run_rows", &tnt::run_rows);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet& set : supported()) names.emplace_back(set.name);
@@ -120,10 +133,16 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.def("openmp", [] { return false; });
 #endif
-  m.attr("INTERFACE") = 5;  // raised with every change to what a function takes or leaves: native.py checks it
+  // native.py checks these: the fields of a call, and a number that is raised when what a function takes or leaves
+  // changes otherwise.
+  m.attr("ROW_CALL_FIELDS") = py::cast(ROW_CALL_FIELDS);
+  m.attr("ROW_TENSORS_FIELDS") = py::cast(ROW_TENSORS_FIELDS);
+  m.attr("SCALARS_FIELDS") = py::cast(SCALARS_FIELDS);
+  m.attr("INTERFACE") = 6;
   m.attr("ROW_COEFFICIENTS") = ROW_COEFFICIENTS;
   m.attr("ROW_STATISTICS") = ROW_STATISTICS;
-  m.attr("ROW_PARTS") = ROW_PARTS;
+  m.attr("ROW_PARTIAL_SUMS") = ROW_PARTIAL_SUMS;
+  m.attr("ROW_DIAGNOSTICS") = ROW_DIAGNOSTICS;
   m.attr("version") = TNT_VERSION;
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;

@@ -37,7 +37,7 @@ struct KlShared {
   KlShift shifts[2];  // of forward and of reverse KL
   float z_level;
   uint32_t flags;
-  float weights[2];  // the row's, if it is positive, and if it is negative
+  float factors[2];  // the row's, if it is positive, and if it is negative
   float scale, eps;  // 1/normaliser/T
   KlVerdict verdict;
   float loss;
@@ -56,13 +56,13 @@ struct KlShared {
 };
 constexpr int KL_HEADER = (sizeof(KlShared) + 127) / 128 * 128;
 
-template <class Logit, class Gradient, bool STATS>
+template <class Logit, class Gradient, bool DIAGNOSTICS>
 class KlBlock {
  public:
   static constexpr int GROUP = Stored<Logit>::GROUP;
   // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
   template <bool SET>
-  static constexpr int VECTORS = 1 + SET + STATS;
+  static constexpr int VECTORS = 1 + SET + DIAGNOSTICS;
   static constexpr int MESSAGE = VECTORS<true> * int(sizeof(Vector));  // at most
   static constexpr int mask_bytes(int slice) { return (slice / 8 + 127) / 128 * 128; }
   static constexpr int shared_bytes(int slice, int blocks, int threads, bool pair) {
@@ -70,8 +70,8 @@ class KlBlock {
            (pair ? 2 : 1) * slice * int(sizeof(Logit));
   }
 
-  TNT_DEVICE KlBlock(const RowParams& params, const KlLaunch& launch)
-      : p_(params),
+  TNT_DEVICE KlBlock(const RowCall& call, const KlLaunch& launch)
+      : p_(call),
         l_(launch),
         s_(*reinterpret_cast<KlShared*>(device::shared_memory())),
         thread_(device::thread_index()),
@@ -87,7 +87,7 @@ class KlBlock {
 
   TNT_DEVICE void run() {
     const int64_t label = p_.labels[row()];
-    const float weight = p_.weights ? static_cast<const float*>(p_.weights)[row()] : 1.0f;
+    const float weight = row_weight<float>(p_, row());
     // Asked for at once: what the levels are taken from comes with the label.
     const bool wide = p_.vocab >= 2 * device::WARP * GROUP;
     Vector z_some{}, r_some{};
@@ -97,7 +97,7 @@ class KlBlock {
       z_some = device::load_vector(z_row() + at);
       if (p_.ref_logits) r_some = device::load_vector(r_row() + at);
     }
-    if (weight == 0.0f || label == p_.ignore_index) return inactive();
+    if (!is_active(p_, label, weight)) return inactive();
     const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
     if (label < 0 || label >= p_.vocab_size || in_part) return leave();
     // Whether the reference is read is known at once, unless ids decide which loss the row has.
@@ -108,10 +108,8 @@ class KlBlock {
       for (unsigned i = thread_; i < mask_words(); i += threads()) mask()[i] = 0;
     if (thread_ == threads() - device::WARP) {  // of the last
       s_.flags = 0;
-      s_.weights[0] = weight;
-      float alpha = p_.alpha ? static_cast<const float*>(p_.alpha)[row() * p_.alpha_stride] : float(p_.alpha_value);
-      if (p_.negative_loss == UNLIKELIHOOD && weight < 0.0f) alpha *= -weight;
-      s_.weights[1] = alpha;
+      s_.factors[0] = weight;
+      s_.factors[1] = row_factor<float>(p_, row(), p_.negative_loss, true, weight);
       s_.eps = float(p_.eps);
       s_.scale = l_.inverse_temperature * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
     }
@@ -129,18 +127,18 @@ class KlBlock {
     device::cluster_wait();  // all blocks have initialised their barriers
     const uint32_t flags = s_.flags;
     const bool negative = weight < 0.0f || (flags & HAS_IDS);
-    const int kind = negative ? p_.negative_loss : p_.positive_loss;
-    const float factor = fabsf(s_.weights[negative] * s_.scale);
+    const int row_loss = negative ? p_.negative_loss : p_.positive_loss;
+    const float factor = fabsf(s_.factors[negative] * s_.scale);
     if (!(factor > 1e-30f && factor < 1e30f) || (flags & ID_OUTSIDE)) {
       for (int s = 0; s < steps(); ++s) device::arrival_wait(s_.arrivals + s);
       return leave();
     }
-    if (kind == UNLIKELIHOOD || kind == LOG_LIKELIHOOD)
-      compute_likelihood(kind == UNLIKELIHOOD, negative);
+    if (row_loss == UNLIKELIHOOD || row_loss == LOG_LIKELIHOOD)
+      compute_likelihood(row_loss == UNLIKELIHOOD, negative);
     else if (negative)
-      kind == REVERSE_KL ? compute<true, true>() : compute<false, true>();
+      row_loss == REVERSE_KL ? compute<true, true>() : compute<false, true>();
     else
-      kind == REVERSE_KL ? compute<true, false>() : compute<false, false>();
+      row_loss == REVERSE_KL ? compute<true, false>() : compute<false, false>();
   }
 
  private:
@@ -213,10 +211,10 @@ class KlBlock {
   // ---- rows that are not computed here
 
   TNT_DEVICE void inactive() {
-    if (p_.grad) write([](int) { return Output{}; });
+    if (p_.gradient) write([](int) { return Output{}; });
     if (!leader()) return;
     write_loss(0.0);
-    if (STATS) write_stats(0.0f, NAN, {NAN, NAN, NAN});
+    if (DIAGNOSTICS) write_diagnostics(0.0f, NAN, {NAN, NAN, NAN});
   }
   TNT_DEVICE void leave() {
     if (leader()) l_.left[1 + device::atomic_add(l_.left, 1)] = int(row());
@@ -301,7 +299,7 @@ class KlBlock {
     }
     if (!device::any_of_warp(!(fabsf(bits_as<float>(any)) < 2.0f))) {  // bit 30
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_near<REVERSE, STATS>(t, k, g.x[i], y2[i]);
+      for (int i = 0; i < GROUP; ++i) add_near<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
       return false;
     }
     uint32_t top = 0;  // the bits of |Y| order as numbers, infinity and NaN above all
@@ -312,10 +310,10 @@ class KlBlock {
     }
     if (device::all_of_warp(top < 0x43000000u)) {  // 128
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_middle<REVERSE, STATS>(t, k, g.x[i], y2[i]);
+      for (int i = 0; i < GROUP; ++i) add_middle<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_far<REVERSE, STATS>(t, k, g.x[i], g.o[i]);
+      for (int i = 0; i < GROUP; ++i) add_far<REVERSE, DIAGNOSTICS>(t, k, g.x[i], g.o[i]);
     }
     return true;
   }
@@ -422,9 +420,9 @@ class KlBlock {
         if (add<REVERSE>(t, k, g)) far |= bit;
       }
       Vector mine[VECTORS];
-      mine[0] =
-          pack(sum_of_warp(t.s), sum_of_warp(t.a_or_m(REVERSE)), sum_of_warp(t.phi()), STATS ? sum_of_warp(t.h) : 0.0f);
-      if constexpr (STATS) mine[VECTORS - 1] = pack(AWAY, 0.0f, sum_of_warp(t.a), 0.0f);
+      mine[0] = pack(sum_of_warp(t.s), sum_of_warp(t.a_or_m(REVERSE)), sum_of_warp(t.phi()),
+                     DIAGNOSTICS ? sum_of_warp(t.h) : 0.0f);
+      if constexpr (DIAGNOSTICS) mine[VECTORS - 1] = pack(AWAY, 0.0f, sum_of_warp(t.a), 0.0f);
       if constexpr (SET) {
         KlSetSums removed, of_reference;
         const Logit *const z = reinterpret_cast<const Logit*>(slot(false)), *const r = reinterpret_cast<const Logit*>(
@@ -432,12 +430,12 @@ class KlBlock {
         for_each_marked([&](unsigned at) {
           const float r_at = Stored<Logit>::load(r + at);
           removed.add(Stored<Logit>::load(z + at), k.scale);
-          if (STATS) of_reference.add(r_at, k.scale);
+          if (DIAGNOSTICS) of_reference.add(r_at, k.scale);
           if (!(r_at < INFINITY)) removed.sum = NAN;  // a broken reference
         });
         removed.merge_warp(k.scale);
         mine[1] = pack(removed.max, removed.sum, removed.moment, removed.n);
-        if constexpr (STATS) {
+        if constexpr (DIAGNOSTICS) {
           of_reference.merge_warp(k.scale);
           mine[2].words[0] = bits_as<uint32_t>(of_reference.max);
           mine[2].words[1] = bits_as<uint32_t>(of_reference.sum);
@@ -477,14 +475,14 @@ class KlBlock {
       device::sync_block();
     }
     if (verdict != KL_GOOD) return leave();
-    if (p_.grad) {
+    if (p_.gradient) {
       const KlShift k = s_.shifts[REVERSE];
       const auto g = s_.template gradient<REVERSE>();
       if (s_.far) far = ~0u;
       if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
       write([&](int s) { return gradient<REVERSE, SET>(g, k, s, z + s * step_bytes(), far >> s & 1); });
     }
-    if (leader()) write_loss(double(s_.weights[SET]) * double(s_.loss));
+    if (leader()) write_loss(double(s_.factors[SET]) * double(s_.loss));
   }
 
   // By one warp: the row's sums, and from them the coefficients of its gradient, or what to do instead. All blocks of
@@ -498,15 +496,15 @@ class KlBlock {
     for (int i = lane(); i < blocks_ * warps(); i += device::WARP) {
       const Vector m = from[VECTORS * i];
       sums.s += at(m, 0), sums.a_or_m += at(m, 1), sums.phi += at(m, 2);
-      if (STATS) sums.h += at(m, 3), sums.a += at(from[VECTORS * i + VECTORS - 1], 2);
+      if (DIAGNOSTICS) sums.h += at(m, 3), sums.a += at(from[VECTORS * i + VECTORS - 1], 2);
       if (SET) sums.set.merge(of(from[VECTORS * i + 1]), k.scale);
-      if (SET && STATS) sums.reference_set.merge(of_mass(from[VECTORS * i + VECTORS - 1]), k.scale);
+      if (SET && DIAGNOSTICS) sums.reference_set.merge(of_mass(from[VECTORS * i + VECTORS - 1]), k.scale);
     }
     device::sync_warp();
     sums.s = sum_of_warp(sums.s), sums.a_or_m = sum_of_warp(sums.a_or_m), sums.phi = sum_of_warp(sums.phi);
-    if (STATS) sums.h = sum_of_warp(sums.h), sums.a = sum_of_warp(sums.a);
+    if (DIAGNOSTICS) sums.h = sum_of_warp(sums.h), sums.a = sum_of_warp(sums.a);
     if (SET) sums.set.merge_warp(k.scale);
-    if (SET && STATS) sums.reference_set.merge_warp(k.scale);
+    if (SET && DIAGNOSTICS) sums.reference_set.merge_warp(k.scale);
     if (lane() > 0) return;
     const float a = REVERSE ? sums.a_or_m + sums.phi : sums.a_or_m;
     sums.inverse = 1.0f / sums.s;
@@ -520,14 +518,14 @@ class KlBlock {
     const bool near = comparable(k.x_ref, k.o_ref);
     const bool good =
         in_range && sums.phi < INFINITY && sums.set.sum < INFINITY && !(excess > 0.5f * fabsf(sums.kl)) && near;
-    const bool again = STATS && attempt == 0 && good && entropy_cancels<REVERSE>(sums);
+    const bool again = DIAGNOSTICS && attempt == 0 && good && entropy_cancels<REVERSE>(sums);
     if (good && !again) {
       s_.verdict = REVERSE && SET && !(s_.eps > 1e-30f) ? KL_LEFT : KL_GOOD;
       sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
-      s_.far = kl_coefficients<SET>(k, sums, s_.weights[SET] * s_.scale, s_.eps, s_.template gradient<REVERSE>(),
+      s_.far = kl_coefficients<SET>(k, sums, s_.factors[SET] * s_.scale, s_.eps, s_.template gradient<REVERSE>(),
                                     s_.set, s_.loss);
-      if (STATS && rank_ == 0 && s_.verdict == KL_GOOD)
-        write_stats(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
+      if (DIAGNOSTICS && rank_ == 0 && s_.verdict == KL_GOOD)
+        write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
     } else if ((usable && sums.phi == INFINITY) || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) {
       s_.verdict = KL_LEFT;
     } else if ((in_range && near && !again) || attempt > 0) {
@@ -564,7 +562,7 @@ class KlBlock {
           if (bits >> i & 1) x[i] = AWAY;
           const float at = fmaf(x[i], k.scale, -k.c), e = power(at);
           sum += e;
-          if (STATS) h = fmaf(e, fmaxf(at, -256.0f), h);
+          if (DIAGNOSTICS) h = fmaf(e, fmaxf(at, -256.0f), h);
           top = fmaxf(top, x[i]);
         }
       }
@@ -572,7 +570,7 @@ class KlBlock {
       const Logit* const z = reinterpret_cast<const Logit*>(slot(false));
       for_each_marked([&](unsigned at) { removed.add(Stored<Logit>::load(z + at), k.scale); });
       removed.merge_warp(k.scale);
-      const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), STATS ? sum_of_warp(h) : 0.0f, 0.0f),
+      const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), DIAGNOSTICS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
       send(attempt, mine);
       if (warp() == JUDGE) judge_likelihood(receive(attempt), k, attempt, unlikelihood, negative);
@@ -580,7 +578,7 @@ class KlBlock {
       if (s_.verdict != KL_AGAIN) break;
     }
     if (s_.verdict != KL_GOOD) return leave();
-    if (p_.grad) {
+    if (p_.gradient) {
       const LikelihoodGradient g = s_.likelihood;
       put_set_gradients([&](float z) { return unlikelihood ? set_gradient(g.set, k, z) : g.label; });
       write([&](int s) {
@@ -593,7 +591,7 @@ class KlBlock {
         return out;
       });
     }
-    if (leader()) write_loss(double(s_.weights[negative]) * double(s_.loss));
+    if (leader()) write_loss(double(s_.factors[negative]) * double(s_.loss));
   }
 
   TNT_DEVICE void judge_likelihood(const Vector* from, const KlShift& k, int attempt, bool unlikelihood,
@@ -608,21 +606,21 @@ class KlBlock {
     }
     device::sync_warp();
     sums.s = sum_of_warp(sums.s), top = max_of_warp(top);
-    if (STATS) sums.h = sum_of_warp(sums.h);
+    if (DIAGNOSTICS) sums.h = sum_of_warp(sums.h);
     sums.set.merge_warp(k.scale);
     if (lane() > 0) return;
     const bool good = sums.s > 0x1p-40f && sums.s < 0x1p100f && sums.set.sum < INFINITY;
-    if (attempt == 0 && !(good && !(STATS && entropy_cancels<true>(sums)))) {
+    if (attempt == 0 && !(good && !(DIAGNOSTICS && entropy_cancels<true>(sums)))) {
       // The row's maximum in place of that of a few entries.
       s_.verdict = KL_AGAIN;
       s_.z_level = top;
       return;
     }
     s_.verdict = good && (unlikelihood || sums.set.sum > 0.0f) ? KL_GOOD : KL_LEFT;
-    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, s_.weights[negative] * s_.scale, s_.loss);
-    if (!STATS || rank_ != 0 || s_.verdict != KL_GOOD) return;
+    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, s_.factors[negative] * s_.scale, s_.loss);
+    if (!DIAGNOSTICS || rank_ != 0 || s_.verdict != KL_GOOD) return;
     const KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
-    write_stats(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
+    write_diagnostics(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
   }
 
   // ---- second pass
@@ -674,7 +672,7 @@ class KlBlock {
     constexpr int bytes = GROUP * int(sizeof(Gradient));
     const int first = thread_ * GROUP,
               steps = first < n_ ? (n_ - first + step() - 1) >> l_.step_log2 : 0;  // of this thread
-    Gradient* const row = static_cast<Gradient*>(p_.grad) + this->row() * p_.grad_stride + (begin_ - before_);
+    Gradient* const row = static_cast<Gradient*>(p_.gradient) + this->row() * p_.gradient_stride + (begin_ - before_);
     const bool aligned = reinterpret_cast<uintptr_t>(row) % bytes == 0;
     const int begin = first < first_;
     int end = aligned && first < n_ ? (n_ - first - GROUP + step()) >> l_.step_log2 : 0;
@@ -700,13 +698,13 @@ class KlBlock {
 
   TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, row(), weighted); }
 
-  TNT_DEVICE void write_stats(float loss, float kl, const KlDiagnosis& d) const {
-    const float values[5] = {loss, kl, d.negative_mass, d.ref_negative_mass, d.entropy};
+  TNT_DEVICE void write_diagnostics(float loss, float kl, const KlDiagnosis& d) const {
+    const float values[ROW_DIAGNOSTICS] = {loss, kl, d.negative_mass, d.ref_negative_mass, d.entropy};
 #pragma unroll
-    for (int i = 0; i < 5; ++i) static_cast<float*>(p_.row_stats)[i * p_.rows + row()] = values[i];
+    for (int i = 0; i < ROW_DIAGNOSTICS; ++i) static_cast<float*>(p_.diagnostics)[i * p_.rows + row()] = values[i];
   }
 
-  const RowParams& p_;
+  const RowCall& p_;
   const KlLaunch& l_;
   KlShared& s_;
   const int thread_, rank_, blocks_;

@@ -79,7 +79,7 @@ TNT_DEVICE float phi(float y) {  // any y
 // `at`: log2 of the base weight e; `excess`: e (e^y - 1). A logarithm of -inf has no weight. A of a reverse KL, which
 // M + Phi would lose digits of, is for the reference's mass alone.
 template <bool REVERSE>
-TNT_DEVICE void add_statistics(KlSums& t, float e, float excess, float at, float y2) {
+TNT_DEVICE void add_diagnostics(KlSums& t, float e, float excess, float at, float y2) {
   if (REVERSE) {
     t.h = fmaf(e, fmaxf(at, -256.0f), t.h);
     t.a += excess;
@@ -89,15 +89,15 @@ TNT_DEVICE void add_statistics(KlSums& t, float e, float excess, float at, float
 }
 
 // `at` is log2 of the base weight. The policy is the base of a reverse KL, the other row of a forward KL.
-template <bool REVERSE, bool STATS>
+template <bool REVERSE, bool DIAGNOSTICS>
 TNT_DEVICE void add_near(KlSums& t, const KlShift& k, float x, float y2) {  // |y| < 1
   const float at = fmaf(x, k.scale, -k.c), e = power(at), w = e * y2, phi_over = phi_over_y(y2);
   t.s += e;
   t.m += w;
   t.f = fmaf(w, phi_over, t.f);
-  if (STATS) add_statistics<REVERSE>(t, e, w * (phi_over + 0.5f), at, y2);
+  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, w * (phi_over + 0.5f), at, y2);
 }
-template <bool REVERSE, bool STATS>
+template <bool REVERSE, bool DIAGNOSTICS>
 TNT_DEVICE void add_middle(KlSums& t, const KlShift& k, float x, float y2) {  // |y| < 64; phi to 5e-6
   const float at = fmaf(x, k.scale, -k.c), e = power(at), ratio = power(y2 * (0.5f * LOG2_E_F));
   float p = 0x1.1133b0p-12f;  // |y| < 1/4
@@ -111,9 +111,9 @@ TNT_DEVICE void add_middle(KlSums& t, const KlShift& k, float x, float y2) {  //
   else
     t.far_m = fmaf(e, fmaf(0.5f, y2, f), t.far_m);
   t.far_f = fmaf(e, f, t.far_f);
-  if (STATS) add_statistics<REVERSE>(t, e, e * fmaf(0.5f, y2, f), at, y2);
+  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, e * fmaf(0.5f, y2, f), at, y2);
 }
-template <bool REVERSE, bool STATS>
+template <bool REVERSE, bool DIAGNOSTICS>
 TNT_DEVICE void add_far(KlSums& t, const KlShift& k, float x, float o) {  // any logits
   const float at = fmaf(x, k.scale, -k.c), other_at = fmaf(o - k.o_ref, k.scale, k.rho);
   const float e = power(at), p = power(other_at);
@@ -129,11 +129,11 @@ TNT_DEVICE void add_far(KlSums& t, const KlShift& k, float x, float o) {  // any
     if (!near) t.far_m += u;
   }
   if (!near) t.far_f += u - all;
-  if (STATS && REVERSE) {
+  if (DIAGNOSTICS && REVERSE) {
     t.h += e == 0.0f ? 0.0f : e * at;
     t.a += near ? w * (2.0f * phi_over_y(2.0f * yn) + 1.0f) : u;
   }
-  if (STATS && !REVERSE) t.h += p == 0.0f ? 0.0f : p * other_at;
+  if (DIAGNOSTICS && !REVERSE) t.h += p == 0.0f ? 0.0f : p * other_at;
 }
 
 struct KlSetSums {  // over removed entries: of 2^((z - max) scale), their moment in units of log2, their number

@@ -15,7 +15,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "params.h"
 #include "row_math.h"
 
 namespace tnt {
@@ -183,9 +182,9 @@ TNT_TILE double tile_total(const Real* x, int64_t n, Real max, Real inverse_t) {
   return total;
 }
 
-// The coefficients of a row as its tile loops want them.
+// What a row's tile loops take: its RowCoefficients as Real, with all that is the same for every entry folded in.
 template <class Real>
-struct TileCoefficients {
+struct LoopConstants {
   Real scale, inverse_t;  // of exponents; of differences
   // What tiles are loaded relative to, and `kept_max` and `q_max` are: not 0 where the two rows are shifted against
   // each other. Then x = z - r - centre is their Difference.
@@ -194,7 +193,7 @@ struct TileCoefficients {
   Real eps, smoothing_norm, log_smoothing_norm, loss;
   Real row_scale;  // factor on the gradient
 
-  TileCoefficients(const RowCoefficients& c, const RowScalars& row, double row_scale_)
+  LoopConstants(const RowCoefficients& c, const RowScalars& row, double row_scale_)
       : scale(exponent_scale<Real>(row.inverse_temperature)),
         inverse_t(Real(row.inverse_temperature)),
         p_max(Real(c.policy_max)),
@@ -225,7 +224,7 @@ struct TileCoefficients {
 
 // LL, UL, NL outside the set.
 template <bool MASKED, class Real>
-TNT_TILE void tile_weighted_exp(const Real* z, const Real* mask, Real* gradient, int64_t n, TileCoefficients<Real> c) {
+TNT_TILE void tile_weighted_exp(const Real* z, const Real* mask, Real* gradient, int64_t n, LoopConstants<Real> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
     gradient[i] = c.weight * exponential((masked<MASKED>(z, mask, i) - c.kept_max) * c.scale) + c.bias;
@@ -247,7 +246,7 @@ TNT_FN Real masked_size(Real d, const Real* mask, int64_t i) {
 
 template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                              TileCoefficients<Real> c) {
+                                              LoopConstants<Real> c) {
   Real loss = 0, largest = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -269,7 +268,7 @@ TNT_TILE TileKL<Real> tile_forward_kl_bounded(const Real* z, const Real* r, cons
 
 template <bool MASKED, class Real>
 TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                              TileCoefficients<Real> c) {
+                              LoopConstants<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -290,7 +289,7 @@ TNT_TILE Real tile_forward_kl(const Real* z, const Real* r, const Real* mask, Re
 
 template <bool MASKED, class Real>
 TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                              TileCoefficients<Real> c) {
+                                              LoopConstants<Real> c) {
   Real loss = 0, largest = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -312,7 +311,7 @@ TNT_TILE TileKL<Real> tile_reverse_kl_bounded(const Real* z, const Real* r, cons
 
 template <bool MASKED, class Real>
 TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                              TileCoefficients<Real> c) {
+                              LoopConstants<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -334,7 +333,7 @@ TNT_TILE Real tile_reverse_kl(const Real* z, const Real* r, const Real* mask, Re
 // Uniform smoothing: the target is (q* + eps) / (1 + V eps) everywhere, and log q̃ takes a logarithm per entry.
 template <bool MASKED, bool REVERSE, class Real>
 TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, Real* gradient, int64_t n,
-                                TileCoefficients<Real> c) {
+                                LoopConstants<Real> c) {
   Real loss = 0;
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int64_t end = std::min(n, at + BLOCK);
@@ -359,7 +358,7 @@ TNT_TILE double tile_uniform_kl(const Real* z, const Real* r, const Real* mask, 
 
 // The set's own entries, gathered: removed tokens of a reverse KL, tokens of NL, and those whose gradient is p_s.
 template <class Real>
-TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c, Real target,
+TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, LoopConstants<Real> c, Real target,
                                Real offset, Real centre) {
   Real loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -375,7 +374,7 @@ TNT_TILE double set_reverse_kl(const Real* z, Real* gradient, int64_t n, TileCoe
 
 // Tokens below the floor, `least` relative to p_max, are at rest; `active` counts the others.
 template <class Real>
-TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c, Real least,
+TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, LoopConstants<Real> c, Real least,
                                       Real active) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -386,7 +385,7 @@ TNT_TILE void set_negative_likelihood(const Real* z, Real* gradient, int64_t n, 
 }
 
 template <class Real>
-TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, TileCoefficients<Real> c) {
+TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, LoopConstants<Real> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) gradient[i] = exponential((z[i] - c.p_max) * c.scale) * c.p_inverse * c.row_scale;
 }
@@ -395,8 +394,10 @@ TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, TileCo
 
 template <class Real>
 struct alignas(CACHE_LINE) Scratch {  // one per thread
+  explicit Scratch(int64_t vocab) { std::fill_n(mask, std::min<int64_t>(vocab, TILE), Real(0)); }
+
   alignas(CACHE_LINE) Real z[TILE], r[TILE], gradient[TILE];
-  alignas(CACHE_LINE) Real mask[TILE] = {};      // all 0 between tiles
+  alignas(CACHE_LINE) Real mask[TILE];           // all 0 between tiles, as far as there are columns
   std::vector<int32_t> ids;                      // the row's set, ascending
   std::vector<Real> set_z, set_r, set_gradient;  // their logits, gathered, and their gradients
 };
@@ -424,9 +425,9 @@ class Row {
  public:
   using Real = RealOf<Logit>;
 
-  Row(const RowParams& params, const std::vector<int32_t>& shared_ids, Scratch<Real>& scratch)
-      : p_(params), shared_ids_(shared_ids), s_(scratch) {
-    row_.uniform = p_.uniform_smoothing && p_.eps > 0;  // without eps the two smoothings are one
+  Row(const RowCall& call, const std::vector<int32_t>& shared_ids, Scratch<Real>& scratch)
+      : p_(call), shared_ids_(shared_ids), s_(scratch) {
+    row_.uniform = smooths_uniformly(p_);
     row_.eps = p_.eps;
     row_.nl_floor = p_.nl_floor;
     row_.inverse_temperature = 1 / p_.temperature;
@@ -442,11 +443,11 @@ class Row {
     next_ = next;
     z_ = static_cast<const Logit*>(p_.logits) + index * p_.logits_stride;
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index * p_.ref_logits_stride : nullptr;
-    g_ = p_.grad ? static_cast<Gradient*>(p_.grad) + index * p_.grad_stride : nullptr;
+    g_ = p_.gradient ? static_cast<Gradient*>(p_.gradient) + index * p_.gradient_stride : nullptr;
     label_ = p_.labels[index];
     label_policy_ = label_reference_ = 0;
-    const double weight = p_.weights ? static_cast<const Real*>(p_.weights)[index] : 1.0;
-    if (ignored(index)) return inactive();
+    const double weight = row_weight<Real>(p_, index);
+    if (!is_active(p_, label_, weight)) return inactive();
 
     collect_set(weight);
     const bool negative = !s_.ids.empty();
@@ -461,48 +462,37 @@ class Row {
     if (p_.vocab_size != p_.vocab) localise();
     partial_ = in_part && label_ >= 0 && label_ < p_.vocab ? label_ : -1;
 
-    double row_weight = weight;
-    if (negative) {
-      row_weight = p_.alpha ? static_cast<const Real*>(p_.alpha)[index * p_.alpha_stride] : p_.alpha_value;
-      if ((row_.loss == UNLIKELIHOOD || row_.loss == NEGATIVE_LIKELIHOOD) && weight < 0) row_weight *= -weight;
-    }
-
     s_.set_z.resize(s_.ids.size());
     s_.set_gradient.resize(s_.ids.size());
     if (kl) s_.set_r.resize(s_.ids.size());
-    if (partial_ >= 0 && !p_.totals) {
+    if (partial_ >= 0 && p_.kind != Kind::FINISH) {
       label_policy_ = load(z_[partial_]);
       label_reference_ = load(r_[partial_]);
     }
-    if (p_.coefficients && p_.upstream) {
-      gradient_only();
-      return 0;
+    const double factor = row_.loss == NONE ? 0 : row_factor<Real>(p_, index, row_.loss, negative, weight);
+    const double scale = factor * inverse_normalizer * row_.inverse_temperature;
+    switch (p_.kind) {
+      case Kind::FUSED: return fused(negative, factor, scale);
+      case Kind::BACKWARD: backward(); break;
+      case Kind::STATISTICS: shard_statistics(); break;
+      case Kind::PARTIAL_SUMS: partial_sums(scale); break;
+      case Kind::FINISH: return finish(negative, factor, scale);
     }
-    if (row_weight == 0 || row_.loss == NONE) row_weight = 0;
-    const double scale = row_weight * inverse_normalizer * row_.inverse_temperature;
-    if (p_.statistics) {
-      pack(row_.loss != NONE || p_.row_stats ? statistics() : RowStatistics(), packed(p_.statistics));
-      return 0;
-    }
-    if (p_.parts) {
-      shard_parts(scale);
-      return 0;
-    }
-    return p_.totals ? finish(negative, row_weight, scale) : forward(negative, row_weight, scale);
-  }
-
-  bool ignored(int64_t index) const {
-    return (p_.weights && static_cast<const Real*>(p_.weights)[index] == 0) || p_.labels[index] == p_.ignore_index;
+    return 0;
   }
 
  private:
   double inactive() {
     if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Gradient));
-    if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0;
-    if (p_.statistics) pack(RowStatistics(), packed(p_.statistics));
-    if (p_.parts) write_parts(0, 0);
-    write_stats(0, NAN, NAN, NAN, NAN);
-    if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = 0;
+    switch (p_.kind) {
+      case Kind::BACKWARD: break;
+      case Kind::STATISTICS: pack(RowStatistics(), packed(p_.statistics)); break;
+      case Kind::PARTIAL_SUMS: write_partial_sums(0, 0); break;
+      case Kind::FUSED:
+        if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = 0;
+        [[fallthrough]];
+      case Kind::FINISH: write_diagnostics(0, NAN, NAN, NAN, NAN); write_loss(0);
+    }
     return 0;
   }
 
@@ -612,7 +602,7 @@ class Row {
   }
 
   void prefetch_next(int64_t at, int64_t n) const {
-    if (next_ >= p_.rows || ignored(next_)) return;
+    if (next_ >= p_.rows || !is_active<Real>(p_, next_)) return;
     prefetch(static_cast<const Logit*>(p_.logits) + next_ * p_.logits_stride + at, n);
     if (reads_reference()) prefetch(static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at, n);
   }
@@ -660,7 +650,7 @@ class Row {
 
   RowStatistics statistics() {
     RowStatistics s;
-    const bool pair = reads_reference(), entropy = p_.row_stats != nullptr;
+    const bool pair = reads_reference(), entropy = p_.diagnostics != nullptr;
     const bool moment = row_.loss == REVERSE_KL && !row_.uniform;
     const double inverse_t = row_.inverse_temperature;
     // Tiles are summed relative to the maxima so far, in the loop that finds their own.
@@ -733,11 +723,11 @@ class Row {
   // ---- second pass: the gradient (if `write`) times `scale`; returns what the loss still lacks
 
   double second_pass(const RowCoefficients& c, double scale, bool write) {
-    const TileCoefficients<Real> t(c, row_, scale);
+    const LoopConstants<Real> t(c, row_, scale);
     double loss = 0;
     bool bounded = true;  // until a tile says otherwise
     for_each_tile(true, t.z_ref, t.r_ref, [&](const Tile& tile) {
-      if (p_.upstream || p_.gathered) gather(tile);  // there was no first pass
+      if (!is_first(p_.kind)) gather(tile);  // there was no first pass
       loss +=
           tile.masked ? tile_loss(tile, t, bounded, std::true_type()) : tile_loss(tile, t, bounded, std::false_type());
       if (write) store_tile(s_.gradient, g_ + tile.at, tile.n);
@@ -750,7 +740,7 @@ class Row {
 
   // The tile's gradient goes to the scratch: a bounded version that turns out not to be must leave its inputs alone.
   template <class Masked>
-  double tile_loss(const Tile& tile, const TileCoefficients<Real>& t, bool& bounded, Masked) {
+  double tile_loss(const Tile& tile, const LoopConstants<Real>& t, bool& bounded, Masked) {
     constexpr bool masked = Masked::value;
     const Real *z = tile.z, *r = tile.r, *mask = s_.mask;
     Real* gradient = s_.gradient;
@@ -778,7 +768,7 @@ class Row {
   }
 
   // Loss and gradient of a tile's part of the set: removed tokens of a KL, S of UL and NL, y of LL.
-  double set_elements(const RowCoefficients& c, const TileCoefficients<Real>& t, const Tile& tile, bool write) {
+  double set_elements(const RowCoefficients& c, const LoopConstants<Real>& t, const Tile& tile, bool write) {
     const int64_t n = tile.end - tile.begin;
     const Real* z = s_.set_z.data() + tile.begin;
     Real* gradient = s_.set_gradient.data() + tile.begin;
@@ -841,12 +831,12 @@ class Row {
     c.set_value = active;
   }
 
-  // ---- the calls
+  // ---- what a launch does, by its kind. `factor` is the row's, `scale` the gradient's.
 
-  double forward(bool negative, double row_weight, double scale) {
+  double fused(bool negative, double factor, double scale) {
     RowStatistics s;
     RowCoefficients c;
-    if (row_.loss != NONE || p_.row_stats) {
+    if (row_.loss != NONE || p_.diagnostics) {
       s = statistics();
       c = row_coefficients<Real>(row_, s);
     }
@@ -866,11 +856,23 @@ class Row {
     }
     scale = settle(c, scale);
     if (p_.coefficients) write_coefficients(c, scale);
-    return report(s, c, negative, row_weight);
+    return report(s, c, negative, factor);
   }
 
-  // Of a sharded vocabulary: what this shard's second pass yields, with the gradient unless it has to wait for totals.
-  void shard_parts(double scale) {
+  void backward() {
+    double scale;
+    const RowCoefficients c = read_coefficients(scale);
+    scale = with_upstream(scale);
+    if (scale == 0 || scale != scale) return fill(scale);
+    second_pass(c, scale, true);
+  }
+
+  void shard_statistics() {
+    pack(row_.loss != NONE || p_.diagnostics ? statistics() : RowStatistics(), packed(p_.statistics));
+  }
+
+  // What this shard's second pass adds up, and the gradient unless that has to wait for total sums.
+  void partial_sums(double scale) {
     const RowStatistics s = gathered();
     RowCoefficients c = row_coefficients<Real>(row_, s);
     double loss = 0, active = 0;
@@ -887,24 +889,24 @@ class Row {
     else if (write)
       second_pass(c, scale, true);
     settle(c, scale);
-    write_parts(loss, active);
+    write_partial_sums(loss, active);
   }
 
-  // Of a sharded vocabulary: the loss, and a gradient that had to wait.
-  double finish(bool negative, double row_weight, double scale) {
+  // The loss, or a gradient that had to wait.
+  double finish(bool negative, double factor, double scale) {
     const RowStatistics s = gathered();
     RowCoefficients c = row_coefficients<Real>(row_, s);
     label_policy_ = s.label_policy;
     label_reference_ = s.label_reference;
-    const Real* totals = static_cast<const Real*>(p_.totals) + index_ * ROW_PARTS;
-    c.loss += double(totals[0]);
-    if (row_.loss == NEGATIVE_LIKELIHOOD) set_active(c, double(totals[1]));
+    const Real* total_sums = static_cast<const Real*>(p_.total_sums) + index_ * ROW_PARTIAL_SUMS;
+    c.loss += double(total_sums[0]);
+    if (row_.loss == NEGATIVE_LIKELIHOOD) set_active(c, double(total_sums[1]));
     if (g_) {
       if (p_.upstream) scale = with_upstream(scale);
       if (scale != 0) second_pass(c, scale, true);
       settle(c, scale);
     }
-    return report(s, c, negative, row_weight);
+    return report(s, c, negative, factor);
   }
 
   bool gradient_needs_loss() const { return uniform_kl() && row_.loss == REVERSE_KL; }
@@ -916,16 +918,19 @@ class Row {
     return scale;
   }
 
-  // Statistics of the row, and its loss times its weight.
-  double report(const RowStatistics& s, const RowCoefficients& c, bool negative, double row_weight) {
-    if (p_.row_stats) {
+  // Writes the row's diagnostics and its loss times its factor, which is returned.
+  double report(const RowStatistics& s, const RowCoefficients& c, bool negative, double factor) {
+    if (p_.diagnostics) {
       const bool kl = reads_reference();
       const RowDiagnosis d = diagnose(s, negative, kl, -::expm1(log_kappa_), row_.inverse_temperature);
-      write_stats(c.loss, kl ? c.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
+      write_diagnostics(c.loss, kl ? c.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
     }
-    const double weighted = row_weight == 0 ? 0 : row_weight * c.loss;
-    if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
+    const double weighted = factor == 0 ? 0 : factor * c.loss;
+    write_loss(weighted);
     return weighted;
+  }
+  void write_loss(double weighted) const {  // the sum of all rows is written at the end
+    if (p_.loss && p_.reduction == Reduction::NONE) static_cast<Real*>(p_.loss)[index_] = Real(weighted);
   }
 
   RowStatistics gathered() const {
@@ -939,8 +944,8 @@ class Row {
   Real* packed(void* to) const { return static_cast<Real*>(to) + index_ * ROW_STATISTICS; }
   const Real* packed(const void* from) const { return static_cast<const Real*>(from) + index_ * ROW_STATISTICS; }
 
-  void write_parts(double loss, double active) const {
-    Real* to = static_cast<Real*>(p_.parts) + index_ * ROW_PARTS;
+  void write_partial_sums(double loss, double active) const {
+    Real* to = static_cast<Real*>(p_.partial_sums) + index_ * ROW_PARTIAL_SUMS;
     to[0] = Real(loss);
     to[1] = Real(active);
   }
@@ -949,14 +954,6 @@ class Row {
   double with_upstream(double scale) const {
     const Real upstream = static_cast<const Real*>(p_.upstream)[index_ * p_.upstream_stride];
     return scale == 0 || upstream == 0 ? 0 : scale * upstream;
-  }
-
-  void gradient_only() {
-    double scale;
-    const RowCoefficients c = read_coefficients(scale);
-    scale = with_upstream(scale);
-    if (scale == 0 || scale != scale) return fill(scale);
-    second_pass(c, scale, true);
   }
 
   void fill(double value) {
@@ -983,16 +980,16 @@ class Row {
     return c;
   }
 
-  void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
-    if (!p_.row_stats) return;
-    Real* at = static_cast<Real*>(p_.row_stats) + index_;
+  void write_diagnostics(double loss, double kl, double mass, double ref_mass, double entropy) const {
+    if (!p_.diagnostics) return;
+    Real* at = static_cast<Real*>(p_.diagnostics) + index_;
     for (const double value : {loss, kl, mass, ref_mass, entropy}) {
       *at = Real(value);
       at += p_.rows;
     }
   }
 
-  const RowParams& p_;
+  const RowCall& p_;
   const std::vector<int32_t>& shared_ids_;
   Scratch<Real>& s_;
   RowScalars row_;
@@ -1018,17 +1015,14 @@ std::vector<int32_t> sorted_set(const int64_t* ids, int64_t count) {
 }
 
 template <class Logit, class Gradient = Logit>
-void run(const RowParams& p) {
+void run(const RowCall& p, int most_threads) {
   using Real = RealOf<Logit>;
-  int64_t active = 0;
-  for (int64_t i = 0; i < p.rows; ++i)
-    active += (!p.weights || static_cast<const Real*>(p.weights)[i] != 0) && p.labels[i] != p.ignore_index;
-  double inverse_normalizer = 1;
+  double inverse = 1;  // of the normaliser
   if (p.reduction == Reduction::MEAN) {
-    const double normalizer = p.normalizer       ? double(*static_cast<const Real*>(p.normalizer))
-                              : p.has_normalizer ? p.normalizer_value
-                                                 : double(active);
-    inverse_normalizer = normalizer == 0 ? 0 : 1 / normalizer;
+    int64_t active = 0;
+    if (counts_active_rows(p))
+      for (int64_t i = 0; i < p.rows; ++i) active += is_active<Real>(p, i);
+    inverse = inverse_normalizer<Real>(p, double(active));
   }
   const bool shared = p.negative_ids && p.negative_ids_stride == 0;
   const std::vector<int32_t> shared_ids =
@@ -1038,33 +1032,33 @@ void run(const RowParams& p) {
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its
   // next block before it works on the present one, to know what to prefetch.
   const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.vocab));
-  const int threads = int(std::min<int64_t>(p.threads, (p.rows + block - 1) / block));
+  const int threads = int(std::min<int64_t>(most_threads, (p.rows + block - 1) / block));
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const auto scratch = std::make_unique<Scratch<Real>>();
+    const auto scratch = std::make_unique<Scratch<Real>>(p.vocab);
     Row<Logit, Gradient> row(p, shared_ids, *scratch);
     for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
       next = taken.fetch_add(block);
       const int64_t end = std::min(begin + block, p.rows);
-      for (int64_t i = begin; i < end; ++i)
-        losses[size_t(i)] = row.run(i, i + 1 < end ? i + 1 : next, inverse_normalizer);
+      for (int64_t i = begin; i < end; ++i) losses[size_t(i)] = row.run(i, i + 1 < end ? i + 1 : next, inverse);
     }
   }
   if (p.reduction == Reduction::NONE || !p.loss) return;
   double total = 0;
   for (const double loss : losses) total += loss;
-  *static_cast<Real*>(p.loss) = Real(inverse_normalizer == 0 ? 0 : total * inverse_normalizer);
+  *static_cast<Real*>(p.loss) = Real(inverse == 0 ? 0 : total * inverse);
 }
 
 }  // namespace
 
-void run_rows(const RowParams& p) {
+void run_rows(const RowCall& p, int threads) {
   switch (p.dtype) {
-    case DType::FLOAT32: return p.grad_dtype == DType::BFLOAT16 ? run<float, BFloat16>(p) : run<float>(p);
-    case DType::BFLOAT16: return run<BFloat16>(p);
-    case DType::FLOAT16: return run<Float16>(p);
-    case DType::FLOAT64: return run<double>(p);
+    case DType::FLOAT32:
+      return p.gradient_dtype == DType::BFLOAT16 ? run<float, BFloat16>(p, threads) : run<float>(p, threads);
+    case DType::BFLOAT16: return run<BFloat16>(p, threads);
+    case DType::FLOAT16: return run<Float16>(p, threads);
+    case DType::FLOAT64: return run<double>(p, threads);
   }
 }
 

@@ -36,19 +36,14 @@ constexpr int SUM_BYTES = SUM_THREADS / device::WARP * sizeof(double);
 
 // 1 / normaliser: nobody waits for the device to learn how many rows are active. No row is left over yet.
 __global__ void __launch_bounds__(SUM_THREADS)
-    normalizer_kernel(const __grid_constant__ RowParams p, double* inverse, int* left) {
+    normalizer_kernel(const __grid_constant__ RowCall p, double* inverse, int* left) {
   if (left && device::thread_index() == 0) *left = 0;
   if (!inverse) return;
   double active = 0;
-  if (!p.normalizer && !p.has_normalizer)
-    for (int64_t i = device::thread_index(); i < p.rows; i += SUM_THREADS)
-      active += (!p.weights || static_cast<const float*>(p.weights)[i] != 0.0f) && p.labels[i] != p.ignore_index;
+  if (counts_active_rows(p))
+    for (int64_t i = device::thread_index(); i < p.rows; i += SUM_THREADS) active += is_active<float>(p, i);
   active = sum_of_block(active);
-  if (device::thread_index() != 0) return;
-  const double value = p.normalizer       ? double(*static_cast<const float*>(p.normalizer))
-                       : p.has_normalizer ? p.normalizer_value
-                                          : active;
-  *inverse = value == 0 ? 0 : 1 / value;
+  if (device::thread_index() == 0) *inverse = inverse_normalizer<float>(p, active);
 }
 
 __global__ void __launch_bounds__(SUM_THREADS)
@@ -96,52 +91,60 @@ void scale(void* x, int64_t rows, int64_t columns, int64_t stride, const void* f
                    stride, static_cast<const float*>(factor));
 }
 
-[[noreturn]] void unsupported() { throw std::runtime_error("logits: float64 is not served on CUDA"); }
-
-const CudaRows& rows_of(const RowParams& p) {
-  switch (p.dtype) {
-    case DType::FLOAT32: return p.grad_dtype == DType::BFLOAT16 ? cuda_rows_float32_bfloat16 : cuda_rows_float32;
-    case DType::BFLOAT16: return cuda_rows_bfloat16;
-    case DType::FLOAT16: return cuda_rows_float16;
-    case DType::FLOAT64: unsupported();
-  }
-  unsupported();
-}
-
+// One of each dtype that is served.
 const CudaRows* const ALL_ROWS[] = {&cuda_rows_float32, &cuda_rows_float32_bfloat16, &cuda_rows_bfloat16,
                                     &cuda_rows_float16};
+
+struct Scaling {
+  DType dtype;
+  void (*run)(void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor, int device, void* stream);
+  void (*load)();
+};
+template <class Number>
+constexpr Scaling scaling() {
+  return {Stored<Number>::DTYPE, scale<Number>, [] { device::load(scale_kernel<Number>); }};
+}
+const Scaling SCALINGS[] = {scaling<float>(), scaling<BFloat16>(), scaling<Float16>()};
+
+// The first of these that serves a dtype.
+template <class Some, class Serves>
+const auto& one_of(const Some& some, Serves serves) {
+  for (const auto& one : some)
+    if (serves(one)) return one;
+  throw std::runtime_error("logits: float64 is not served on CUDA");
+}
 
 }  // namespace
 }  // namespace TNT_ISA
 
-void run_rows_cuda(const RowParams& p, const CudaCall& call) {
-  const device::Guard guard(call.device);
-  rows_of(p).run(p, call);
+void run_rows_cuda(const RowCall& p, const CudaPlace& place) {
+  const device::Guard guard(place.device);
+  const auto serves = [&](const CudaRows* rows) {
+    return rows->logits_dtype == p.dtype && rows->gradient_dtype == p.gradient_dtype;
+  };
+  one_of(ALL_ROWS, serves)->run(p, place);
 }
 
-const double* prepare_rows(const RowParams& p, const CudaCall& call, int* left) {
+const double* prepare_rows(const RowCall& p, const CudaPlace& place, int* left) {
   // Statistics need no normaliser, and coefficients have it in them.
-  const bool mean = p.reduction == Reduction::MEAN && !p.statistics && !(p.upstream && p.coefficients);
-  double* const inverse = mean ? call.workspace : nullptr;
-  if (mean || left) device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream, p, inverse, left);
+  const bool mean = p.reduction == Reduction::MEAN && p.kind != Kind::STATISTICS && p.kind != Kind::BACKWARD;
+  double* const inverse = mean ? place.workspace : nullptr;
+  if (mean || left) device::launch(normalizer_kernel, 1, 1, SUM_THREADS, SUM_BYTES, place.stream, p, inverse, left);
   return inverse;
 }
 
-void finish_rows(const RowParams& p, const CudaCall& call, const double* inverse) {
+void finish_rows(const RowCall& p, const CudaPlace& place, const double* inverse) {
   if (p.loss && p.reduction != Reduction::NONE)
-    device::launch(loss_kernel, 1, 1, SUM_THREADS, SUM_BYTES, call.stream,
-                   static_cast<const double*>(call.workspace + 1), p.rows, inverse, static_cast<float*>(p.loss));
+    device::launch(loss_kernel, 1, 1, SUM_THREADS, SUM_BYTES, place.stream,
+                   static_cast<const double*>(place.workspace + 1), p.rows, inverse, static_cast<float*>(p.loss));
 }
 
 void scale_rows_cuda(DType dtype, void* x, int64_t rows, int64_t columns, int64_t stride, const void* factor,
                      int device, void* stream) {
   const device::Guard guard(device);
-  switch (dtype) {
-    case DType::FLOAT32: return scale<float>(x, rows, columns, stride, factor, device, stream);
-    case DType::BFLOAT16: return scale<BFloat16>(x, rows, columns, stride, factor, device, stream);
-    case DType::FLOAT16: return scale<Float16>(x, rows, columns, stride, factor, device, stream);
-    case DType::FLOAT64: unsupported();
-  }
+  one_of(SCALINGS, [&](const Scaling& one) {
+    return one.dtype == dtype;
+  }).run(x, rows, columns, stride, factor, device, stream);
 }
 
 std::string why_not_cuda(int device) {
@@ -150,9 +153,7 @@ std::string why_not_cuda(int device) {
     for (const CudaRows* rows : ALL_ROWS) rows->load(device);
     device::load(normalizer_kernel);
     device::load(loss_kernel);
-    device::load(scale_kernel<float>);
-    device::load(scale_kernel<BFloat16>);
-    device::load(scale_kernel<Float16>);
+    for (const Scaling& scaling : SCALINGS) scaling.load();
     return "";
   } catch (const std::runtime_error& error) {
     return error.what();

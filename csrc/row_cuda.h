@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <string>
 
-#include "params.h"
+#include "call.h"
 
 namespace tnt {
 
-struct CudaCall {
+struct CudaPlace {  // where a launch runs
   int device;
   void* stream;
   // (2 + N + N / 2) doubles on the device: 1 / normaliser, the rows' weighted losses, and as 1 + N ints how many rows
@@ -16,20 +16,21 @@ struct CudaCall {
   double* workspace;
 };
 
-void run_rows_cuda(const RowParams&, const CudaCall&);
+void run_rows_cuda(const RowCall&, const CudaPlace&);
 
 // The rows of one dtype of logits and gradient.
 struct CudaRows {
-  void (*run)(const RowParams&, const CudaCall&);
+  DType logits_dtype, gradient_dtype;
+  void (*run)(const RowCall&, const CudaPlace&);
   void (*load)(int device);
   void (*forget)();
 };
 extern const CudaRows cuda_rows_float32, cuda_rows_float32_bfloat16, cuda_rows_bfloat16, cuda_rows_float16;
 
-// What a call launches around its rows: before them 1 / normaliser, which is returned (null: 1), and an empty list of
+// What is launched around the rows: before them 1 / normaliser, which is returned (null: 1), and an empty list of
 // rows that are left, unless that is null; after them the sum of the losses.
-const double* prepare_rows(const RowParams&, const CudaCall&, int* left);
-void finish_rows(const RowParams&, const CudaCall&, const double* inverse_normalizer);
+const double* prepare_rows(const RowCall&, const CudaPlace&, int* left);
+void finish_rows(const RowCall&, const CudaPlace&, const double* inverse_normalizer);
 
 // Multiplies (rows, columns) of dtype by the number at `factor` (float, on the device), and returns at once where that
 // is 1.

@@ -1,8 +1,7 @@
-// A row's statistics while they are summed in float on a GPU, its coefficients as the element loops want them, and the
-// stored types. The formulas stand in row_math.h.
+// A row's statistics while they are summed in float on a GPU, what its element loops take, and the stored types. The
+// formulas stand in row_math.h.
 #pragma once
 
-#include "params.h"
 #include "row_device.cuh"
 #include "row_math.h"
 
@@ -29,6 +28,7 @@ struct Stored;
 
 template <>
 struct Stored<float> {
+  static constexpr DType DTYPE = DType::FLOAT32;
   static constexpr int GROUP = 4;  // in 16 bytes
   static TNT_DEVICE float nothing() { return -INFINITY; }
   static TNT_DEVICE float load(const float* from) { return *from; }
@@ -46,6 +46,7 @@ struct Stored<float> {
 
 template <>
 struct Stored<BFloat16> {
+  static constexpr DType DTYPE = DType::BFLOAT16;
   static constexpr int GROUP = 8;
   static TNT_DEVICE BFloat16 nothing() { return {0xff80}; }  // -inf
   static TNT_DEVICE float load(const BFloat16* from) { return bits_as<float>(uint32_t(from->bits) << 16); }
@@ -66,6 +67,7 @@ struct Stored<BFloat16> {
 
 template <>
 struct Stored<Float16> {
+  static constexpr DType DTYPE = DType::FLOAT16;
   static constexpr int GROUP = 8;
   static TNT_DEVICE Float16 nothing() { return {0xfc00}; }  // -inf
   static TNT_DEVICE float load(const Float16* from) { return device::half_to_float(from->bits); }
@@ -116,7 +118,7 @@ TNT_DEVICE Vector join(const Vector& a, const Vector& b, int offset) {
 enum RowFlags : uint32_t { HAS_IDS = 1, ID_OUTSIDE = 2, LABEL_AMONG_IDS = 4 };
 
 // `losses` are summed by another kernel.
-TNT_DEVICE void write_loss(const RowParams& p, double* losses, int64_t row, double weighted) {
+TNT_DEVICE void write_loss(const RowCall& p, double* losses, int64_t row, double weighted) {
   if (!p.loss) return;
   if (p.reduction == Reduction::NONE)
     static_cast<float*>(p.loss)[row] = float(weighted);
@@ -274,10 +276,10 @@ struct Sums {
 constexpr int SUMS = sizeof(Sums) / sizeof(float);
 static_assert(SUMS == ROW_STATISTICS, "Sums are what row_math.h packs");
 
-// --------------------------------------------------------------------------------------------------- coefficients
+// -------------------------------------------------------------------------------------------------- element loops
 
-// RowCoefficients in float, with what does not change within a row folded in.
-struct Coefficients {
+// What a row's element loops take: its RowCoefficients as float, with all that is the same for every entry folded in.
+struct LoopConstants {
   Scales t;
   Difference<float> difference;  // of kept entries
   // What a KL's loop takes for removed entries: logits that vanish next to the maxima, whose difference is 0, nearly,
@@ -319,12 +321,12 @@ struct Coefficients {
 };
 
 // A set element of a second pass; `loss` receives its term.
-TNT_DEVICE float set_element(const Coefficients& c, int kind, float z, float& loss) {
+TNT_DEVICE float set_element(const LoopConstants& c, int row_loss, float z, float& loss) {
   const float log_weight = (z - c.p_max) * c.t.inverse_t;
   const float p = exponential((z - c.p_max) * c.t.exponent) * c.p_inverse;
-  if (kind == LOG_LIKELIHOOD) return c.set_value * c.scale;
-  if (kind == NEGATIVE_LIKELIHOOD) return ((log_weight >= c.least ? 1.0f : 0.0f) - c.set_value * p) * c.scale;
-  if (kind == REVERSE_KL) {
+  if (row_loss == LOG_LIKELIHOOD) return c.set_value * c.scale;
+  if (row_loss == NEGATIVE_LIKELIHOOD) return ((log_weight >= c.least ? 1.0f : 0.0f) - c.set_value * p) * c.scale;
+  if (row_loss == REVERSE_KL) {
     const Element<float> e = reverse_kl_element(p, c.set_value, log_weight + c.set_offset, log_weight - c.set_centre);
     loss += e.loss;
     return e.gradient * c.scale;
@@ -333,7 +335,7 @@ TNT_DEVICE float set_element(const Coefficients& c, int kind, float z, float& lo
 }
 
 // An entry of a uniformly smoothed KL, whose target is (q* + eps) / (1 + V eps) everywhere.
-TNT_DEVICE Element<float> uniform_element(const Coefficients& c, bool forward, float z, float r, float kappa) {
+TNT_DEVICE Element<float> uniform_element(const LoopConstants& c, bool forward, float z, float r, float kappa) {
   const float centred = z - c.p_max;
   const float p = exponential(centred * c.t.exponent) * c.p_inverse;
   const float smoothed = fused_multiply_add(exponential((r - c.q_max) * c.t.exponent) * c.q_inverse, kappa, c.eps);
@@ -343,7 +345,7 @@ TNT_DEVICE Element<float> uniform_element(const Coefficients& c, bool forward, f
 }
 
 // Any entry of a KL: infinite logits too, and y of which a part kappa is left.
-TNT_DEVICE Element<float> kl_element(const Coefficients& c, bool forward, float z, float r, float kappa,
+TNT_DEVICE Element<float> kl_element(const LoopConstants& c, bool forward, float z, float r, float kappa,
                                      float log_kappa) {
   const float p = exponential((z - c.kept_max) * c.t.exponent) * c.kept_inverse;
   const float q = exponential((r - c.q_max) * c.t.exponent) * c.q_inverse * kappa;

@@ -23,7 +23,7 @@ namespace {
 
 template <class Logit, class Gradient, bool ON_CHIP>
 __global__ void __launch_bounds__(ON_CHIP ? device::ROW_THREADS : device::STREAM_THREADS, ON_CHIP ? 2 : 1)
-    row_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch) {
+    row_kernel(const __grid_constant__ RowCall p, const __grid_constant__ RowLaunch launch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   RowBlock<Logit, Gradient, ON_CHIP>(p, launch, device::block_index() / device::cluster_size()).run();
 #else
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(ON_CHIP ? device::ROW_THREADS : device::STREAM
 // The rows that kl_kernel has left, a cluster one after another.
 template <class Logit, class Gradient>
 __global__ void __launch_bounds__(device::STREAM_THREADS, 1)
-    left_rows_kernel(const __grid_constant__ RowParams p, const __grid_constant__ RowLaunch launch, const int* left) {
+    left_rows_kernel(const __grid_constant__ RowCall p, const __grid_constant__ RowLaunch launch, const int* left) {
   const int64_t step = device::grid_size() / device::cluster_size();
 #pragma unroll 1
   for (int64_t i = device::block_index() / device::cluster_size(); i < left[0]; i += step) {
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(device::STREAM_THREADS, 1)
   }
 }
 
-template <class Logit, class Gradient, bool STATS>
+template <class Logit, class Gradient, bool DIAGNOSTICS>
 __global__ void __launch_bounds__(device::KL_THREADS, 3)
-    kl_kernel(const __grid_constant__ RowParams p, const __grid_constant__ KlLaunch launch) {
+    kl_kernel(const __grid_constant__ RowCall p, const __grid_constant__ KlLaunch launch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  KlBlock<Logit, Gradient, STATS>(p, launch).run();
+  KlBlock<Logit, Gradient, DIAGNOSTICS>(p, launch).run();
 #endif
 }
 
@@ -123,10 +123,10 @@ struct KlPlan {
   int64_t left_blocks;
 };
 
-template <class Logit, class Gradient, bool STATS>
+template <class Logit, class Gradient, bool DIAGNOSTICS>
 KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   const device::Properties properties = device::properties(device);
-  const auto kernel = kl_kernel<Logit, Gradient, STATS>;
+  const auto kernel = kl_kernel<Logit, Gradient, DIAGNOSTICS>;
   KlPlan plan;
   if (!properties.clusters || device::architecture(kernel) < 90) return plan;
   device::prefer_shared_memory(kernel);
@@ -136,7 +136,7 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   const int only = forced ? std::atoi(forced) : 0, threads = width ? std::atoi(width) : device::KL_THREADS;
   if (threads != 64 && threads != 128 && threads != 256)
     throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(threads) + ", expected 64, 128 or 256");
-  using Block = KlBlock<Logit, Gradient, STATS>;
+  using Block = KlBlock<Logit, Gradient, DIAGNOSTICS>;
   plan.launch.threads = threads;
   plan.launch.step_log2 = 0;
   while (1 << plan.launch.step_log2 < threads * Block::GROUP) ++plan.launch.step_log2;
@@ -183,27 +183,26 @@ Chosen known(std::map<Key, Chosen>& plans, const Key& key, Choose choose) {
 
 // A shard's passes are launches of their own: nothing stays on chip.
 template <class Logit, class Gradient>
-Plan plan_for(const RowParams& p, int device) {
-  const bool on_chip = !p.statistics && !p.gathered;
-  const PlanKey key(p.vocab, device, p.dtype, p.grad_dtype, on_chip);
+Plan plan_for(const RowCall& p, int device) {
+  const bool on_chip = !is_sharded(p.kind);
+  const PlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, on_chip);
   return known(known_plans, key, [&] { return choose<Logit, Gradient>(p.vocab, device, on_chip); });
 }
 
-template <class Logit, class Gradient, bool STATS>
-KlPlan kl_plan_for(const RowParams& p, int device) {
+template <class Logit, class Gradient, bool DIAGNOSTICS>
+KlPlan kl_plan_for(const RowCall& p, int device) {
   const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
-  const KlPlanKey key(p.vocab, device, p.dtype, p.grad_dtype, STATS, pair);
-  return known(known_kl_plans, key, [&] { return choose_kl<Logit, Gradient, STATS>(p.vocab, pair, device); });
+  const KlPlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair);
+  return known(known_kl_plans, key, [&] { return choose_kl<Logit, Gradient, DIAGNOSTICS>(p.vocab, pair, device); });
 }
 
 // What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. Both logits begin equally far
 // behind a 16-byte boundary in every row.
 template <class Logit>
-bool is_kl_call(const RowParams& p) {
+bool is_kl_call(const RowCall& p) {
   if (!is_kl(p.positive_loss) && p.positive_loss != LOG_LIKELIHOOD) return false;
   if (!is_kl(p.negative_loss) && p.negative_loss != UNLIKELIHOOD) return false;
-  if (p.uniform_smoothing && p.eps > 0) return false;
-  if (p.statistics || p.gathered || p.coefficients || p.upstream) return false;
+  if (smooths_uniformly(p) || p.kind != Kind::FUSED || p.coefficients) return false;
   constexpr int GROUP = Stored<Logit>::GROUP;
   const auto begin = [](const void* at, int64_t stride) {
     return std::make_pair(reinterpret_cast<uintptr_t>(at) % 16, (stride % GROUP + GROUP) % GROUP);
@@ -223,41 +222,41 @@ void load_rows(int device) {
 }
 
 template <class Logit, class Gradient>
-void run(const RowParams& p, const CudaCall& call) {
+void run(const RowCall& p, const CudaPlace& place) {
   KlPlan kl;
   if (p.rows > 0 && is_kl_call<Logit>(p))
-    kl = p.row_stats ? kl_plan_for<Logit, Gradient, true>(p, call.device)
-                     : kl_plan_for<Logit, Gradient, false>(p, call.device);
-  int* const left = kl.cluster > 0 ? reinterpret_cast<int*>(call.workspace + 1 + p.rows) : nullptr;
-  double* const losses = call.workspace ? call.workspace + 1 : nullptr;
-  const double* const inverse = prepare_rows(p, call, left);
+    kl = p.diagnostics ? kl_plan_for<Logit, Gradient, true>(p, place.device)
+                       : kl_plan_for<Logit, Gradient, false>(p, place.device);
+  int* const left = kl.cluster > 0 ? reinterpret_cast<int*>(place.workspace + 1 + p.rows) : nullptr;
+  double* const losses = place.workspace ? place.workspace + 1 : nullptr;
+  const double* const inverse = prepare_rows(p, place, left);
   if (kl.cluster > 0) {
     kl.launch.inverse_temperature = float(1 / p.temperature);
     kl.launch.inverse_normalizer = inverse;
     kl.launch.losses = losses;
     kl.launch.left = left;
-    device::launch(p.row_stats ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
-                   p.rows * kl.cluster, kl.cluster, kl.launch.threads, kl.shared_bytes, call.stream, p, kl.launch);
+    device::launch(p.diagnostics ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
+                   p.rows * kl.cluster, kl.cluster, kl.launch.threads, kl.shared_bytes, place.stream, p, kl.launch);
     RowLaunch rest = kl.left.launch;
     rest.inverse_normalizer = inverse;
     rest.losses = losses;
     const int64_t blocks = std::min<int64_t>(kl.left_blocks, p.rows * kl.left.cluster);
     device::launch(left_rows_kernel<Logit, Gradient>, blocks, kl.left.cluster, device::STREAM_THREADS,
-                   kl.left.shared_bytes, call.stream, p, rest, static_cast<const int*>(left));
+                   kl.left.shared_bytes, place.stream, p, rest, static_cast<const int*>(left));
   } else if (p.rows > 0) {
-    Plan plan = plan_for<Logit, Gradient>(p, call.device);
+    Plan plan = plan_for<Logit, Gradient>(p, place.device);
     plan.launch.inverse_normalizer = inverse;
     plan.launch.losses = losses;
     device::launch(plan.on_chip ? row_kernel<Logit, Gradient, true> : row_kernel<Logit, Gradient, false>,
                    p.rows * plan.cluster, plan.cluster, plan.on_chip ? device::ROW_THREADS : device::STREAM_THREADS,
-                   plan.shared_bytes, call.stream, p, plan.launch);
+                   plan.shared_bytes, place.stream, p, plan.launch);
   }
-  finish_rows(p, call, inverse);
+  finish_rows(p, place, inverse);
 }
 
 template <class Logit, class Gradient>
 constexpr CudaRows cuda_rows() {
-  return {run<Logit, Gradient>, load_rows<Logit, Gradient>, [] {
+  return {Stored<Logit>::DTYPE, Stored<Gradient>::DTYPE, run<Logit, Gradient>, load_rows<Logit, Gradient>, [] {
             const std::lock_guard<std::mutex> lock(known_plans_mutex);
             known_plans.clear();
             known_kl_plans.clear();

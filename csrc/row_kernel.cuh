@@ -1,8 +1,8 @@
 // One row, by the blocks of a cluster, each with a slice of the columns. First pass: statistics, as the data arrives.
 // Merge: threads of a warp, warps of a block, blocks of the cluster, always in the same order. Second pass: what the
 // loss still lacks, and the gradient. ON_CHIP the slices of both rows lie in shared memory by then (sm_90 and later);
-// otherwise the second pass reads them again, backwards, as the L2 cache holds what came last. The launches of a
-// sharded vocabulary (params.h) are steps of the latter kind: between its passes the devices exchange what they found.
+// otherwise the second pass reads them again, backwards, as the L2 cache holds what came last. Launches of a sharded
+// vocabulary (call.h) are never ON_CHIP: between its passes the devices exchange what they found.
 #pragma once
 
 #include <type_traits>
@@ -29,11 +29,11 @@ struct RowShared {
   uint32_t flags;
   Sums sums;  // of the row: no register holds them through the second pass
   RowCoefficients row;
-  Coefficients c;
+  LoopConstants c;
   float warps[MAX_WARPS][SUMS];
   float peers[MAX_CLUSTER][SUMS];
-  float warp_parts[MAX_WARPS][2];
-  float peer_parts[MAX_CLUSTER][2];
+  float warp_sums[MAX_WARPS][2];
+  float peer_sums[MAX_CLUSTER][2];
 };
 constexpr int SHARED_HEADER = (sizeof(RowShared) + 127) / 128 * 128;
 
@@ -45,8 +45,8 @@ class RowBlock {
   static constexpr int GROUP = Stored<Logit>::GROUP;
   static constexpr int AHEAD = ON_CHIP ? 1 : 2;  // groups loaded before the first is used
 
-  TNT_DEVICE RowBlock(const RowParams& params, const RowLaunch& launch, int64_t row)
-      : p_(params),
+  TNT_DEVICE RowBlock(const RowCall& call, const RowLaunch& launch, int64_t row)
+      : p_(call),
         l_(launch),
         s_(*reinterpret_cast<RowShared*>(device::shared_memory())),
         mask_(reinterpret_cast<uint32_t*>(device::shared_memory() + SHARED_HEADER)),
@@ -58,14 +58,14 @@ class RowBlock {
     end_ = begin_ + l_.slice < p_.vocab ? begin_ + l_.slice : p_.vocab;
     z_ = static_cast<const Logit*>(p_.logits) + index_ * p_.logits_stride;
     r_ = p_.ref_logits ? static_cast<const Logit*>(p_.ref_logits) + index_ * p_.ref_logits_stride : nullptr;
-    g_ = p_.grad ? static_cast<Gradient*>(p_.grad) + index_ * p_.grad_stride : nullptr;
+    g_ = p_.gradient ? static_cast<Gradient*>(p_.gradient) + index_ * p_.gradient_stride : nullptr;
     t_ = {exponent_scale<float>(1 / p_.temperature), float(1 / p_.temperature)};
   }
 
   TNT_DEVICE void run() {
     label_ = p_.labels[index_];
-    weight_ = p_.weights ? static_cast<const float*>(p_.weights)[index_] : 1.0f;
-    if (weight_ == 0.0f || label_ == p_.ignore_index) return inactive();
+    weight_ = row_weight<float>(p_, index_);
+    if (!is_active(p_, label_, weight_)) return inactive();
     device::cluster_arrive();  // a block must have started before its shared memory is written to
     if (ON_CHIP) begin_copies();
     collect_set();
@@ -80,7 +80,10 @@ class RowBlock {
 
  private:
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
-  TNT_DEVICE bool is_kl() const { return tnt::is_kl(kind_); }
+  // Launches of a sharded vocabulary are never ON_CHIP: what they do is not compiled into those kernels.
+  TNT_DEVICE bool is(Kind kind) const { return !(ON_CHIP && is_sharded(kind)) && p_.kind == kind; }
+  TNT_DEVICE bool gathers() const { return is(Kind::PARTIAL_SUMS) || is(Kind::FINISH); }
+  TNT_DEVICE bool is_kl() const { return tnt::is_kl(row_loss_); }
   TNT_DEVICE bool is_negative() const { return weight_ < 0.0f || (s_.flags & HAS_IDS); }
   // y pushed down in part (kappa = 1 + w) stays in the target: it is neither removed nor an ordinary entry.
   TNT_DEVICE bool is_in_part() const {
@@ -89,29 +92,30 @@ class RowBlock {
   TNT_DEVICE bool is_partial(int64_t column) const { return column == label_ - p_.vocab_offset && is_in_part(); }
   TNT_DEVICE float kappa() const { return 1.0f + weight_; }  // of that y
   TNT_DEVICE float log_kappa() const { return log1pf(weight_); }
-  TNT_DEVICE bool uniform() const { return p_.uniform_smoothing && p_.eps > 0; }  // without eps the two are one
+  TNT_DEVICE bool uniform() const { return smooths_uniformly(p_); }
 
   // ---- rows that are not computed
 
   TNT_DEVICE void inactive() {
     if (g_) fill(0.0f);
     if (!leader()) return;
-    if (p_.coefficients && !p_.upstream) coefficients()[ROW_COEFFICIENTS - 1] = 0.0f;
-    write_statistics(Sums());
-    write_parts(0, 0);
-    write_stats(0, NAN, NAN, NAN, NAN);
-    write_loss(0);
+    report_uncomputed(0, 0);
   }
 
   // A label or an id is out of range.
   TNT_DEVICE void lost() {
     if (g_) fill(gradient_factor() == 0 ? 0.0f : NAN);
-    if (!leader() || p_.upstream) return;
-    if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = row_weight_ == 0 ? 0.0f : NAN;
-    write_statistics(Sums());
-    write_parts(NAN, NAN);
-    write_stats(NAN, NAN, NAN, NAN, NAN);
-    write_loss(row_weight_ == 0 ? 0.0 : double(NAN));
+    if (!leader()) return;
+    report_uncomputed(NAN, factor_ == 0 ? 0.0f : NAN);
+  }
+
+  // `value` stands for what the row yields, `counted` for that times the row's factor.
+  TNT_DEVICE void report_uncomputed(float value, float counted) {
+    if (is(Kind::FUSED) && p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = counted;
+    if (is(Kind::STATISTICS)) return write_statistics(Sums());
+    if (is(Kind::PARTIAL_SUMS)) return write_partial_sums(value, value);
+    write_diagnostics(value, NAN, NAN, NAN, NAN);
+    write_loss(counted);
   }
 
   TNT_DEVICE void fill(float value) {
@@ -143,15 +147,11 @@ class RowBlock {
     const uint32_t flags = s_.flags;
     invalid_ |= (flags & ID_OUTSIDE) != 0;
     const bool negative = is_negative();
-    kind_ = negative ? p_.negative_loss : p_.positive_loss;
+    row_loss_ = negative ? p_.negative_loss : p_.positive_loss;
     pair_ = is_kl();
-    row_weight_ = weight_;
-    if (negative) {
-      row_weight_ = p_.alpha ? static_cast<const float*>(p_.alpha)[index_ * p_.alpha_stride] : float(p_.alpha_value);
-      if ((kind_ == UNLIKELIHOOD || kind_ == NEGATIVE_LIKELIHOOD) && weight_ < 0.0f) row_weight_ *= -weight_;
-    }
-    set_ = negative || kind_ == LOG_LIKELIHOOD;
-    if ((weight_ < 0.0f || kind_ == LOG_LIKELIHOOD) && thread_ == 0) mark(label_);
+    factor_ = row_factor<float>(p_, index_, row_loss_, negative, weight_);
+    set_ = negative || row_loss_ == LOG_LIKELIHOOD;
+    if ((weight_ < 0.0f || row_loss_ == LOG_LIKELIHOOD) && thread_ == 0) mark(label_);
     device::sync_block();
   }
 
@@ -341,8 +341,8 @@ class RowBlock {
   // ---- first pass
 
   TNT_DEVICE void statistics(Sums& sums) {
-    const bool moment = kind_ == REVERSE_KL && !uniform(), entropy = p_.row_stats != nullptr;
-    const bool total = kind_ == LOG_LIKELIHOOD && uniform();
+    const bool moment = row_loss_ == REVERSE_KL && !uniform(), entropy = p_.diagnostics != nullptr;
+    const bool total = row_loss_ == LOG_LIKELIHOOD && uniform();
     for_each_group<false>([&](int64_t v, const Vector& zs, const Vector& rs) {
       uint32_t bits = set_bits(v);
       const uint32_t out = outside_bits(v), dead = bits | out;
@@ -452,40 +452,40 @@ class RowBlock {
   }
 
   // Two numbers of every thread, summed over the row in a fixed order, on all threads of all blocks. Once a row.
-  struct Parts {
+  struct PartialSums {
     double loss, active;
   };
-  TNT_DEVICE Parts sum_parts(float loss, float active) {
+  TNT_DEVICE PartialSums sum_of_row(float loss, float active) {
     const int warp = thread_ / device::WARP, lane = thread_ % device::WARP;
     loss = sum_of_warp(loss);
     active = sum_of_warp(active);
     if (lane == 0) {
-      s_.warp_parts[warp][0] = loss;
-      s_.warp_parts[warp][1] = active;
+      s_.warp_sums[warp][0] = loss;
+      s_.warp_sums[warp][1] = active;
     }
     device::sync_block();
-    Parts parts{0, 0};
+    PartialSums sums{0, 0};
 #pragma unroll 1
     for (int w = 0; w < WARPS; ++w) {
-      parts.loss += double(s_.warp_parts[w][0]);
-      parts.active += double(s_.warp_parts[w][1]);
+      sums.loss += double(s_.warp_sums[w][0]);
+      sums.active += double(s_.warp_sums[w][1]);
     }
-    if (blocks_ == 1) return parts;
+    if (blocks_ == 1) return sums;
     // Both asked anew, and the loops not unrolled: addresses are else kept in registers through the second pass.
     const int thread = device::thread_index(), rank = device::cluster_rank();
     if (thread < blocks_) {
-      device::store_remote(s_.peer_parts[rank], thread, float(parts.loss));
-      device::store_remote(s_.peer_parts[rank] + 1, thread, float(parts.active));
+      device::store_remote(s_.peer_sums[rank], thread, float(sums.loss));
+      device::store_remote(s_.peer_sums[rank] + 1, thread, float(sums.active));
     }
     device::cluster_arrive();
     device::cluster_wait();
-    parts = {0, 0};
+    sums = {0, 0};
 #pragma unroll 1
     for (int b = 0; b < blocks_; ++b) {
-      parts.loss += double(s_.peer_parts[b][0]);
-      parts.active += double(s_.peer_parts[b][1]);
+      sums.loss += double(s_.peer_sums[b][0]);
+      sums.active += double(s_.peer_sums[b][1]);
     }
-    return parts;
+    return sums;
   }
 
   // ---- second pass: what the loss still lacks (this thread's part), and the gradient if `write`
@@ -493,14 +493,14 @@ class RowBlock {
   TNT_DEVICE float second_pass(bool write) {
     if (!is_kl()) return second_pass<LOG_LIKELIHOOD, false>(write);
     if (uniform())
-      return kind_ == FORWARD_KL ? second_pass<FORWARD_KL, true>(write) : second_pass<REVERSE_KL, true>(write);
-    return kind_ == FORWARD_KL ? second_pass<FORWARD_KL, false>(write) : second_pass<REVERSE_KL, false>(write);
+      return row_loss_ == FORWARD_KL ? second_pass<FORWARD_KL, true>(write) : second_pass<REVERSE_KL, true>(write);
+    return row_loss_ == FORWARD_KL ? second_pass<FORWARD_KL, false>(write) : second_pass<REVERSE_KL, false>(write);
   }
 
   // LOG_LIKELIHOOD stands for all losses that do not read the reference.
   template <int LOSS, bool smooth>
   TNT_DEVICE float second_pass(bool write) {
-    const Coefficients c = s_.c;
+    const LoopConstants c = s_.c;
     constexpr bool forward = LOSS == FORWARD_KL, kl = LOSS != LOG_LIKELIHOOD;
     float loss = 0.0f;
     for_each_group<true>([&](int64_t v, const Vector& zs, const Vector& rs) {
@@ -542,7 +542,7 @@ class RowBlock {
             loss += e.loss;
             g_i = e.gradient * c.scale;
           } else {
-            g_i = set_element(s_.c, kind_, z_i, loss);
+            g_i = set_element(s_.c, row_loss_, z_i, loss);
           }
 #pragma unroll
           for (int k = 0; k < GROUP; ++k) g[k] = k == i ? g_i : g[k];
@@ -555,7 +555,7 @@ class RowBlock {
 
   // While |d| < BOUNDED on the whole group, e^d needs no second exponential of its own.
   template <bool forward>
-  TNT_DEVICE static float kl_group(const Coefficients& c, const float (&z)[GROUP], const float (&r)[GROUP],
+  TNT_DEVICE static float kl_group(const LoopConstants& c, const float (&z)[GROUP], const float (&r)[GROUP],
                                    float (&g)[GROUP]) {
     float loss = 0.0f, largest = 0.0f;
     const float max = forward ? c.q_max : c.kept_max, inverse = forward ? c.q_inverse : c.kept_inverse;
@@ -581,7 +581,7 @@ class RowBlock {
 
   // Σ log p_s of NL and the number of tokens above the floor, this thread's part.
   TNT_DEVICE void negative_likelihood(float& loss, float& active) {
-    const Coefficients& c = s_.c;
+    const LoopConstants& c = s_.c;
     for (int64_t w = thread_; w < l_.mask_bytes / 4; w += THREADS) {
       for (uint32_t bits = mask_[w]; bits; bits &= bits - 1) {
         const float z = element(z_, false, begin_ + w * 32 + device::lowest_bit(bits));
@@ -593,21 +593,12 @@ class RowBlock {
     }
   }
 
-  // ---- the calls
-
-  // What only the kernels in two passes are launched for; nothing of it is compiled into the others.
-  TNT_DEVICE const void* gathered() const { return ON_CHIP ? nullptr : p_.gathered; }
-  TNT_DEVICE const void* totals() const { return ON_CHIP ? nullptr : p_.totals; }
-  TNT_DEVICE float* statistics_out() const { return ON_CHIP ? nullptr : static_cast<float*>(p_.statistics); }
-  TNT_DEVICE float* parts_out() const { return ON_CHIP ? nullptr : static_cast<float*>(p_.parts); }
-
-  // A call with `upstream` that has the row's coefficients, of an earlier one.
-  TNT_DEVICE bool resumes() const { return p_.upstream && p_.coefficients; }
+  // ---- what a launch does
 
   TNT_DEVICE double gradient_factor() const {
-    double scale = double(row_weight_) * (l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature;
-    if (row_weight_ == 0.0f || kind_ == NONE) scale = invalid_ ? double(row_weight_) : 0;
-    if (resumes()) scale = double(coefficients()[ROW_COEFFICIENTS - 1]);
+    double scale = double(factor_) * (l_.inverse_normalizer ? *l_.inverse_normalizer : 1.0) / p_.temperature;
+    if (factor_ == 0.0f || row_loss_ == NONE) scale = invalid_ ? double(factor_) : 0;
+    if (is(Kind::BACKWARD)) scale = double(coefficients()[ROW_COEFFICIENTS - 1]);
     if (!p_.upstream) return scale;
     const float upstream = static_cast<const float*>(p_.upstream)[index_ * p_.upstream_stride];
     return scale == 0 || upstream == 0.0f ? 0 : scale * double(upstream);
@@ -615,7 +606,7 @@ class RowBlock {
 
   TNT_DEVICE RowScalars scalars() const {
     RowScalars row;
-    row.loss = kind_;
+    row.loss = row_loss_;
     row.uniform = uniform();
     row.eps = p_.eps;
     row.nl_floor = p_.nl_floor;
@@ -625,76 +616,76 @@ class RowBlock {
     return row;
   }
 
-  // The steps of a row, of which every call leaves out some.
+  // The steps of a row, of which every kind of launch leaves out some.
   TNT_DEVICE void compute() {
-    const bool resumed = resumes(), counts = !resumed && (kind_ != NONE || p_.row_stats);
+    const bool counts = !is(Kind::BACKWARD) && (row_loss_ != NONE || p_.diagnostics);
     Sums sums;
-    if (counts && !gathered()) {
+    if (counts && !gathers()) {
       statistics(sums);
       merge(sums);
     } else {
       if (ON_CHIP) await_copies(EVERYTHING);
       device::cluster_wait();
-      if (counts && gathered()) gather(sums);
+      if (counts && gathers()) gather(sums);
     }
-    if (statistics_out()) {
+    if (is(Kind::STATISTICS)) {
       if (leader()) write_statistics(sums);
       return;
     }
     if (thread_ == 0) {
       s_.sums = sums;
       s_.row = counts ? row_coefficients<float>(scalars(), sums.statistics()) : RowCoefficients();
-      if (resumed) read_coefficients();
-      if (totals()) add_totals();
+      if (is(Kind::BACKWARD)) read_coefficients();
+      if (is(Kind::FINISH)) add_total_sums();
       s_.c.fill(s_.row, scalars(), gradient_factor());
     }
     device::sync_block();
     const bool write = g_ && s_.c.scale != 0.0f && s_.c.scale == s_.c.scale;
-    const bool lacks = !resumed && !totals();  // a part of the loss
-    const bool kl = lacks && is_kl(), waits = kl && kind_ == REVERSE_KL && uniform();
-    if (lacks && kind_ == NEGATIVE_LIKELIHOOD) {
+    const bool lacks = !is(Kind::BACKWARD) && !is(Kind::FINISH);  // a part of the loss
+    const bool kl = lacks && is_kl(), waits = kl && row_loss_ == REVERSE_KL && uniform();
+    if (lacks && row_loss_ == NEGATIVE_LIKELIHOOD) {
       float loss = 0.0f, active = 0.0f;
       negative_likelihood(loss, active);
-      const Parts parts = sum_parts(loss, active);
-      if (leader()) write_parts(parts.loss, parts.active);
+      const PartialSums row = sum_of_row(loss, active);
+      if (leader()) write_partial_sums(row.loss, row.active);
       if (thread_ == 0) {
-        s_.row.loss += parts.loss;
+        s_.row.loss += row.loss;
         // Without a floor, which would have the gradient wait, the other shards' tokens are active too.
-        set_active(parts_out() ? double(scalars().set_size) : parts.active);
+        set_active(is(Kind::PARTIAL_SUMS) ? double(scalars().set_size) : row.active);
         s_.c.fill(s_.row, scalars(), gradient_factor());
       }
       device::sync_block();
     } else if (!kl && leader()) {
-      write_parts(0, 0);
+      write_partial_sums(0, 0);
     }
     // Pass 0 sums the loss, and writes unless the gradient needs the KL first; pass 1 writes alone.
     const int end = write && (waits || !kl) ? 2 : 1;
     for (int pass = kl ? 0 : 1; pass < end; ++pass) {
       const float loss = second_pass(write && (pass == 1 || !waits));
       if (pass == 1) break;
-      const double part = sum_parts(loss, 0.0f).loss;
-      if (leader()) write_parts(part, 0);
+      const double part = sum_of_row(loss, 0.0f).loss;
+      if (leader()) write_partial_sums(part, 0);
       if (thread_ == 0) s_.c.loss = float(s_.row.loss += part);
       if (waits) device::sync_block();
     }
     device::sync_block();  // for the loss, and behind the row's stores
     float scale = s_.c.scale;
-    if (scale != 0.0f && is_lost(kind_, s_.row)) scale = NAN;
+    if (scale != 0.0f && is_lost(row_loss_, s_.row)) scale = NAN;
     if (g_ && (scale == 0.0f || scale != scale)) fill(scale == 0.0f ? 0.0f : NAN);
-    if (!leader() || p_.upstream) return;
+    if (!leader() || is(Kind::BACKWARD)) return;
     if (p_.coefficients) write_coefficients(scale);
-    if (p_.row_stats) {
+    if (p_.diagnostics) {
       const double pushed_part = is_in_part() ? -double(weight_) : 0;
       const RowDiagnosis d = diagnose(s_.sums.statistics(), is_negative(), is_kl(), pushed_part, 1 / p_.temperature);
-      write_stats(s_.row.loss, is_kl() ? s_.row.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
+      write_diagnostics(s_.row.loss, is_kl() ? s_.row.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
     }
-    write_loss(row_weight_ == 0.0f || kind_ == NONE ? 0 : double(row_weight_) * s_.row.loss);
+    write_loss(factor_ == 0.0f || row_loss_ == NONE ? 0 : double(factor_) * s_.row.loss);
   }
 
-  TNT_DEVICE void add_totals() {
-    const float* const sum = static_cast<const float*>(totals()) + index_ * ROW_PARTS;
+  TNT_DEVICE void add_total_sums() {
+    const float* const sum = static_cast<const float*>(p_.total_sums) + index_ * ROW_PARTIAL_SUMS;
     s_.row.loss += double(sum[0]);
-    if (kind_ == NEGATIVE_LIKELIHOOD) set_active(double(sum[1]));
+    if (row_loss_ == NEGATIVE_LIKELIHOOD) set_active(double(sum[1]));
   }
   TNT_DEVICE void set_active(double tokens) {
     s_.row.weight *= tokens;
@@ -718,19 +709,20 @@ class RowBlock {
   }
 
   TNT_DEVICE void write_statistics(const Sums& sums) const {
-    if (statistics_out()) sums.pack(statistics_out() + index_ * ROW_STATISTICS);
+    sums.pack(static_cast<float*>(p_.statistics) + index_ * ROW_STATISTICS);
   }
-  TNT_DEVICE void write_parts(double loss, double active) const {
-    if (!parts_out()) return;
-    parts_out()[index_ * ROW_PARTS] = float(loss);
-    parts_out()[index_ * ROW_PARTS + 1] = float(active);
+  TNT_DEVICE void write_partial_sums(double loss, double active) const {
+    if (!is(Kind::PARTIAL_SUMS)) return;
+    float* const to = static_cast<float*>(p_.partial_sums) + index_ * ROW_PARTIAL_SUMS;
+    to[0] = float(loss);
+    to[1] = float(active);
   }
 
   TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, index_, weighted); }
 
-  TNT_DEVICE void write_stats(double loss, double kl, double mass, double ref_mass, double entropy) const {
-    if (!p_.row_stats) return;
-    float* at = static_cast<float*>(p_.row_stats) + index_;
+  TNT_DEVICE void write_diagnostics(double loss, double kl, double mass, double ref_mass, double entropy) const {
+    if (!p_.diagnostics) return;
+    float* at = static_cast<float*>(p_.diagnostics) + index_;
     at[0] = float(loss);
     at[p_.rows] = float(kl);
     at[2 * p_.rows] = float(mass);
@@ -738,7 +730,7 @@ class RowBlock {
     at[4 * p_.rows] = float(entropy);
   }
 
-  const RowParams& p_;
+  const RowCall& p_;
   const RowLaunch& l_;
   RowShared& s_;
   uint32_t* const mask_;
@@ -749,8 +741,8 @@ class RowBlock {
   Gradient* g_;
   Scales t_;
   int64_t label_ = 0;
-  float weight_ = 1, row_weight_ = 1;
-  int kind_ = NONE, ready_ = 0;
+  float weight_ = 1, factor_ = 1;
+  int row_loss_ = NONE, ready_ = 0;
   bool invalid_ = false, pair_ = false, set_ = false, r_copied_ = false;
 };
 

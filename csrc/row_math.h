@@ -6,12 +6,14 @@
 //   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable
 //   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
 //   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
-// Beside them stand the rule for what is undefined, and the diagnostics of a row.
+// Before them stands what a call says of a row, beside them the rule for what is undefined and a row's diagnostics.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "call.h"
 
 #if defined(__CUDACC__)
 #define TNT_FN __host__ __device__ __forceinline__
@@ -39,6 +41,49 @@ enum RowLoss : int {  // as tnt_kernels.objectives.RowLoss
   NEGATIVE_LIKELIHOOD = 5,
 };
 TNT_FN bool is_kl(int loss) { return loss == FORWARD_KL || loss == REVERSE_KL; }
+
+// ------------------------------------------------------------------------------------- what a call says of its rows
+// Real: what the call's weights, alpha and normaliser are stored in.
+
+TNT_FN bool is_sharded(Kind kind) { return kind != Kind::FUSED && kind != Kind::BACKWARD; }
+TNT_FN bool is_first(Kind kind) { return kind == Kind::FUSED || kind == Kind::STATISTICS; }  // launch of its rows
+
+template <class Real>
+TNT_FN Real row_weight(const RowCall& p, int64_t row) {
+  return p.weights ? static_cast<const Real*>(p.weights)[row] : Real(1);
+}
+
+// A row counts if it has a label and a weight other than 0. The others are not read, and their gradient is 0.
+template <class Number>
+TNT_FN bool is_active(const RowCall& p, int64_t label, Number weight) {
+  return label != p.ignore_index && weight != 0;
+}
+template <class Real>
+TNT_FN bool is_active(const RowCall& p, int64_t row) {
+  return is_active(p, p.labels[row], row_weight<Real>(p, row));
+}
+
+// What a row's loss is multiplied by: w on positive rows, alpha on negative ones, alpha |w| by UL and NL where w < 0.
+template <class Real, class Number>
+TNT_FN Number row_factor(const RowCall& p, int64_t row, int loss, bool negative, Number weight) {
+  if (!negative) return weight;
+  Number factor = p.alpha ? Number(static_cast<const Real*>(p.alpha)[row * p.alpha_stride]) : Number(p.alpha_value);
+  if ((loss == UNLIKELIHOOD || loss == NEGATIVE_LIKELIHOOD) && weight < 0) factor *= -weight;
+  return factor;
+}
+
+// Without eps the two smoothings are one.
+TNT_FN bool smooths_uniformly(const RowCall& p) { return p.uniform_smoothing && p.eps > 0; }
+
+// MEAN divides by the number of active rows, unless the call says by what.
+TNT_FN bool counts_active_rows(const RowCall& p) { return !p.normalizer && p.normalizer_value != p.normalizer_value; }
+template <class Real>
+TNT_FN double inverse_normalizer(const RowCall& p, double active_rows) {
+  const double value = counts_active_rows(p) ? active_rows
+                       : p.normalizer        ? double(*static_cast<const Real*>(p.normalizer))
+                                             : p.normalizer_value;
+  return value == 0 ? 0 : 1 / value;
+}
 
 // ------------------------------------------------------------------------------------------ elementary functions
 
@@ -244,7 +289,7 @@ struct RowStatistics {
   // Σ e^{(z - max)/T} x over the kept entries, x = ((z - max) - (r - reference's max))/T - log κ
   double kl_moment = 0;
   double policy_total = 0;                       // Σ (z - max)/T over the kept entries, for uniformly smoothed LL
-  double kept = 0;                               // their number, by which totals merge
+  double kept = 0;                               // their number, by which policy_total merges
   double label_policy = 0, label_reference = 0;  // z_y and r_y where -1 < w < 0, in the slice that holds y; else 0
 };
 
@@ -272,15 +317,16 @@ TNT_FN RowStatistics merge(const RowStatistics& a, const RowStatistics& b, doubl
   return s;
 }
 
-// As they travel between devices, in ROW_STATISTICS numbers. All maxima are logits, and the sums of equal logits are
-// equal still, so that rounding to Real takes nothing from p = q.
+// Statistics as they travel between devices, in ROW_STATISTICS numbers. All maxima are logits, and the sums of equal
+// logits are equal still, so that rounding to Real takes nothing from p = q.
 template <class Real>
 TNT_FN void pack(const RowStatistics& s, Real* to) {
   const double values[] = {
       s.policy.max,        s.policy.sum,      s.policy.moment,  s.reference.max,     s.reference.sum,
       s.label_policy,      s.policy_set.max,  s.policy_set.sum, s.policy_set.moment, s.reference_set.max,
       s.reference_set.sum, s.label_reference, s.kl_moment,      s.policy_total,      s.kept};
-  for (int i = 0; i < 15; ++i) to[i] = static_cast<Real>(values[i]);
+  static_assert(sizeof values == ROW_STATISTICS * sizeof(double));
+  for (int i = 0; i < ROW_STATISTICS; ++i) to[i] = static_cast<Real>(values[i]);
 }
 template <class Real>
 TNT_FN RowStatistics unpack(const Real* from) {

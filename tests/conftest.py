@@ -7,6 +7,9 @@ import process
 import pytest
 from oracle import BACKENDS, INTERPRETED, MISSING
 
+import tnt_kernels.backends.triton as triton
+from tnt_kernels.backends.triton.config import RowConfig
+
 
 def pytest_configure() -> None:
     process.prepare()
@@ -42,13 +45,11 @@ def cpu() -> str:
 @pytest.fixture(autouse=INTERPRETED)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a row at a small V, and a ragged one: simulated instructions take microseconds each."""
-    from tnt_kernels.backends import tuning
 
-    monkeypatch.setattr(
-        tuning,
-        "row_config",
-        lambda vocab, *_: tuning.RowConfig(128 if vocab < 2000 else 1024, 4, 1),
-    )
+    def small(vocab: int, *_: int, **__: object) -> RowConfig:
+        return RowConfig(128 if vocab < 2000 else 1024, 4, 1)
+
+    monkeypatch.setattr(triton, "row_config", small)
 
 
 @pytest.fixture

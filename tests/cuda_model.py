@@ -93,15 +93,15 @@ def rows_left(
     module: ModuleType, call: Callable[..., T], *of_call: Any
 ) -> tuple[T, list[int] | None]:
     """The result of a call, and the rows that kl_kernel has left to another kernel; None if it was not asked."""
-    launch, left = module.run_rows_cuda, None
+    run, left = module.run_rows_cuda, None
 
     def watched(*arguments: Any) -> None:
         nonlocal left
-        rows, workspace = arguments[1], arguments[-1]
+        rows, workspace = len(arguments[0].logits), arguments[-1]
         # csrc/row_cuda.h: behind 1 + N doubles
         numbers = (ctypes.c_int * (1 + rows)).from_address(workspace + 8 * (1 + rows))
         numbers[0] = -1
-        launch(*arguments)
+        run(*arguments)
         left = sorted(numbers[1 : 1 + numbers[0]]) if numbers[0] >= 0 else None
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,18 +11,19 @@ from oracle import BF16, F16, F32, Batch, Result, identical
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels import _ops
-from tnt_kernels._checks import row_arguments
-from tnt_kernels.backends import BACKENDS
-from tnt_kernels.backends.call import (
-    ROW_PARTS,
+from tnt_kernels._call import (
+    ROW_DIAGNOSTICS,
+    ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
+    Kind,
+    LossCall,
     RowCall,
-    Scalars,
-    gradient_needs_totals,
     real_dtype,
 )
-from tnt_kernels.objectives import resolve_method
+from tnt_kernels._operators import losses_into
+from tnt_kernels._rows.checks import check_row_tensors
+from tnt_kernels._scalars import check_scalars
+from tnt_kernels.backends import BACKENDS
 
 
 def cuts(vocab: int) -> Iterator[tuple[int, ...]]:
@@ -33,19 +34,22 @@ def cuts(vocab: int) -> Iterator[tuple[int, ...]]:
     yield (first, second, vocab - first - second)
 
 
-def prepared(batch: Batch, backend: str, reduction: str) -> tuple[_ops.RowTensors, Scalars]:
+def prepared(batch: Batch, backend: str, reduction: str) -> LossCall:
     options = {"method": "tnff", **batch.options}
-    objective = resolve_method(options.pop("method"))
+    method = options.pop("method")
     known = {
         "alpha": 1.0, "negative_ids": None, "eps": 1e-6, "smoothing": "negatives", "nl_floor": None,
         "temperature": 1.0, "ignore_index": -100, "normalizer": None, **options,
     }  # fmt: skip
-    return row_arguments(
-        batch.logits, batch.ref_logits, batch.labels, batch.weights, objective,
-        known["alpha"], known["negative_ids"], known["eps"], known["smoothing"], known["nl_floor"],
-        known["temperature"], known["ignore_index"], reduction, known["normalizer"], backend,
-        batch.labels.shape, "logits",
+    tensors = check_row_tensors(
+        "logits", batch.logits, batch.ref_logits, batch.labels, batch.weights,
+        known["alpha"], known["negative_ids"], known["normalizer"],
     )  # fmt: skip
+    _, scalars = check_scalars(
+        method, known["alpha"], known["eps"], known["smoothing"], known["nl_floor"],
+        known["temperature"], known["ignore_index"], reduction, known["normalizer"], False,
+    )  # fmt: skip
+    return LossCall(tensors, scalars, backend, False, False, None)
 
 
 def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0) -> None:
@@ -55,9 +59,9 @@ def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0
     """
     z, vocab = batch.logits, batch.logits.size(-1)
     assert z.dtype == F32
-    tensors, scalars = prepared(batch, backend, "sum")
+    call = prepared(batch, backend, "sum")
     exact = torch.empty_like(z)
-    loss, _ = _ops.row_losses_into(exact, z, *tensors, *scalars, False)
+    loss, _ = losses_into(exact, z, call)
 
     def check(got: Tensor, want: Tensor) -> None:
         assert got.dtype == BF16
@@ -69,7 +73,7 @@ def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0
     for offset in (0, 1, 4):
         wide = torch.full((len(z), vocab + 8 - vocab % 4), 7.0, dtype=BF16, device=z.device)
         before, view = wide.clone(), wide[:, offset : offset + vocab]
-        again, _ = _ops.row_losses_into(view, z, *tensors, *scalars, False)
+        again, _ = losses_into(view, z, call)
         assert identical(again, loss)
         check(view, exact)
         view.copy_(before[:, offset : offset + vocab])
@@ -93,54 +97,50 @@ def run_shards(
     names = [backend] * len(sizes) if isinstance(backend, str) else backend
     z, vocab, n = batch.logits, batch.logits.size(-1), len(batch.labels)
     real = real_dtype(z)
-    tensors, scalars = prepared(batch, names[0], reduction)
+    tensors, scalars, *_ = prepared(batch, names[0], reduction)
     launchers, shards = [BACKENDS[name].launch for name in names], len(sizes)
     # a row more than there are: blocks at a distance, as the header of a real collective leaves them
     gathered = z.new_full((shards, n + 1, ROW_STATISTICS), torch.nan, dtype=real)
-    parts = z.new_full((shards, n, ROW_PARTS), torch.nan, dtype=real)
+    partial_sums = z.new_full((shards, n, ROW_PARTIAL_SUMS), torch.nan, dtype=real)
     gradient, loss = (
         torch.empty_like(z, dtype=gradient_dtype),
         z.new_empty((n,) if reduction == "none" else (), dtype=real),
     )
-    stats = z.new_empty((5, n), dtype=real) if with_stats else None
+    diagnostics = z.new_empty((ROW_DIAGNOSTICS, n), dtype=real) if with_stats else None
     offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
     deferred = reduction == "none" or z.dtype == F16
-    late = deferred or gradient_needs_totals(scalars)
+    late = deferred or scalars.gradient_needs_totals
 
-    def calls() -> Iterator[tuple[int, RowCall]]:
+    def calls(kind: Kind) -> Iterator[tuple[int, RowCall]]:
         for shard, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
             ref = None if tensors.ref_logits is None else tensors.ref_logits[:, at : at + size]
-            alpha = None if tensors.alpha is None else tensors.alpha.reshape(-1)
-            yield shard, RowCall(
-                z[:, at : at + size], ref, tensors.labels, tensors.weights, alpha,
-                tensors.negative_ids, tensors.normalizer, scalars, loss=None, stats=None,
-                coefficients=None, gradient=None, upstream=None, vocab_offset=at, vocab_size=vocab,
-                statistics=None, gathered=None, parts=None, totals=None,
-            )  # fmt: skip
+            mine = tensors._replace(ref_logits=ref)
+            yield shard, RowCall(kind, z[:, at : at + size], mine, scalars, at, vocab)
 
-    for shard, call in calls():
-        launchers[shard](call._replace(statistics=gathered[shard, :n], stats=stats))
+    for shard, call in calls(Kind.STATISTICS):
+        launchers[shard](call._replace(statistics=gathered[shard, :n], diagnostics=diagnostics))
     view = gathered[:, :n]
-    for shard, call in calls():
+    for shard, call in calls(Kind.PARTIAL_SUMS):
         mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
         given = None if late else mine
-        launchers[shard](call._replace(gathered=view, parts=parts[shard], gradient=given))
-    totals = parts.sum(0)
+        call = call._replace(gathered=view, partial_sums=partial_sums[shard], gradient=given)
+        launchers[shard](call)
+    total_sums = partial_sums.sum(0)
     results = []
-    for shard, call in calls():
+    for shard, call in calls(Kind.FINISH):
         mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
         late_here = late and not deferred
-        call = call._replace(gathered=view, totals=totals)
+        call = call._replace(gathered=view, total_sums=total_sums)
         launchers[shard](
-            call._replace(loss=loss, stats=stats, gradient=mine if late_here else None)
+            call._replace(loss=loss, diagnostics=diagnostics, gradient=mine if late_here else None)
         )
-        results.append((loss.clone(), None if stats is None else stats.clone()))
+        results.append((loss.clone(), None if diagnostics is None else diagnostics.clone()))
         if deferred:
             up = z.new_ones(1, dtype=real) if upstream is None else upstream.reshape(-1)
             launchers[shard](call._replace(gradient=mine, upstream=up))
-    for other, other_stats in results[1:] if len(set(names)) == 1 else ():  # every rank alike
+    for other, other_rows in results[1:] if len(set(names)) == 1 else ():  # every rank alike
         torch.testing.assert_close(other, results[0][0], rtol=0, atol=0, equal_nan=True)
-        if stats is not None:
-            torch.testing.assert_close(other_stats, results[0][1], rtol=0, atol=0, equal_nan=True)
-    rows = None if stats is None else tnt.RowStats(*stats.unbind())
-    return Result(loss, gradient, rows)
+        if diagnostics is not None:
+            torch.testing.assert_close(other_rows, results[0][1], rtol=0, atol=0, equal_nan=True)
+    stats = None if diagnostics is None else tnt.RowStats(*diagnostics.unbind())
+    return Result(loss, gradient, stats)

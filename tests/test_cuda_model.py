@@ -32,9 +32,9 @@ from oracle import (
 from shards import assert_rounds_its_gradient, cuts, prepared, run_shards
 
 import tnt_kernels as tnt
-from tnt_kernels import _ops
+from tnt_kernels._call import RowCall
+from tnt_kernels._operators import losses_into
 from tnt_kernels.backends import cuda
-from tnt_kernels.backends.call import RowCall
 
 # Clusters or not, the largest, bytes of shared memory a block, the architecture that the kernels were compiled for:
 # which path V = 803 takes.
@@ -412,10 +412,9 @@ KL_MACHINES = {
 def launched(
     batch: Batch, reduction: str, with_stats: bool, gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and statistics of one launch that writes the gradient, in float16 too, or none."""
-    tensors, scalars = prepared(batch, "cuda", reduction)
-    arguments = (batch.logits, *tensors, *scalars, with_stats)
-    return _ops.row_losses_into(gradient, *arguments)  # type: ignore[arg-type]
+    """Loss and diagnostics of one launch that writes the gradient, in float16 too, or none."""
+    call = prepared(batch, "cuda", reduction)
+    return losses_into(gradient, batch.logits, call._replace(diagnostics=with_stats))
 
 
 def check_kl(

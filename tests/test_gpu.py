@@ -19,7 +19,11 @@ from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels import _linear_chunks, _shards, backends
+from tnt_kernels import backends
+from tnt_kernels._call import LossCall, RowTensors, Shard
+from tnt_kernels._linear import chunks
+from tnt_kernels._operators import row_losses
+from tnt_kernels._scalars import Scalars
 
 pytestmark = [
     pytest.mark.gpu,
@@ -153,8 +157,8 @@ def test_gradients_wait_for_large_matmuls(
     x["negative_ids"].clamp_(max=VOCAB - 4)
     active, found = ROWS * 3 // 4, []
     for waiting in (active, 14, 7):
-        sizes = _linear_chunks.Sizes(7, waiting, waiting == active)
-        monkeypatch.setattr(_linear_chunks, "sizes_of", lambda *_, sizes=sizes: sizes)
+        sizes = chunks.Sizes(7, waiting, waiting == active)
+        monkeypatch.setattr(chunks, "sizes_of", lambda *_, sizes=sizes: sizes)
         found.append(of_hidden(x, backend=gpu))
     for other in found[1:]:
         assert_close(other, found[0], dtype)
@@ -223,13 +227,14 @@ def test_the_collectives_of_nccl(nccl: Any) -> None:
     assert identical(of_logits(x, group=nccl), of_logits(x))
     for method, smoothing in itertools.product(("tnff", "tnrr", "ul+ll"), ("negatives", "uniform")):
         batch = on_gpu(mixed_batch(1000))
-        scalars = tnt.METHODS[method].positive_loss, tnt.METHODS[method].negative_loss
-        arguments = (
-            batch.ref_logits, batch.labels, batch.weights, None, batch.options["negative_ids"], None,
-            *map(int, scalars), 1.0, 1e-6, smoothing == "uniform", None, 1.0, -100, "mean", None,
-            backends.select(batch.logits, None), nccl.group_name, [1000],
-        )  # fmt: skip
-        loss, gradient = _shards.sharded_losses(batch.logits, *arguments, True, False, False)
+        sides = tnt.METHODS[method].positive_loss, tnt.METHODS[method].negative_loss
+        ids = batch.options["negative_ids"]
+        tensors = RowTensors(batch.ref_logits, batch.labels, batch.weights, None, ids, None)
+        uniform = smoothing == "uniform"
+        scalars = Scalars(*map(int, sides), 1.0, 1e-6, uniform, None, 1.0, -100, "mean", None)
+        shard, backend = Shard(nccl.group_name, [1000]), backends.select(batch.logits, None)
+        call = LossCall(tensors, scalars, backend, False, False, shard)
+        loss, gradient = row_losses.on(batch.logits)(batch.logits, call, True, False)
         options = {"method": method, "smoothing": smoothing, **batch.options}
         leaf = batch.logits.clone().requires_grad_()
         want = tnt.tnt_loss(leaf, batch.ref_logits, batch.labels, batch.weights, **options)

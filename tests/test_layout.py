@@ -2,41 +2,121 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
 import tnt_kernels as tnt
-from tnt_kernels import backends
+from tnt_kernels import _call, _scalars, backends
+from tnt_kernels.backends import native
 from tnt_kernels.objectives import METHODS, RowLoss
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
 
 @pytest.mark.skipif(not CSRC.is_dir(), reason="no C++ sources next to the tests")
-def test_row_losses_are_numbered_alike_in_python_and_cpp() -> None:
-    header = (CSRC / "row_math.h").read_text()
-    body = re.search(r"enum RowLoss : int \{(.*?)\};", header, re.DOTALL)
+@pytest.mark.parametrize(
+    ("header", "name", "expected"),
+    [
+        ("row_math.h", "RowLoss", {loss.name: loss.value for loss in RowLoss}),
+        ("call.h", "Kind", {kind.name: kind.value for kind in _call.Kind}),
+        ("call.h", "Reduction", {x.upper(): i for i, x in enumerate(_scalars.REDUCTIONS)}),
+    ],
+    ids=["RowLoss", "Kind", "Reduction"],
+)
+def test_names_have_the_same_numbers_in_python_and_cpp(
+    header: str, name: str, expected: dict[str, int]
+) -> None:
+    text = (CSRC / header).read_text()
+    body = re.search(rf"enum (?:class )?{name} : int {{(.*?)}};", text, re.DOTALL)
     assert body
-    values = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body[1])}
-    assert values == {loss.name: loss.value for loss in RowLoss}
+    assert {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body[1])} == expected
 
 
 @pytest.mark.skipif(not CSRC.is_dir(), reason="no C++ sources next to the tests")
-@pytest.mark.parametrize("name", ["ROW_COEFFICIENTS", "ROW_STATISTICS", "ROW_PARTS"])
+def test_dtypes_come_in_the_same_order_in_python_and_cpp() -> None:
+    body = re.search(r"#define TNT_DTYPES(.*?[^\\])\n", (CSRC / "call.h").read_text(), re.DOTALL)
+    assert body
+    names = [f"torch.{name}" for name in re.findall(r"\(\w+, (\w+)\)", body[1])]
+    assert names == [str(dtype) for dtype in _call.LOGITS_DTYPES]
+
+
+@pytest.mark.parametrize(
+    "name", ["ROW_COEFFICIENTS", "ROW_STATISTICS", "ROW_PARTIAL_SUMS", "ROW_DIAGNOSTICS"]
+)
 def test_numbers_of_a_row_are_counted_alike_in_python_and_cpp(name: str, cpu: str) -> None:
     from tnt_kernels import _C
 
-    count = re.search(rf"{name} = (\d+);", (CSRC / "params.h").read_text())
-    assert count
-    assert int(count[1]) == getattr(backends.call, name) == getattr(_C, name)
+    assert getattr(_call, name) == getattr(_C, name)
+
+
+def test_diagnostics_are_those_of_the_public_record() -> None:
+    assert len(tnt.RowStats._fields) == _call.ROW_DIAGNOSTICS
+
+
+@pytest.mark.parametrize("record", [_call.RowCall, _call.RowTensors, _scalars.Scalars])
+def test_the_fields_of_a_call_come_in_the_same_order_in_python_and_cpp(
+    record: type[NamedTuple], cpu: str
+) -> None:
+    from tnt_kernels import _C
+
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", record.__name__).upper()
+    assert getattr(_C, f"{name}_FIELDS") == list(record._fields)
+
+
+def test_what_is_no_call_is_refused(cpu: str) -> None:
+    from tnt_kernels import _C
+
+    for other in (None, (), "call"):
+        with pytest.raises(TypeError, match=r"expected a tnt_kernels\._call\.RowCall"):
+            _C.run_rows(other, 1)
+
+
+@pytest.mark.parametrize("name", ["ROW_CALL_FIELDS", "SCALARS_FIELDS"])
+def test_a_module_of_other_fields_is_stale(
+    name: str, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tnt_kernels import _C
+
+    monkeypatch.setattr(_C, name, getattr(_C, name)[1:])
+    module, missing = native._load()
+    assert module is None
+    assert re.fullmatch(r"tnt_kernels\._C is stale: .*; install tnt_kernels again", missing)
+
+
+def test_the_stubs_know_the_compiled_module(cpu: str) -> None:
+    """Every attribute, every function with as many arguments; those for CUDA where they are built."""
+    from tnt_kernels import _C
+
+    body = ast.parse(Path(tnt.__file__).with_name("_C.pyi").read_text()).body
+    stubs = {
+        node.name: len(node.args.posonlyargs) + len(node.args.args)
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
+    attributes = {
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    public = {name for name in dir(_C) if not name.startswith("__")}
+    functions = {name for name in public if callable(getattr(_C, name))}
+    assert attributes == public - functions
+    assert functions <= set(stubs)
+    if hasattr(_C, "run_rows_cuda"):
+        assert set(stubs) == functions
+    for name in functions:
+        signature = (getattr(_C, name).__doc__ or "").partition(" -> ")[0]
+        assert signature.count(": ") == stubs[name], name
 
 
 def test_import_is_light() -> None:

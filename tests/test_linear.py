@@ -15,7 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import tnt_kernels as tnt
-from tnt_kernels import _linear_chunks, _linear_matmul, _linear_ops
+from tnt_kernels._call import LossCall, RowTensors
+from tnt_kernels._linear import chunks, matmul
+from tnt_kernels._linear.operators import WantedGradients, linear_gradients, linear_losses
+from tnt_kernels._scalars import Scalars
 
 ROWS, HIDDEN, REF_HIDDEN, VOCAB = 13, 6, 4, 37
 
@@ -239,11 +242,11 @@ def play_a_gpu(
         shapes.append((tuple(out.shape), beta))
         out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
 
-    for module in (_linear_chunks, _linear_matmul):
+    for module in (chunks, matmul):
         monkeypatch.setattr(module, "keeps_float32", lambda device_type: True)
-    monkeypatch.setattr(_linear_matmul, "adds_to_float32", lambda device_type: adds)
-    monkeypatch.setattr(_linear_matmul, "_wide_mm", wide_mm)
-    monkeypatch.setattr(_linear_matmul, "_wide_addmm_", wide_addmm_)
+    monkeypatch.setattr(matmul, "adds_to_float32", lambda device_type: adds)
+    monkeypatch.setattr(matmul, "_wide_mm", wide_mm)
+    monkeypatch.setattr(matmul, "_wide_addmm_", wide_addmm_)
     return shapes
 
 
@@ -274,7 +277,7 @@ def test_what_matmuls_sum_in_float32_stays_so(
 def test_where_matmuls_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(device: str, cuda: str | None) -> bool:
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        return _linear_matmul.keeps_float32.__wrapped__(device)
+        return matmul.keeps_float32.__wrapped__(device)
 
     assert found("cuda", "13.0") == hasattr(torch.ops.aten.mm, "dtype_out")
     assert not found("cuda", None)  # ROCm
@@ -282,16 +285,16 @@ def test_where_matmuls_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     for keeps, version, adds in (
         (True, "2.9.1", False), (True, "2.10.0", True), (True, "2.11.0+cu130", True), (False, "2.13.0", False),
     ):  # fmt: skip
-        monkeypatch.setattr(_linear_matmul, "keeps_float32", lambda device_type, keeps=keeps: keeps)
+        monkeypatch.setattr(matmul, "keeps_float32", lambda device_type, keeps=keeps: keeps)
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        assert _linear_matmul.adds_to_float32.__wrapped__("cuda") == adds
+        assert matmul.adds_to_float32.__wrapped__("cuda") == adds
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_matmuls_of_a_gpu_keep_float32(dtype: torch.dtype) -> None:
-    if not _linear_matmul.keeps_float32("cuda"):
+    if not matmul.keeps_float32("cuda"):
         pytest.skip("needs torch 2.8 and CUDA")
     assert error_near_the_fixed_point(dtype, "cuda") < 4 * torch.finfo(dtype).eps
 
@@ -303,7 +306,7 @@ def test_chunks_do_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         loss, grads = gradients(linear, x, method="tnrll", backend=backend, chunk_size=size)
         assert_close([loss, *grads], [want[0], *want[1]], 1e-14)
     for budget in (1, 3000):
-        monkeypatch.setitem(_linear_chunks.CHUNK_BYTES, "cpu", budget)
+        monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", budget)
         for dtype, tolerance in ((F64, 1e-14), (F16, 3e-3), (BF16, 3e-2)):
             loss, grads = gradients(linear, heads(dtype), method="tnrll", backend=backend)
             assert_close([loss, *grads], [want[0], *want[1]], tolerance)
@@ -323,10 +326,10 @@ def test_gradients_wait_for_large_matmuls(
     of_weight = {(VOCAB, HIDDEN), ((VOCAB, HIDDEN), 0.0), ((VOCAB, HIDDEN), 1.0)}
     for waiting, matmuls in ((0, 4), (3, 4), (6, 2), (11, 1)):  # chunks of 3, 3, 3 and 1 rows
 
-        def sizes(*_: Any, waiting: int = waiting) -> _linear_chunks.Sizes:
-            return _linear_chunks.Sizes(3, max(waiting, 3), waiting >= 10)
+        def sizes(*_: Any, waiting: int = waiting) -> chunks.Sizes:
+            return chunks.Sizes(3, max(waiting, 3), waiting >= 10)
 
-        monkeypatch.setattr(_linear_chunks, "sizes_of", sizes)
+        monkeypatch.setattr(chunks, "sizes_of", sizes)
         shapes.clear()
         loss, grads = gradients(linear, x, backend=backend, **keywords)
         assert_close([loss], [want], 1e-5)
@@ -344,23 +347,21 @@ def test_gradients_wait_for_large_matmuls(
 
 def test_what_fits_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: chunks are whole tiles of a matmul, and nothing is larger than it may be."""
-    for module in (_linear_chunks, _linear_matmul):
+    for module in (chunks, matmul):
         monkeypatch.setattr(module, "keeps_float32", lambda device_type: True)
-    width, vocab, budget = 4096, 128256, _linear_chunks.CHUNK_BYTES_ELSEWHERE
+    width, vocab, budget = 4096, 128256, chunks.CHUNK_BYTES_ELSEWHERE
 
     def sizes(
         rows: int, wanted: tuple[bool, ...] = (True, True, False), dtype: torch.dtype = BF16
-    ) -> _linear_chunks.Sizes:
+    ) -> chunks.Sizes:
         with torch.device("meta"):
             hidden, weight = (torch.empty(n, width, dtype=dtype) for n in (rows, vocab))
             index = torch.empty(rows, dtype=torch.int64)
-        t = _linear_chunks.LinearTensors(
-            hidden, weight, None, hidden, weight, None, index, None, None, None, None
-        )
-        scalars = _linear_chunks.LinearScalars(None, None, 1.0, 1.0, vocab, None, None)
-        group = _linear_chunks.RowGroup(index, True, True)
-        layout = _linear_chunks._layout(t, scalars, [group], wanted, with_upstream=False)
-        found = _linear_chunks.sizes_of(t, scalars, [group], wanted, vocab, layout)
+        t = chunks.LinearTensors(hidden, weight, None, hidden, weight, None)
+        scalars = chunks.LinearScalars(None, None, 1.0, 1.0, vocab, None, None)
+        group = chunks.RowGroup(index, True, True)
+        layout = chunks._layout(t, scalars, [group], wanted, with_upstream=False)
+        found = chunks.sizes_of(t, scalars, [group], wanted, vocab, layout)
         assert found.one_matmul == (found.waiting == rows)
         itemsize = 0 if dtype == F32 else 2
         used = found.chunk * vocab * 8 + found.waiting * (vocab + width) * itemsize
@@ -672,29 +673,24 @@ def test_compiled_under_autocast(cpu: str) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_opcheck(dtype: torch.dtype, cpu: str) -> None:
     x = heads(dtype, rows=6, vocab=9)
-    tensors = (
-        *x[:3],
-        x.ref_hidden,
-        x.ref_weight,
-        None,
-        x.labels % 8,
-        x.weights - 2,
-        None,
-        None,
-        None,
-    )
-    scalars = (3.0, None, 1.0, 1.0, 8, 2, None)
-    loss = (1, 2, 1.0, 1e-6, False, None, 1.0, -100)
+    tensors = chunks.LinearTensors(*x[:3], x.ref_hidden, x.ref_weight, None)
+    rows = RowTensors(None, x.labels % 8, x.weights - 2, None, None, None)
+    linear = chunks.LinearScalars(3.0, None, 1.0, 1.0, 8, 2, None)
+    scalars = Scalars(1, 2, 1.0, 1e-6, False, None, 1.0, -100, "mean", None)
+
+    def check(operator: Any, call: LossCall, *more: Any) -> None:
+        flat = operator.one_by_one(tensors, linear, call, *more)
+        torch.library.opcheck(operator.overload, tuple(flat))
+
     for reduction, stats, wanted in (
         ("mean", True, (True, True, True)),
         ("sum", False, (True, False, False)),
         ("none", False, (False, False, False)),
     ):
-        arguments = (*tensors, *scalars, *loss, reduction, None, cpu, None, None)
-        torch.library.opcheck(_linear_ops.linear_losses, (*arguments, stats, *wanted))
-    torch.library.opcheck(
-        _linear_ops.linear_gradients, (*arguments, torch.rand(6), True, True, True)
-    )
+        scalars = scalars._replace(reduction=reduction)
+        call = LossCall(rows, scalars, cpu, False, stats, None)
+        check(linear_losses, call, WantedGradients(*wanted))
+    check(linear_gradients, call, torch.rand(6), WantedGradients(True, True, True))
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -714,7 +710,7 @@ def test_memory_beyond_the_gradients(
 ) -> None:
     """The chunk's buffers, however many rows; with a frozen head not even a gradient of its size."""
     rows, vocab, width, budget = 96, 20_000, 32, 4 << 20
-    monkeypatch.setitem(_linear_chunks.CHUNK_BYTES, "cpu", budget)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", budget)
     labels = torch.randint(vocab, (rows,))
     hidden = torch.randn(rows, width, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, dtype=dtype).requires_grad_(not frozen)

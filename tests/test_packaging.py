@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -302,24 +301,3 @@ def test_architectures_that_cannot_be_are_an_error(tree, toolkit, listed, messag
     result, _ = build_for_cuda(tree, toolkit, TORCH_CUDA_ARCH_LIST=listed)
     assert result.returncode != 0
     assert message in result.stderr
-
-
-# --- The types of the compiled module ----------------------------------------------------------------
-
-
-def test_the_stubs_know_the_compiled_module():
-    """Every function, with as many arguments; those for CUDA where they are built."""
-    native = pytest.importorskip("tnt_kernels._C")
-    text = Path(tnt_kernels.__file__).with_name("_C.pyi").read_text()
-    stubs = {
-        node.name: len(node.args.posonlyargs) + len(node.args.args)
-        for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    functions = [name for name in dir(native) if callable(getattr(native, name))]
-    assert set(functions) <= set(stubs)
-    if hasattr(native, "run_rows_cuda"):
-        assert set(stubs) == set(functions)
-    for name in functions:
-        signature = getattr(native, name).__doc__.partition(" -> ")[0]
-        assert signature.count(": ") == stubs[name], name

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tnt_kernels import backends
-from tnt_kernels.backends import cuda, triton, tuning
+from tnt_kernels import backends, tuning
+from tnt_kernels._call import RowCall
+from tnt_kernels.backends import cuda, triton
+from tnt_kernels.backends.triton.config import RowConfig, row_config
 from tnt_kernels.bench.steps import library_backends
 
 TOO_OLD = "CUDA: no device: CUDA driver version is insufficient for CUDA runtime version"
@@ -22,7 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def logits(dtype: torch.dtype = torch.bfloat16, vocab: int = 128256, device: str = "cuda:0") -> Any:
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, size=lambda dim: vocab)
+    where = torch.device(device)
+    return SimpleNamespace(
+        device=where, is_cpu=where.type == "cpu", dtype=dtype, size=lambda dim: vocab
+    )
 
 
 class Machine:
@@ -110,7 +119,38 @@ def test_launch_options_of_every_kind_of_gpu() -> None:
         ("gfx942", {"num_warps": 4}),
         ("xpu", {"num_warps": 8}),
     ):
-        assert triton.options(tuning.RowConfig(2048, 8, 1), architecture) == expected
+        assert triton.options(RowConfig(2048, 8, 1), architecture) == expected
+
+
+def test_a_search_s_best_is_what_launches_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the command's table, for rows of the same kind alone; without it, the measured settings."""
+    testing = importlib.import_module("triton.testing")
+    tried: list[tuple[RowConfig, RowCall]] = []
+    best = RowConfig(2048, 16, 2)
+
+    def do_bench(call: Callable[[], None], return_mode: str) -> float:
+        call()
+        return 1.0 if tried[-1][0] == best else 2.0
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(triton, "launch", lambda call, config: tried.append((config, call)))
+    cpu = functools.partial(tuning.search, rows=2, device="cpu")
+    monkeypatch.setattr(tuning, "search", cpu)
+    table = tmp_path / "table.json"
+    table.write_text('{"of another GPU": [128, 4, 1]}')
+    tuning.main(["--out", str(table), "--vocab", "50"])
+    kinds = list(itertools.product((True, False), repeat=2))
+    assert [config for config, _ in tried] == list(tuning.CANDIDATES) * 3 * len(kinds)
+    calls = [call for _, call in tried[:: len(tuning.CANDIDATES)]]
+    assert [(c.tensors.ref_logits is not None, c.gradient is c.logits) for c in calls] == kinds * 3
+    rows = {"pair": True, "gradient": False, "ids": False, "architecture": "cpu"}
+    usual = row_config(50, 2, **rows)
+    monkeypatch.setenv("TNT_KERNELS_TUNING", str(table))
+    assert row_config(50, 2, **rows) == row_config(64, 4, **rows) == best != usual
+    assert row_config(50, 2, **{**rows, "ids": True}) == usual
+    assert json.loads(table.read_text())["of another GPU"] == [128, 4, 1]
 
 
 def test_one_device_that_serves_is_enough(

@@ -31,7 +31,10 @@ from ranks import beside, collectives, columns, needs_gloo, run_cases, shard_siz
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels import _groups, _shards
+from tnt_kernels._call import LossCall, RowTensors, Shard
+from tnt_kernels._operators import row_gradients, row_gradients_, row_losses, row_losses_
+from tnt_kernels._scalars import Scalars
+from tnt_kernels._sharded import agreement
 
 pytestmark = needs_gloo
 SMOOTHINGS = ("negatives", "uniform")
@@ -154,7 +157,7 @@ def counts(rank: int, world: int) -> None:
 def as_on_a_device() -> Iterator[None]:
     """Where ranks agree at a group's first call alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_groups, "_exchanges", lambda shard, _: not _groups._known(shard))
+        patch.setattr(agreement, "_exchanges", lambda shard, _: not agreement._known(shard))
         yield
 
 
@@ -359,19 +362,23 @@ def dtensors(rank: int, world: int) -> None:
 def operators(rank: int, world: int) -> None:
     """What PyTorch expects of an operator: its schema, its shapes for tracing, with dynamic ones too."""
     z, r = torch.randn(2, 6, 9)
-    tensors = (r, torch.arange(6), torch.tensor([1.0, -1.0] * 3), None, None, None)
-    shard = (dist.group.WORLD.group_name, [9] * world)
-    for reduction in ("mean", "none"):
-        scalars = (1, 2, 1.0, 1e-6, False, None, 1.0, -100, reduction, None, "cpu")
-        arguments = (*tensors, *scalars, *shard)
-        for wanted in ((True, True, True), (False, False, False)):
-            torch.library.opcheck(_shards.sharded_losses, (z, *arguments, *wanted))
-        for stats in (False, True):
-            torch.library.opcheck(_shards.sharded_losses_, (z.clone(), *arguments, stats))
-        *_, gathered, totals = _shards.sharded_losses(z, *arguments, False, False, True)
-        kept = (gathered, totals, torch.rand(6 if reduction == "none" else ()))
-        torch.library.opcheck(_shards.sharded_gradients, (z, *arguments, *kept))
-        torch.library.opcheck(_shards.sharded_gradients_, (z.clone(), *arguments, *kept))
+    tensors = RowTensors(r, torch.arange(6), torch.tensor([1.0, -1.0] * 3), None, None, None)
+    shard = Shard(dist.group.WORLD.group_name, [9] * world)
+
+    def check(operator: Any, logits: torch.Tensor, call: LossCall, *more: Any) -> None:
+        flat = operator.one_by_one(logits, call, *more)
+        torch.library.opcheck(operator.overload, tuple(flat))
+
+    for reduction, diagnostics in itertools.product(("mean", "none"), (False, True)):
+        scalars = Scalars(1, 2, 1.0, 1e-6, False, None, 1.0, -100, reduction, None)
+        call = LossCall(tensors, scalars, "cpu", False, diagnostics, shard)
+        for now, later in ((True, False), (False, True), (False, False)):
+            check(row_losses, z, call, now, later)
+        check(row_losses_, z.clone(), call)
+        saved = row_losses.on(z)(z, call, False, True)[1 + diagnostics :]
+        upstream = torch.rand(6 if reduction == "none" else ())
+        check(row_gradients, z, call, saved, upstream)
+        check(row_gradients_, z.clone(), call, saved, upstream)
 
 
 CASES = [

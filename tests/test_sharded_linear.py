@@ -96,14 +96,14 @@ def counts(rank: int, world: int) -> None:
 
 def default_chunks(rank: int, world: int) -> None:
     """Chunks are the same on all ranks, though their shards differ."""
-    from tnt_kernels import _linear_chunks
+    from tnt_kernels._linear import chunks
 
-    budget = dict(_linear_chunks.CHUNK_BYTES)
-    _linear_chunks.CHUNK_BYTES["cpu"] = 2000
+    budget = dict(chunks.CHUNK_BYTES)
+    chunks.CHUNK_BYTES["cpu"] = 2000
     try:
         whole, parts = run(rank, None, F32), run(rank, sizes_of(world), F32)
     finally:
-        _linear_chunks.CHUNK_BYTES.update(budget)
+        chunks.CHUNK_BYTES.update(budget)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -171,7 +171,7 @@ def bad_input(rank: int, world: int) -> None:
 
 def without_memory(rank: int, world: int) -> None:
     """A rank that finds no room for its buffers or gradients does not leave the others waiting."""
-    from tnt_kernels import _linear_chunks
+    from tnt_kernels._linear import chunks
 
     trained, rest, options = inputs(F32)
     mine = columns(sizes_of(world), rank)
@@ -184,20 +184,20 @@ def without_memory(rank: int, world: int) -> None:
     def refuse(*_: Any) -> None:
         raise MemoryError("no room")
 
-    gradients, last = _linear_chunks.Gradients, rank == world - 1
-    _linear_chunks.Gradients = refuse if last else gradients
+    gradients, last = chunks.Gradients, rank == world - 1
+    chunks.Gradients = refuse if last else gradients
     error, match = (
         (MemoryError, "no room") if last else (RuntimeError, f"rank {world - 1} of group")
     )
     with pytest.raises(error, match=match):
         call()
-    _linear_chunks.Gradients = gradients
+    chunks.Gradients = gradients
     assert torch.isfinite(call())
 
 
 def fails_later(rank: int, world: int) -> None:
     """Nor one that fails between two chunks, or behind the last one, where the others have a gradient to share."""
-    from tnt_kernels._linear_matmul import Gradients
+    from tnt_kernels._linear.matmul import Gradients
 
     last, multiply = rank == world - 1, Gradients._multiply
 

@@ -34,14 +34,16 @@ from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
-from tnt_kernels.backends import BACKENDS
-from tnt_kernels.backends.call import (
-    ROW_PARTS,
+from tnt_kernels._call import (
+    ROW_DIAGNOSTICS,
+    ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
+    Kind,
     RowCall,
-    Scalars,
-    gradient_needs_totals,
+    RowTensors,
 )
+from tnt_kernels._scalars import Scalars
+from tnt_kernels.backends import BACKENDS
 from tnt_kernels.objectives import METHODS, resolve_method
 
 pytestmark = [
@@ -361,49 +363,46 @@ def check_kept(batch: Batch, objective: tnt.Objective, kept: Tensor) -> None:
 
 
 def sharded(batch: Batch, cuts: list[int], reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and statistics of logits cut at these columns."""
+    """Loss, gradient and diagnostics of logits cut at these columns."""
     options = dict(batch.options)
     objective = resolve_method(options.pop("method"))
     scalars = Scalars(
         objective.positive_loss, objective.negative_loss, options.get("alpha", 1.0), options.get("eps", 1e-6),
         options.get("smoothing", "negatives") == "uniform", options.get("nl_floor"), options.get("temperature", 1.0),
-        -100, reduction, None, "triton",
+        -100, reduction, None,
     )  # fmt: skip
     vocab, rows = batch.logits.size(-1), len(batch.labels)
     edges = list(itertools.pairwise([0, *cuts, vocab]))
     launch = BACKENDS["triton"].launch
     make = {"dtype": F32, "device": DEVICE}
 
-    def call(begin: int, end: int, **outputs: Tensor | None) -> RowCall:
-        fields: dict[str, Any] = dict.fromkeys(RowCall._fields)
-        fields.update(
-            logits=batch.logits[:, begin:end], ref_logits=batch.ref_logits[:, begin:end], labels=batch.labels,
-            weights=batch.weights, negative_ids=options.get("negative_ids"), scalars=scalars, vocab_offset=begin,
-            vocab_size=vocab, **outputs,
+    def call(kind: Kind, begin: int, end: int) -> RowCall:
+        tensors = RowTensors(
+            batch.ref_logits[:, begin:end], batch.labels, batch.weights, None,
+            options.get("negative_ids"), None,
         )  # fmt: skip
-        return RowCall(**fields)
+        return RowCall(kind, batch.logits[:, begin:end], tensors, scalars, begin, vocab)
 
-    stats = torch.empty(5, rows, **make)
+    diagnostics = torch.empty(ROW_DIAGNOSTICS, rows, **make)
     gathered = torch.empty(len(edges), rows, ROW_STATISTICS, **make)
     for shard, (begin, end) in enumerate(edges):
-        launch(call(begin, end, statistics=gathered[shard], stats=stats))
+        first = call(Kind.STATISTICS, begin, end)
+        launch(first._replace(statistics=gathered[shard], diagnostics=diagnostics))
     check_kept(batch, objective, gathered[..., -1].sum(0))
-    parts = torch.empty(len(edges), rows, ROW_PARTS, **make)
+    partial_sums = torch.empty(len(edges), rows, ROW_PARTIAL_SUMS, **make)
     gradient = torch.empty_like(batch.logits)
-    waits = gradient_needs_totals(scalars)
+    waits = scalars.gradient_needs_totals
     for shard, (begin, end) in enumerate(edges):
         mine = None if waits else gradient[:, begin:end]
-        launch(call(begin, end, gathered=gathered, parts=parts[shard], gradient=mine))
-    totals = parts.sum(0)
+        second = call(Kind.PARTIAL_SUMS, begin, end)
+        launch(second._replace(gathered=gathered, partial_sums=partial_sums[shard], gradient=mine))
+    total_sums = partial_sums.sum(0)
     loss = torch.empty(rows if reduction == "none" else (), **make)
     for begin, end in edges:
         mine = gradient[:, begin:end] if waits else None
-        launch(
-            call(
-                begin, end, gathered=gathered, totals=totals, gradient=mine, loss=loss, stats=stats
-            )
-        )
-    return loss, gradient, stats
+        last = call(Kind.FINISH, begin, end)._replace(gathered=gathered, total_sums=total_sums)
+        launch(last._replace(gradient=mine, loss=loss, diagnostics=diagnostics))
+    return loss, gradient, diagnostics
 
 
 @pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
@@ -413,8 +412,8 @@ def test_sharded_vocabulary(objective: tnt.Objective, smoothing: str) -> None:
     if objective.negative == "negative_likelihood":
         batch = batch.with_options(nl_floor=-7.0)
     for cuts in ([70], [3, 120, 121]):
-        loss, gradient, stats = sharded(batch, cuts, "mean")
-        result = Result(loss, gradient, tnt.RowStats(*stats.unbind()))
+        loss, gradient, diagnostics = sharded(batch, cuts, "mean")
+        result = Result(loss, gradient, tnt.RowStats(*diagnostics.unbind()))
         assert_agrees(result, truth(batch), batch, label=str(cuts))
 
 

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import pytest
 from oracle import INTERPRETED
 
+from tnt_kernels._call import Kind
 from tnt_kernels.backends import triton as backend
-from tnt_kernels.backends import tuning
+from tnt_kernels.backends.triton.config import row_config
 from tnt_kernels.objectives import METHODS
 
 triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
-FUSED, BACKWARD, STATISTICS, PARTS, FINISH = range(5)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -31,35 +31,39 @@ class Variant(NamedTuple):
     method: str = "tnff"
     dtype: str = "bf16"
     gradient_dtype: str = ""  # that of the logits
-    call: int = FUSED
+    kind: Kind = Kind.FUSED
     ids: int = 0
     uniform: bool = False
-    stats: bool = False
+    diagnostics: bool = False
     gradient: bool = True
     aligned: bool = True
     vocab: int = 128256
 
     def __str__(self) -> str:
-        changed = (f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults[k])
+        changed = (
+            f"{name}={getattr(value, 'name', value)}"
+            for name, value in self._asdict().items()
+            if value != self._field_defaults[name]
+        )
         return " ".join(changed) or "default"
 
 
 #: Everything that takes registers, on the architecture of the figures; the rest on all of them.
 VARIANTS = (
     *(Variant(method=method, ids=1) for method in METHODS),
-    Variant(method="tnrf", ids=2, stats=True),
-    Variant(method="tnrf", gradient=False, stats=True, ids=1),
+    Variant(method="tnrf", ids=2, diagnostics=True),
+    Variant(method="tnrf", gradient=False, diagnostics=True, ids=1),
     Variant(method="tnrr", uniform=True),
-    Variant(method="tnrll", uniform=True, stats=True, ids=1, gradient=False),
+    Variant(method="tnrll", uniform=True, diagnostics=True, ids=1, gradient=False),
     Variant(method="tnrf", dtype="fp32", ids=1),
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1),
     Variant(method="tnrf", dtype="fp16", gradient=False),
     Variant(method="tnrf", aligned=False, ids=1),
-    *(Variant(method="tnrf", call=BACKWARD, dtype=dtype, ids=1) for dtype in ("fp16", "fp32")),
-    Variant(method="tnrf", call=STATISTICS, ids=1, gradient=False, stats=True),
-    Variant(method="tnrf", call=PARTS, ids=1),
-    Variant(method="tnff", call=PARTS),
-    Variant(method="tnrr", call=FINISH, uniform=True, stats=True),
+    *(Variant(method="tnrf", kind=Kind.BACKWARD, dtype=dtype, ids=1) for dtype in ("fp16", "fp32")),
+    Variant(method="tnrf", kind=Kind.STATISTICS, ids=1, gradient=False, diagnostics=True),
+    Variant(method="tnrf", kind=Kind.PARTIAL_SUMS, ids=1),
+    Variant(method="tnff", kind=Kind.PARTIAL_SUMS),
+    Variant(method="tnrr", kind=Kind.FINISH, uniform=True, diagnostics=True),
     *(Variant(method="tnrf", vocab=vocab, ids=1) for vocab in (100, 4000, 16000)),
 )
 EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", dtype="fp32"))
@@ -70,21 +74,21 @@ def compiled(architecture: str, variant: Variant) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tnt_kernels.backends.triton_kernels import row_kernel
+    from tnt_kernels.backends.triton.kernels import row_kernel
 
-    objective, call, logits = METHODS[variant.method], variant.call, f"*{variant.dtype}"
+    objective, kind, logits = METHODS[variant.method], variant.kind, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
-    pair = objective.reads_reference
-    config = tuning.row_config(
-        variant.vocab, itemsize, pair, variant.gradient, variant.ids > 0, architecture
-    )
-    sharded = call in (PARTS, FINISH)
+    config = row_config(
+        variant.vocab, itemsize, pair=objective.reads_reference, gradient=variant.gradient, ids=variant.ids > 0,
+        architecture=architecture,
+    )  # fmt: skip
+    sharded = kind in (Kind.PARTIAL_SUMS, Kind.FINISH)
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss),
         "NEGATIVE": int(objective.negative_loss),
         "UNIFORM": variant.uniform,
         "IDS": variant.ids,
-        "CALL": call,
+        "KIND": int(kind),
         "GRADIENT": variant.gradient,
         "BLOCK": config.block,
         "STAGES": config.stages,
@@ -95,27 +99,27 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "alpha": False,
         "ids": variant.ids > 0,
         "id_map": variant.ids == 2,
-        "losses": call in (FUSED, FINISH),
-        "stats": variant.stats,
-        "saved": call == BACKWARD or (call == FUSED and not variant.gradient),
+        "losses": kind in (Kind.FUSED, Kind.FINISH),
+        "diagnostics": variant.diagnostics,
+        "saved": kind == Kind.BACKWARD or (kind == Kind.FUSED and not variant.gradient),
         "gradient": variant.gradient,
-        "upstream": call == BACKWARD,
-        "statistics": call == STATISTICS,
+        "upstream": kind == Kind.BACKWARD,
+        "statistics": kind == Kind.STATISTICS,
         "gathered": sharded,
-        "parts": call == PARTS,
-        "totals": call == FINISH,
+        "partial_sums": kind == Kind.PARTIAL_SUMS,
+        "total_sums": kind == Kind.FINISH,
     }
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),
         "gradient": f"*{variant.gradient_dtype or variant.dtype}",
-        **dict.fromkeys(("labels",), "*i64"),
-        **dict.fromkeys(("ids",), "*i32"),
-        **dict.fromkeys(("id_map",), "*i8"),
+        "labels": "*i64",
+        "ids": "*i32",
+        "id_map": "*i8",
         **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
             (
-                "weights", "alpha", "factors", "losses", "stats", "saved", "upstream", "statistics", "gathered",
-                "parts", "totals",
+                "weights", "alpha", "factors", "losses", "diagnostics", "saved", "upstream", "statistics", "gathered",
+                "partial_sums", "total_sums",
             ),
             "*fp32",
         ),

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import _build_info
-from ._version import __version__
-from .backends import AUTOMATIC, availability
+from tnt_kernels import _build_info
+from tnt_kernels._version import __version__
+from tnt_kernels.backends import AUTOMATIC, availability
 
 
 def main(argv: Sequence[str] | None = None) -> int:

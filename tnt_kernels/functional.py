@@ -1,24 +1,39 @@
-"""``tnt_loss``: the public function. It checks and normalises the arguments; ``_autograd`` and ``_ops`` do the rest."""
+"""``tnt_loss``: the public function. It checks the arguments; ``_autograd`` and the operators do the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from tnt_kernels import _ops, _shards
+from tnt_kernels import backends
 from tnt_kernels._autograd import TNTLossFunction
-from tnt_kernels._checks import LOGITS_DTYPES, check_constant, refuse_transforms, row_arguments
-from tnt_kernels._dtensor import is_dtensor, local
-from tnt_kernels._groups import announcing, shard_of
-from tnt_kernels._ops import RowTensors
-from tnt_kernels.backends.call import Scalars
-from tnt_kernels.objectives import Objective, resolve_method
+from tnt_kernels._call import (
+    EXPECTED_DTYPES,
+    LOGITS_DTYPES,
+    LossCall,
+    RowTensors,
+)
+from tnt_kernels._operators import row_losses
+from tnt_kernels._rows.checks import (
+    are_usual,
+    check_constant,
+    check_row_tensors,
+    refuse_transforms,
+)
+from tnt_kernels._rows.layout import has_dense_rows
+from tnt_kernels._scalars import check_scalars
+from tnt_kernels._sharded.agreement import report_error
+from tnt_kernels._sharded.collectives import shard_of
+from tnt_kernels._sharded.dtensor import is_dtensor, local
+from tnt_kernels.objectives import Objective
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 class RowStats(NamedTuple):
@@ -35,6 +50,28 @@ class RowStats(NamedTuple):
     entropy: Tensor  #: of the policy, in nats
 
 
+class RowKeywords(TypedDict, total=False):
+    """The keywords of :func:`tnt_loss` and :func:`linear_tnt_loss`, for those who check types."""
+
+    method: str | Objective
+    alpha: float | Tensor
+    negative_ids: Tensor | None
+    eps: float
+    smoothing: str
+    nl_floor: float | None
+    temperature: float
+    ignore_index: int
+    reduction: str
+    normalizer: float | Tensor | None
+    group: ProcessGroup | None
+    shard_sizes: Sequence[int] | None
+    backend: str | None
+
+
+class _LogitsKeywords(RowKeywords, total=False):
+    inplace: bool
+
+
 @overload
 def tnt_loss(
     logits: Tensor,
@@ -42,21 +79,8 @@ def tnt_loss(
     labels: Tensor,
     weights: Tensor | None = ...,
     *,
-    method: str | Objective = ...,
-    alpha: float | Tensor = ...,
-    negative_ids: Tensor | None = ...,
-    eps: float = ...,
-    smoothing: str = ...,
-    nl_floor: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: float | Tensor | None = ...,
-    inplace: bool = ...,
     return_stats: Literal[False] = ...,
-    group: ProcessGroup | None = ...,
-    shard_sizes: Sequence[int] | None = ...,
-    backend: str | None = ...,
+    **keywords: Unpack[_LogitsKeywords],
 ) -> Tensor: ...
 @overload
 def tnt_loss(
@@ -65,21 +89,8 @@ def tnt_loss(
     labels: Tensor,
     weights: Tensor | None = ...,
     *,
-    method: str | Objective = ...,
-    alpha: float | Tensor = ...,
-    negative_ids: Tensor | None = ...,
-    eps: float = ...,
-    smoothing: str = ...,
-    nl_floor: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: float | Tensor | None = ...,
-    inplace: bool = ...,
     return_stats: Literal[True],
-    group: ProcessGroup | None = ...,
-    shard_sizes: Sequence[int] | None = ...,
-    backend: str | None = ...,
+    **keywords: Unpack[_LogitsKeywords],
 ) -> tuple[Tensor, RowStats]: ...
 def tnt_loss(
     logits: Tensor,
@@ -160,47 +171,50 @@ def tnt_loss(
         RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised; a call
             inside ``torch.func.grad`` or ``vmap``.
     """
-    if is_dtensor(logits):
+    if type(logits) is not Tensor and is_dtensor(logits):
         if group is not None or shard_sizes is not None:
             raise ValueError("group: given with logits that are a DTensor, whose mesh says it")
         rows = {"labels": labels, "weights": weights, "alpha": alpha, "negative_ids": negative_ids}
         here = local(logits, ref_logits, {**rows, "normalizer": normalizer})
-        logits, ref_logits, group, shard_sizes = (
-            here.logits,
-            here.ref_logits,
-            here.group,
-            here.shard_sizes,
-        )
+        logits, ref_logits = here.logits, here.ref_logits
+        group, shard_sizes = here.group, here.shard_sizes
         labels, weights, alpha, negative_ids, normalizer = here.rows
-    shard = shard_of(group, shard_sizes)
-
-    def prepare() -> tuple[RowTensors, Scalars, bool]:
-        objective = resolve_method(method)
-        _check_logits(logits, least=1 if shard is None else 0)
-        if objective.reads_reference:
-            _check_reference(ref_logits, logits, objective)
-        tensors, scalars = row_arguments(
-            logits, ref_logits if objective.reads_reference else None, labels, weights, objective, alpha,
-            negative_ids, eps, smoothing, nl_floor, temperature, ignore_index, reduction, normalizer,
-            backend, logits.shape[:-1], "logits",
+    shard = None if group is None and shard_sizes is None else shard_of(group, shard_sizes)
+    traced = is_dynamo_compiling()
+    try:
+        objective, reads_reference, scalars = check_scalars(
+            method, alpha, eps, smoothing, nl_floor, temperature, ignore_index, reduction,
+            normalizer, traced,
         )  # fmt: skip
+        # Of a reference that no loss reads, nothing is looked at.
+        reference = ref_logits if reads_reference else None
+        if not traced and are_usual(
+            logits, reference, labels, weights, alpha, negative_ids, normalizer
+        ):
+            tensors = RowTensors(reference, labels, weights, None, None, None)
+        else:
+            _check_logits(logits, least=1 if shard is None else 0)
+            if reads_reference:
+                _check_reference(reference, logits, objective)
+            tensors = check_row_tensors(
+                "logits", logits, reference, labels, weights, alpha, negative_ids, normalizer
+            )
         with_gradient = logits.requires_grad and torch.is_grad_enabled()
         if with_gradient and inplace:
             _check_overwritable(logits)
-        return tensors, scalars, with_gradient
-
-    tensors, scalars, with_gradient = announcing(shard, logits, prepare, with_statistics=True)
+        name = backends.select(logits, backend)
+    except Exception:
+        if shard is not None:
+            report_error(shard, logits, with_statistics=True)
+        raise
+    call = LossCall(tensors, scalars, name, inplace, return_stats, shard)
     if with_gradient:
-        outputs = TNTLossFunction.apply(  # type: ignore[no-untyped-call]
-            logits, tensors, scalars, shard, inplace, return_stats
-        )
-        if not return_stats:
-            return cast(Tensor, outputs)
+        outputs = TNTLossFunction.apply(logits, call)  # type: ignore[no-untyped-call]
     else:
-        outputs = _shards.losses(logits, tensors, scalars, shard, False, return_stats, False)
-        if not return_stats:
-            return cast(Tensor, outputs[0])
-    return outputs[0], RowStats(*outputs[1].unbind())
+        outputs = row_losses.on(logits)(logits, call, False, False)
+    if return_stats:
+        return outputs[0], RowStats(*outputs[1].unbind())
+    return cast(Tensor, outputs[0])
 
 
 def _check_logits(logits: Tensor, least: int) -> None:
@@ -208,9 +222,7 @@ def _check_logits(logits: Tensor, least: int) -> None:
         raise TypeError(f"logits: {type(logits).__name__}, expected a tensor")
     refuse_transforms("logits", logits)
     if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(
-            f"logits: dtype {logits.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
-        )
+        raise TypeError(f"logits: dtype {logits.dtype}, expected {EXPECTED_DTYPES}")
     if logits.dim() == 0 or logits.size(-1) < least:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
 
@@ -240,7 +252,7 @@ def _check_overwritable(logits: Tensor) -> None:
             "inplace: logits are a leaf that requires grad (or a view of one), whose values the gradient would "
             "overwrite; expected the output of a model, or inplace=False"
         )
-    if not _ops.has_dense_rows(logits):
+    if not has_dense_rows(logits):
         raise ValueError(
             f"inplace: logits of shape {tuple(logits.shape)} have strides {logits.stride()}, expected dense rows that "
             "do not overlap and can be seen as (N, V) without a copy; to shift, shift labels and weights"

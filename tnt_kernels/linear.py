@@ -8,25 +8,39 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from tnt_kernels import _linear_ops
+from tnt_kernels import backends
 from tnt_kernels._autograd import LinearTNTLossFunction
-from tnt_kernels._checks import (
-    LOGITS_DTYPES,
-    as_number,
+from tnt_kernels._call import EXPECTED_DTYPES, LOGITS_DTYPES, LossCall, real_dtype
+from tnt_kernels._linear.chunks import LinearScalars, LinearTensors
+from tnt_kernels._linear.operators import WantedGradients, linear_losses
+from tnt_kernels._rows.checks import (
     check_constant,
+    check_row_tensors,
     refuse_transforms,
-    row_arguments,
 )
-from tnt_kernels._groups import announcing, shard_of
-from tnt_kernels._linear_chunks import LinearScalars
-from tnt_kernels.backends.call import Scalars, real_dtype
-from tnt_kernels.functional import RowStats
-from tnt_kernels.objectives import Objective, resolve_method
+from tnt_kernels._scalars import as_number, check_scalars
+from tnt_kernels._sharded.agreement import report_error
+from tnt_kernels._sharded.collectives import shard_of
+from tnt_kernels.functional import RowKeywords, RowStats
+from tnt_kernels.objectives import Objective
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 _Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight and bias of one model
+
+
+class _LinearKeywords(RowKeywords, total=False):
+    bias: Tensor | None
+    ref_bias: Tensor | None
+    softcap: float | None
+    ref_softcap: float | None
+    logit_scale: float
+    ref_logit_scale: float
+    vocab_size: int | None
+    chunk_size: int | None
+    max_active_rows: int | None
 
 
 @overload
@@ -38,29 +52,8 @@ def linear_tnt_loss(
     labels: Tensor,
     weights: Tensor | None = ...,
     *,
-    bias: Tensor | None = ...,
-    ref_bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    ref_softcap: float | None = ...,
-    logit_scale: float = ...,
-    ref_logit_scale: float = ...,
-    vocab_size: int | None = ...,
-    chunk_size: int | None = ...,
-    max_active_rows: int | None = ...,
-    method: str | Objective = ...,
-    alpha: float | Tensor = ...,
-    negative_ids: Tensor | None = ...,
-    eps: float = ...,
-    smoothing: str = ...,
-    nl_floor: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: float | Tensor | None = ...,
     return_stats: Literal[False] = ...,
-    group: ProcessGroup | None = ...,
-    shard_sizes: Sequence[int] | None = ...,
-    backend: str | None = ...,
+    **keywords: Unpack[_LinearKeywords],
 ) -> Tensor: ...
 @overload
 def linear_tnt_loss(
@@ -71,29 +64,8 @@ def linear_tnt_loss(
     labels: Tensor,
     weights: Tensor | None = ...,
     *,
-    bias: Tensor | None = ...,
-    ref_bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    ref_softcap: float | None = ...,
-    logit_scale: float = ...,
-    ref_logit_scale: float = ...,
-    vocab_size: int | None = ...,
-    chunk_size: int | None = ...,
-    max_active_rows: int | None = ...,
-    method: str | Objective = ...,
-    alpha: float | Tensor = ...,
-    negative_ids: Tensor | None = ...,
-    eps: float = ...,
-    smoothing: str = ...,
-    nl_floor: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: float | Tensor | None = ...,
     return_stats: Literal[True],
-    group: ProcessGroup | None = ...,
-    shard_sizes: Sequence[int] | None = ...,
-    backend: str | None = ...,
+    **keywords: Unpack[_LinearKeywords],
 ) -> tuple[Tensor, RowStats]: ...
 def linear_tnt_loss(
     hidden: Tensor,
@@ -184,61 +156,77 @@ def linear_tnt_loss(
         RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
     """
     shard = shard_of(group, shard_sizes)
-
-    def prepare() -> tuple[_Head, tuple[Tensor | None, ...], LinearScalars, Scalars]:
-        objective = resolve_method(method)
-        policy = _as_linear("", hidden, weight, bias)
-        rows = policy[0]
-        reference: tuple[Tensor | None, ...] = (None, None, None)
-        if objective.reads_reference:
-            reference = _as_reference(
-                objective, *policy[:2], ref_hidden, ref_weight, ref_bias, vocab_size is None
-            )
-            for name, x in zip(("ref_hidden", "ref_weight", "ref_bias"), reference, strict=True):
-                if x is not None:
-                    check_constant(name, x, rows, "hidden")
-        vocab = _as_count("vocab_size", policy[1].size(0) if vocab_size is None else vocab_size)
-        for name, x in (("weight", policy[1]), ("ref_weight", reference[1])):
-            if x is not None and x.size(0) < vocab:
-                raise ValueError(
-                    f"vocab_size is {vocab}, expected at most {x.size(0)}, the number of rows of {name}"
-                )
+    try:
+        objective, _, scalars = check_scalars(
+            method, alpha, eps, smoothing, nl_floor, temperature, ignore_index, reduction,
+            normalizer, torch.compiler.is_compiling(),
+        )  # fmt: skip
+        tensors = _check_heads(
+            objective, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, vocab_size
+        )
+        states = tensors.hidden
         linear = LinearScalars(
             None if softcap is None else as_number("softcap", softcap, above=0.0),
             None if ref_softcap is None else as_number("ref_softcap", ref_softcap, above=0.0),
             as_number("logit_scale", logit_scale),
             as_number("ref_logit_scale", ref_logit_scale),
-            vocab,
+            tensors.weight.size(0) if vocab_size is None else vocab_size,
             None if chunk_size is None else _as_count("chunk_size", chunk_size),
             None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
         )
-        chunk = rows.new_empty((0, vocab), dtype=real_dtype(rows))
-        row_tensors, scalars = row_arguments(
-            chunk, None, labels, weights, objective, alpha, negative_ids, eps, smoothing, nl_floor,
-            temperature, ignore_index, reduction, normalizer, backend, rows.shape[:-1], "hidden",
-        )  # fmt: skip
-        return policy, (*reference, *row_tensors[1:]), linear, scalars
-
-    (hidden, weight, bias), rest, linear, scalars = announcing(shard, hidden, prepare)
-    wanted = (
-        hidden.requires_grad,
-        weight.requires_grad,
-        bias is not None and bias.requires_grad,
-    )
-    if any(wanted) and torch.is_grad_enabled():
-        outputs = LinearTNTLossFunction.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, rest, linear, scalars, shard, return_stats, wanted
+        rows = check_row_tensors(
+            "hidden", states, None, labels, weights, alpha, negative_ids, normalizer
         )
-        if not return_stats:
-            return cast(Tensor, outputs)
+        chunk = states.new_empty((0, linear.vocab_size), dtype=real_dtype(states))
+        name = backends.select(chunk, backend)
+    except Exception:
+        if shard is not None:
+            report_error(shard, hidden)
+        raise
+    call = LossCall(rows, scalars, name, False, return_stats, shard)
+    policy = (tensors.hidden, tensors.weight, tensors.bias)
+    wanted = WantedGradients(*(x is not None and x.requires_grad for x in policy))
+    if any(wanted) and torch.is_grad_enabled():
+        reference = (tensors.ref_hidden, tensors.ref_weight, tensors.ref_bias)
+        outputs = LinearTNTLossFunction.apply(  # type: ignore[no-untyped-call]
+            *policy, reference, linear, call, wanted
+        )
     else:
-        outputs = _linear_ops.linear_losses(
-            hidden, weight, bias, *rest, *linear, *scalars, *(shard or (None, None)), return_stats,
-            False, False, False,
-        )  # fmt: skip
-        if not return_stats:
-            return cast(Tensor, outputs[0])
-    return outputs[0], RowStats(*outputs[1].unbind())
+        none = WantedGradients(False, False, False)
+        outputs = linear_losses(tensors, linear, call, none)
+    if return_stats:
+        return outputs[0], RowStats(*outputs[1].unbind())
+    return cast(Tensor, outputs[0])
+
+
+def _check_heads(
+    objective: Objective,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    vocab_size: int | None,
+) -> LinearTensors:
+    policy = _as_linear("", hidden, weight, bias)
+    states, embedding, _ = policy
+    reference: tuple[Tensor | None, ...] = (None, None, None)
+    if objective.reads_reference:
+        reference = _as_reference(
+            objective, states, embedding, ref_hidden, ref_weight, ref_bias, vocab_size is None
+        )
+        for name, x in zip(("ref_hidden", "ref_weight", "ref_bias"), reference, strict=True):
+            if x is not None:
+                check_constant(name, x, states, "hidden")
+    tensors = LinearTensors(*policy, *reference)
+    vocab = embedding.size(0) if vocab_size is None else _as_count("vocab_size", vocab_size)
+    for name, x in (("weight", embedding), ("ref_weight", tensors.ref_weight)):
+        if x is not None and x.size(0) < vocab:
+            raise ValueError(
+                f"vocab_size is {vocab}, expected at most {x.size(0)}, the number of rows of {name}"
+            )
+    return tensors
 
 
 def _as_linear(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
@@ -266,9 +254,7 @@ def _as_linear(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     hidden, weight = _prepared(hidden, device), _prepared(weight, device)
     bias = None if bias is None else _prepared(bias, device)
     if hidden.dtype not in LOGITS_DTYPES:
-        raise TypeError(
-            f"{prefix}hidden: dtype {hidden.dtype}, expected float32, bfloat16, float16, or float64 on a CPU"
-        )
+        raise TypeError(f"{prefix}hidden: dtype {hidden.dtype}, expected {EXPECTED_DTYPES}")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: the oracle of the tests, and the code behind ``backend="torch"``.
+"""The losses in plain PyTorch: the oracle of the tests, which shares no line with a backend.
 
 Targeted Negative Training (arXiv 2406.13660), one row, that is one token position, at a time; z and
 r are the policy's and the reference's logits, p and q their distributions, S a row's negative set,
@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tnt_kernels.objectives import Objective, RowLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
 
 _INF, _NAN = math.inf, math.nan
 SCALED_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
@@ -321,20 +324,36 @@ def _broken(x: Tensor) -> Tensor:
     return (x.isnan() | (x == _INF)).any(-1) | (x == -_INF).all(-1)
 
 
+class Settings(TypedDict, total=False):
+    """What the losses of rows depend on beside their tensors."""
+
+    objective: Required[Objective]  #: the losses of positive and of negative rows
+    alpha: float | Tensor  #: factor on negative rows, a float or (N,)
+    negative_ids: Tensor | None  #: (N, K) or (K,) integer, padded with -1: further tokens to remove
+    eps: float  #: smoothing of the target
+    #: "negatives" (ε for the removed tokens, in the reverse KL) or "uniform" (ε for all tokens, in
+    #: both KLs and in LL)
+    smoothing: str
+    nl_floor: float | None  #: lower limit of negative likelihood's ``log p_s``
+    temperature: float  #: divides both logits
+    ignore_index: int  #: label of rows to leave out
+
+
 @torch.no_grad()
 def _prepare(
     logits: Tensor,
     ref_logits: Tensor | None,
     labels: Tensor,
     weights: Tensor | None,
+    *,
     objective: Objective,
-    alpha: float | Tensor,
-    negative_ids: Tensor | None,
-    eps: float,
-    smoothing: str,
-    nl_floor: float | None,
-    temperature: float,
-    ignore_index: int,
+    alpha: float | Tensor = 1.0,
+    negative_ids: Tensor | None = None,
+    eps: float = 1e-6,
+    smoothing: str = "negatives",
+    nl_floor: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> _Rows:
     dtype = logits.dtype if logits.dtype in (torch.float32, torch.float64) else torch.float32
     vocabulary = logits.shape[-1]
@@ -383,15 +402,7 @@ def row_terms(
     ref_logits: Tensor | None,
     labels: Tensor,
     weights: Tensor | None = None,
-    *,
-    objective: Objective,
-    alpha: float | Tensor = 1.0,
-    negative_ids: Tensor | None = None,
-    eps: float = 1e-6,
-    smoothing: str = "negatives",
-    nl_floor: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
+    **settings: Unpack[Settings],
 ) -> RowTerms:
     """Losses and statistics of all rows; the batch loss is ``(loss * scale).sum() / normalizer``.
 
@@ -404,30 +415,19 @@ def row_terms(
         ref_logits: (N, V) real, the reference's, a constant; None if the objective reads none.
         labels: (N,) integer.
         weights: (N,) real; None: all 1.
-        objective: the losses of positive and of negative rows.
-        alpha: factor on negative rows, a float or (N,).
-        negative_ids: (N, K) or (K,) integer, padded with -1: further tokens to remove.
-        eps: smoothing of the target.
-        smoothing: "negatives" (ε for the removed tokens, in the reverse KL) or "uniform" (ε for all
-            tokens, in both KLs and in LL).
-        nl_floor: lower limit of negative likelihood's ``log p_s``.
-        temperature: divides both logits.
-        ignore_index: label of rows to leave out.
+        settings: those of :class:`Settings`.
 
     Raises:
         ValueError: ``ref_logits`` is None and the objective may read it.
     """
-    rows = _prepare(
-        logits, ref_logits, labels, weights, objective, alpha, negative_ids, eps, smoothing,
-        nl_floor, temperature, ignore_index,
-    )  # fmt: skip
+    rows = _prepare(logits, ref_logits, labels, weights, **settings)
     loss: Tensor = _RowLoss.apply(logits, rows)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         none = ~rows.active | rows.invalid | rows.z_broken
         p = rows.p
         no_ref = none | rows.r_broken | ~rows.reads_reference
-        m, log_sum = _log_sum_exp(rows.r, temperature)
-        q = ((rows.r - m) / temperature - log_sum).exp()
+        m, log_sum = _log_sum_exp(rows.r, rows.temperature)
+        q = ((rows.r - m) / rows.temperature - log_sum).exp()
         return RowTerms(
             loss=loss,
             scale=rows.scale,
@@ -443,24 +443,13 @@ def row_gradients(
     ref_logits: Tensor | None,
     labels: Tensor,
     weights: Tensor | None = None,
-    *,
-    objective: Objective,
-    alpha: float | Tensor = 1.0,
-    negative_ids: Tensor | None = None,
-    eps: float = 1e-6,
-    smoothing: str = "negatives",
-    nl_floor: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
+    **settings: Unpack[Settings],
 ) -> Tensor:
     """∂ loss_row / ∂ logits_row by the closed formulas: (N, V), in the dtype of the computation.
 
     Takes the arguments of :func:`row_terms`. The 1/temperature is in it, ``RowTerms.scale`` is not.
     Exactly 0 on rows of weight 0; every row sums to 0 up to rounding.
     """
-    rows = _prepare(
-        logits, ref_logits, labels, weights, objective, alpha, negative_ids, eps, smoothing,
-        nl_floor, temperature, ignore_index,
-    )  # fmt: skip
+    rows = _prepare(logits, ref_logits, labels, weights, **settings)
     with torch.no_grad():
         return _gradients(rows)

@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "bind_cuda.h"
+#include "bind.h"
 
 // Switches stacks: callee-saved registers go to the old one. swapcontext would make a system call each time.
 #if !defined(__x86_64__)

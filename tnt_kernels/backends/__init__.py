@@ -1,19 +1,26 @@
-"""Backends: what computes the rows. Each is one module with ``why_not(logits)``, ``launch(call)`` and ``scale_``."""
+"""Backends: what computes the rows. ``protocol`` says what one is."""
 
 from __future__ import annotations
 
 import os
-from types import ModuleType
 
 from torch import Tensor
 
-from tnt_kernels.backends import cpu, cuda, eager, triton
+import tnt_kernels.backends.cpu as cpu
+import tnt_kernels.backends.cuda as cuda
+import tnt_kernels.backends.native as native
+import tnt_kernels.backends.torch as torch_backend
+import tnt_kernels.backends.triton as triton
+from tnt_kernels.backends.protocol import Backend
 
-#: By name. Importing one queries no device and loads no compiler.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": eager}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_backend}
 #: Where none is asked for, the first of these that serves the tensors is taken. The CUDA kernels are not among them:
 #: the one that serves most calls has not been measured on the same GPU as Triton's, and the others are slower.
 AUTOMATIC = ("cpu", "triton", "torch")
+#: ``os.environ`` takes 5 µs of a call to say that a variable is not there: its own dictionary is asked first.
+_ENVIRON = os.environ
+_ENVIRONMENT: dict[object, object] = _ENVIRON._data  # type: ignore[attr-defined]
+_VARIABLE = _ENVIRON.encodekey("TNT_KERNELS_BACKEND")
 
 
 def availability() -> dict[str, str]:
@@ -29,10 +36,14 @@ def select(logits: Tensor, requested: str | None) -> str:
         RuntimeError: a requested backend that cannot serve these logits.
     """
     source = "backend"
-    if requested is None:
+    if requested is None and (_VARIABLE in _ENVIRONMENT or os.environ is not _ENVIRON):
         requested = os.environ.get("TNT_KERNELS_BACKEND") or None
         source = "TNT_KERNELS_BACKEND"
     if requested is None:
+        if (
+            logits.is_cpu and not native.missing
+        ):  # before the others are looked up: it is a part of every call's cost
+            return "cpu"
         return next(name for name in AUTOMATIC if not BACKENDS[name].why_not(logits))
     if requested not in BACKENDS:
         raise ValueError(

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import tnt_kernels.backends.native as native
 from tnt_kernels import _build_info
-from tnt_kernels.backends import native
-from tnt_kernels.backends.call import RowCall, describe
+from tnt_kernels._call import LOGITS_DTYPES, RowCall
+from tnt_kernels.backends.protocol import describe
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row's set is a bit per column in shared memory, of which the smallest devices have 99 KiB a block.
@@ -85,17 +86,9 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
         gradient.mul_(scale)
         return
     assert module is not None
-    columns = gradient.numel()
-    module.scale_rows_cuda(
-        native.DTYPES[gradient.dtype],
-        gradient.data_ptr(),
-        1,
-        columns,
-        columns,
-        scale.data_ptr(),
-        _device(gradient),
-        _stream(gradient),
-    )
+    dtype, columns = LOGITS_DTYPES.index(gradient.dtype), gradient.numel()
+    row, place = (gradient.data_ptr(), 1, columns, columns), (_device(gradient), _stream(gradient))
+    module.scale_rows_cuda(dtype, *row, scale.data_ptr(), *place)
 
 
 def launch(call: RowCall) -> None:
@@ -104,6 +97,4 @@ def launch(call: RowCall) -> None:
     # 1 / normaliser, the rows' losses until they are summed, the rows that one kernel leaves to another
     rows = logits.size(0)
     workspace = torch.empty(2 + rows + rows // 2, dtype=torch.float64, device=logits.device)
-    module.run_rows_cuda(
-        *native.row_arguments(call), _device(logits), _stream(logits), workspace.data_ptr()
-    )
+    module.run_rows_cuda(call, _device(logits), _stream(logits), workspace.data_ptr())

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels._groups import Shard, all_reduce_
-from tnt_kernels.backends.call import real_dtype
+from tnt_kernels._call import Shard, real_dtype
+from tnt_kernels._sharded.collectives import all_reduce_
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,10 +120,10 @@ class Head:
             torch.mul(wide.tanh_(), self.softcap, out=out)
 
 
-class Waiting(NamedTuple):
-    """Room for rows that wait for the matmuls of the gradient."""
+class Slot(NamedTuple):
+    """Where the n rows of a chunk wait for the matmuls of the gradient."""
 
-    logits: Tensor  # (n, V): their gradient; before that, anybody's
+    logits: Tensor  # (n, V): the gradient; free for other uses until it is written
     rows: Tensor  # (n, H): hidden states
 
 
@@ -181,22 +181,22 @@ class Gradients:
         weight[len(self.head.weight) :].zero_()
         return weight
 
-    def room(self, n: int) -> Waiting | None:
+    def reserve(self, n: int) -> Slot | None:
         """For the next chunk, of n rows; None where no rows wait."""
         if self._logits is None or self._rows is None:
             return None
         if self._filled + n > len(self._logits):
             self.multiply_waiting()
-        place = slice(self._filled, self._filled + n)
-        return Waiting(self._logits[place], self._rows[place])
+        free = slice(self._filled, self._filled + n)
+        return Slot(self._logits[free], self._rows[free])
 
-    def add(self, index: Tensor, rows: Tensor, gradient: Tensor, room: Waiting | None) -> None:
+    def add(self, index: Tensor, rows: Tensor, gradient: Tensor, slot: Slot | None) -> None:
         """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten,
-        unless it is ``room.logits``."""
+        unless it is ``slot.logits``."""
         if self.bias is not None:
             vocab = gradient.size(1)
             self.bias[:vocab].add_(gradient.sum(0, dtype=self.real), alpha=self.head.scale)
-        if room is None:
+        if slot is None:
             self._multiply(index, rows, gradient, None)
             return
         if self.dtype == torch.float16:
@@ -208,8 +208,8 @@ class Gradients:
             exponent = exponent.where(largest.isfinite() & (largest > 0), -100)
             gradient.mul_(_exp2(-exponent))
             self._exponents.append(exponent)
-        if gradient is not room.logits:
-            room.logits.copy_(gradient)
+        if gradient is not slot.logits:
+            slot.logits.copy_(gradient)
         self._indices.append(index)
         self._filled += len(index)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tnt_kernels.backends.triton_math import (
+from tnt_kernels._call import Kind
+from tnt_kernels.backends.triton.row_math import (
     FORWARD_KL,
     LOG_LIKELIHOOD,
     NEGATIVE_LIKELIHOOD,
@@ -41,12 +42,12 @@ from tnt_kernels.backends.triton_math import (
     share,
 )  # fmt: skip
 
-# What a launch does: see backends/call.py.
-FUSED = tl.constexpr(0)  # loss, and gradient or coefficients
-BACKWARD = tl.constexpr(1)  # gradient from coefficients
-STATISTICS = tl.constexpr(2)  # of a shard
-PARTS = tl.constexpr(3)  # a shard's share of the loss, and the gradient where it is known by then
-FINISH = tl.constexpr(4)  # a sharded loss, and the gradient where it was not
+# What a launch does.
+FUSED = tl.constexpr(int(Kind.FUSED))
+BACKWARD = tl.constexpr(int(Kind.BACKWARD))
+STATISTICS = tl.constexpr(int(Kind.STATISTICS))
+PARTIAL_SUMS = tl.constexpr(int(Kind.PARTIAL_SUMS))
+FINISH = tl.constexpr(int(Kind.FINISH))
 
 # How negative ids come.
 NO_IDS = tl.constexpr(0)
@@ -544,7 +545,7 @@ def _saved(at):
 
 @triton.jit
 def _diagnose(
-    stats,
+    diagnostics,
     rows,
     index,
     row,
@@ -580,7 +581,7 @@ def _diagnose(
             ref_mass = share(marked, everything, row.scale)
         ref_mass = tl.where(has_reference(s), ref_mass, nan)
     none = invalid | (has_policy(s) == 0)
-    at = stats + index
+    at = diagnostics + index
     tl.store(at, loss)
     tl.store(at + rows, tl.where(none, nan, kl))
     tl.store(at + 2 * rows, tl.where(none, nan, mass))
@@ -593,23 +594,23 @@ def _diagnose(
 
 @triton.jit
 def _run(
-    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, stats, saved,
-    upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts, totals, LOSS: tl.constexpr,
-    NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr, CALL: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
+    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, diagnostics,
+    saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums, total_sums,
+    LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LOSS == FORWARD_KL or LOSS == REVERSE_KL
     HAS_SET: tl.constexpr = NEGATIVE or LOSS == LOG_LIKELIHOOD
-    ENTROPY: tl.constexpr = stats is not None
+    ENTROPY: tl.constexpr = diagnostics is not None
     SMOOTH: tl.constexpr = UNIFORM and PAIR
-    ONE_READ: tl.constexpr = CALL == FUSED and PAIR and not GRADIENT and not UNIFORM
+    ONE_READ: tl.constexpr = KIND == FUSED and PAIR and not GRADIENT and not UNIFORM
     nothing = row_weight == 0.0
     if LOSS == NONE:
         nothing = row_weight == row_weight
     scale = tl.where(nothing, 0.0, row_weight * factor * row.inverse_t)
     partial = row.log_kappa < 0.0
 
-    if CALL == BACKWARD:
+    if KIND == BACKWARD:
         c = _saved(saved + index * 16)
         asked = tl.load(upstream + index * upstream_stride)
         # A row that does not count or that nobody asks about is 0, whatever the other factor is.
@@ -632,19 +633,19 @@ def _run(
                 BLOCK,
                 STAGES,
             )
-    elif LOSS == NONE and stats is None:
+    elif LOSS == NONE and diagnostics is None:
         if losses is not None:
             tl.store(losses + index, tl.where(invalid, float("nan"), 0.0))
-        if parts is not None:
-            tl.store(parts + index * 2, tl.where(invalid, float("nan"), 0.0))
-            tl.store(parts + index * 2 + 1, 0.0)
+        if partial_sums is not None:
+            tl.store(partial_sums + index * 2, tl.where(invalid, float("nan"), 0.0))
+            tl.store(partial_sums + index * 2 + 1, 0.0)
         if GRADIENT:
             _fill(row, tl.where(invalid, float("nan"), 0.0), BLOCK)
         if saved is not None:
             tl.store(saved + index * 16 + 14, 0.0)
     else:
         z_label, r_label = 0.0, 0.0
-        if CALL == PARTS or CALL == FINISH:
+        if KIND == PARTIAL_SUMS or KIND == FINISH:
             s, z_label, r_label = _gathered_statistics(
                 gathered + index * 15, gathered_stride, shards, row.scale, row.inverse_t, SHARDS
             )
@@ -660,7 +661,7 @@ def _run(
                 r_label = tl.load(row.r + row.partial, mask=row.partial >= 0, other=0.0).to(
                     tl.float32
                 )
-        if CALL == STATISTICS:
+        if KIND == STATISTICS:
             here = ids_here
             if HAS_SET:
                 here += tl.where(row.set_label >= 0, 1.0, 0.0)
@@ -669,10 +670,10 @@ def _run(
             c = coefficients(s, row.scale, row.inverse_t, eps, set_size, vocab_size, LOSS, UNIFORM)
             loss, active, part = c.loss, set_size, 0.0
             # ---- the rest of the loss, and the gradient where nothing is missing
-            if CALL == FINISH:
-                if totals is not None:
-                    loss += tl.load(totals + index * 2)
-                    active = tl.load(totals + index * 2 + 1)
+            if KIND == FINISH:
+                if total_sums is not None:
+                    loss += tl.load(total_sums + index * 2)
+                    active = tl.load(total_sums + index * 2 + 1)
                 if upstream is not None:
                     asked = tl.load(upstream + index * upstream_stride)
                     scale = tl.where((scale == 0.0) | (asked == 0.0), 0.0, scale * asked)
@@ -680,12 +681,12 @@ def _run(
                 part, active = _set_loss(row, c, nl_floor, LOSS, IDS)
                 loss += part
                 if (
-                    CALL == PARTS and GRADIENT
+                    KIND == PARTIAL_SUMS and GRADIENT
                 ):  # there is no floor: all are active, those of other shards too
                     active = set_size
             c = _known(c, loss, active, scale, LOSS)
             if SMOOTH and LOSS == REVERSE_KL:  # its gradient needs the loss first
-                if CALL != FINISH:
+                if KIND != FINISH:
                     part = _second_pass(
                         row,
                         c,
@@ -703,7 +704,7 @@ def _run(
                     )
                     loss += part
                     c = _known(c, loss, active, scale, LOSS)
-                if GRADIENT and CALL != PARTS:
+                if GRADIENT and KIND != PARTIAL_SUMS:
                     _second_pass(
                         row,
                         c,
@@ -731,7 +732,7 @@ def _run(
                     if NEGATIVE:
                         loss += _set_loss(row, c, nl_floor, LOSS, IDS)[0]
                 c = _known(c, loss, active, scale, LOSS)
-            elif (PAIR and CALL != FINISH) or GRADIENT:
+            elif (PAIR and KIND != FINISH) or GRADIENT:
                 more = _second_pass(
                     row,
                     c,
@@ -747,7 +748,7 @@ def _run(
                     BLOCK,
                     STAGES,
                 )
-                if PAIR and CALL != FINISH:
+                if PAIR and KIND != FINISH:
                     part = more
                     loss += more
             loss = tl.where(invalid, float("nan"), loss)
@@ -757,9 +758,9 @@ def _run(
                 lost = lost | (loss == float("inf"))
             if LOSS == REVERSE_KL and not UNIFORM:
                 lost = lost | (tl.abs(c.kl_centre) == float("inf")) | (c.kl_centre != c.kl_centre)
-            if CALL == PARTS:
-                tl.store(parts + index * 2, tl.where(invalid, float("nan"), part))
-                tl.store(parts + index * 2 + 1, active)
+            if KIND == PARTIAL_SUMS:
+                tl.store(partial_sums + index * 2, tl.where(invalid, float("nan"), part))
+                tl.store(partial_sums + index * 2 + 1, active)
             if GRADIENT:
                 if lost | (scale == 0.0):
                     _fill(row, tl.where(scale == 0.0, 0.0, float("nan")), BLOCK)
@@ -772,10 +773,10 @@ def _run(
                 )
             if losses is not None:
                 tl.store(losses + index, tl.where(nothing & (invalid == 0), 0.0, row_weight * loss))
-            if stats is not None:
-                if CALL == FUSED or CALL == FINISH:
+            if diagnostics is not None:
+                if KIND == FUSED or KIND == FINISH:
                     _diagnose(
-                        stats,
+                        diagnostics,
                         rows,
                         index,
                         row,
@@ -805,11 +806,12 @@ def _run(
 def row_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
     ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-    losses, stats, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
-    shards, parts, totals, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, UNIFORM: tl.constexpr, IDS: tl.constexpr,
-    CALL: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
+    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+    gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Tensors and scalars are those of backends/call.py; ``scale`` is log2(e)/T."""
+    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T."""
     index = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + index)
     weight = 1.0
@@ -841,16 +843,16 @@ def row_kernel(
         if losses is not None:
             tl.store(losses + index, 0.0)
         if saved is not None:
-            if CALL != BACKWARD:
+            if KIND != BACKWARD:
                 tl.store(saved + index * 16 + 14, 0.0)
-        if parts is not None:
-            tl.store(parts + index * 2, 0.0)
-            tl.store(parts + index * 2 + 1, 0.0)
-        if stats is not None:
-            if CALL == FUSED or CALL == FINISH:
-                tl.store(stats + index, 0.0)
+        if partial_sums is not None:
+            tl.store(partial_sums + index * 2, 0.0)
+            tl.store(partial_sums + index * 2 + 1, 0.0)
+        if diagnostics is not None:
+            if KIND == FUSED or KIND == FINISH:
+                tl.store(diagnostics + index, 0.0)
                 for k in tl.static_range(1, 5):
-                    tl.store(stats + index + k * rows, float("nan"))
+                    tl.store(diagnostics + index + k * rows, float("nan"))
     else:
         negative = weight < 0.0
         invalid = (label < 0) | (label >= vocab_size)
@@ -889,9 +891,9 @@ def row_kernel(
             )  # fmt: skip
             _run(
                 row, index, rows, row_weight, factor, set_size + tl.where(own, 1.0, 0.0), ids_here, invalid,
-                vocab_size, eps, nl_floor, losses, stats, saved, upstream, upstream_stride, statistics, gathered,
-                gathered_stride, shards, parts, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES,
-                SHARDS,
+                vocab_size, eps, nl_floor, losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered,
+                gathered_stride, shards, partial_sums, total_sums, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK,
+                STAGES, SHARDS,
             )  # fmt: skip
         else:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
@@ -901,8 +903,8 @@ def row_kernel(
             )  # fmt: skip
             _run(
                 row, index, rows, weight + 0.0, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor,
-                losses, stats, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, parts,
-                totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, CALL, BLOCK, STAGES, SHARDS,
+                losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards,
+                partial_sums, total_sums, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
 
 

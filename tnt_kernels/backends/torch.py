@@ -1,7 +1,8 @@
-"""The three launches of a sharded vocabulary (``RowCall``) in plain PyTorch. The names are those of csrc/row_math.h.
+"""Plain PyTorch, on any device: the fallback, slow and generous with memory. The names are those of csrc/row_math.h.
 
-Everything of a row is (N, 1), everything of its entries (N, V), in the dtype of the arithmetic. Both sides' losses are
-computed on all rows and then chosen from: to pick the rows out would wait for the device.
+A whole row is the one shard of its vocabulary. Everything of a row is (N, 1), everything of its entries (N, V), in the
+dtype of the arithmetic. Both sides' losses are computed on all rows and then chosen from: to pick the rows out would
+wait for the device.
 """
 
 from __future__ import annotations
@@ -9,15 +10,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnt_kernels.backends.call import RowCall, real_dtype
+from tnt_kernels._call import Kind, RowCall, active_rows, real_dtype
+from tnt_kernels.backends.protocol import check_indices, scale_by_item
 from tnt_kernels.objectives import RowLoss
-from tnt_kernels.reference import CLOSE, SCALED_BY_WEIGHT, difference, phi
+
+
+def why_not(logits: Tensor | None) -> str:
+    """Why this backend cannot serve these logits: it serves all."""
+    return ""
+
+
+def scale_(gradient: Tensor, scale: Tensor) -> None:
+    if gradient.device.type == "cpu":
+        scale_by_item(gradient, scale)
+    else:
+        gradient.mul_(scale)
+
+
+#: Rows whose maxima are this close to each other are compared by z − r.
+CLOSE = 1.0
+_SCALED_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
+
+
+def _difference(z: Tensor, r: Tensor, z_max: Tensor, r_max: Tensor) -> Tensor:
+    """(z − z_max) − (r − r_max), (N, V), with the maxima (N, 1).
+
+    z − r is exact next to p = q. Where one row is shifted against the other it has lost the digits that the differences
+    to the maxima keep.
+    """
+    gap = z_max - r_max
+    return torch.where(gap.abs() <= CLOSE, (z - r) - gap, (z - z_max) - (r - r_max))
+
+
+def _phi(d: Tensor) -> Tensor:
+    """φ(d) = e^d − 1 − d for |d| < 1: next to 0 the closed form has no digit left, so its series is summed."""
+    last = 19 if d.dtype == torch.float64 else 11
+    total = torch.full_like(d, 1 / math.factorial(last))
+    for k in reversed(range(2, last)):
+        total = torch.add(1 / math.factorial(k), total * d)
+    return d * d * total
 
 
 class _ExpSum(NamedTuple):
@@ -55,8 +93,8 @@ def _share(part: _ExpSum, whole: _ExpSum, inverse_t: float) -> Tensor:
 def _moved(z_from: Tensor, z_to: Tensor, r_from: Tensor, r_to: Tensor) -> Tensor:
     """What z − r loses when its maxima move: 0 where both move alike."""
     close = ((z_from - r_from).abs() <= CLOSE) & ((z_to - r_to).abs() <= CLOSE)
-    apart = (z_from - z_to) - (r_from - r_to)
-    return torch.where(close, (z_from - r_from) - (z_to - r_to), apart)
+    far = (z_from - z_to) - (r_from - r_to)
+    return torch.where(close, (z_from - r_from) - (z_to - r_to), far)
 
 
 class _Statistics(NamedTuple):
@@ -144,16 +182,16 @@ class _Rows:
 
 
 def _rows(call: RowCall) -> _Rows:
-    s, real = call.scalars, real_dtype(call.logits)
+    t, s, real = call.tensors, call.scalars, real_dtype(call.logits)
     n, vocab = call.logits.shape
-    w = call.labels.new_ones(n, dtype=real) if call.weights is None else call.weights
-    w, labels = w[:, None], call.labels[:, None]
-    active = (w != 0) & (labels != s.ignore_index)
+    active = active_rows(t.labels, t.weights, s.ignore_index)[:, None]
+    w = t.labels.new_ones(n, dtype=real) if t.weights is None else t.weights
+    w, labels = w[:, None], t.labels[:, None]
     invalid = active & ((labels < 0) | (labels >= call.vocab_size))
     z = call.logits.detach().to(real).masked_fill(~active, 0.0)
     r = torch.zeros_like(z)
-    if call.ref_logits is not None:
-        r = call.ref_logits.to(real).masked_fill(~active, 0.0)
+    if t.ref_logits is not None:
+        r = t.ref_logits.to(real).masked_fill(~active, 0.0)
 
     def local(ids: Tensor) -> Tensor:
         """Global ids as columns; a further column takes those of other shards."""
@@ -168,8 +206,8 @@ def _rows(call: RowCall) -> _Rows:
     pushed = (w < 0) & active
     named, count = torch.zeros_like(label), torch.zeros_like(labels)
     label_named = torch.zeros_like(pushed)
-    if call.negative_ids is not None:
-        ids = call.negative_ids if call.negative_ids.dim() == 2 else call.negative_ids[None]
+    if t.negative_ids is not None:
+        ids = t.negative_ids if t.negative_ids.dim() == 2 else t.negative_ids[None]
         ids = ids.expand(n, -1)
         valid = (ids >= 0) & (ids < call.vocab_size)
         invalid = invalid | (active & (~valid & (ids != -1)).any(-1, keepdim=True))
@@ -182,9 +220,9 @@ def _rows(call: RowCall) -> _Rows:
     removed = named | (label & pushed & ~in_part)
     extra = pushed & ~label_named
     negative_row = active & ((count > 0) | pushed)
-    alpha = w.new_tensor(s.alpha_value) if call.alpha is None else call.alpha[:, None]
+    alpha = w.new_tensor(s.alpha_value) if t.alpha is None else t.alpha[:, None]
     scale = torch.where(negative_row, alpha.expand_as(w), w)
-    if RowLoss(s.negative_loss) in SCALED_BY_WEIGHT:
+    if RowLoss(s.negative_loss) in _SCALED_BY_WEIGHT:
         scale = torch.where(pushed, scale * w.abs(), scale)
     return _Rows(
         z, r, active, invalid, negative_row, label, named | (label & pushed), removed,
@@ -193,12 +231,12 @@ def _rows(call: RowCall) -> _Rows:
     )  # fmt: skip
 
 
-def _chosen(call: RowCall, rows: _Rows, of: Callable[[RowLoss], Tensor]) -> Tensor:
-    """Each row's side's."""
-    positive, negative = RowLoss(call.scalars.positive_loss), RowLoss(call.scalars.negative_loss)
+def _chosen(call: RowCall, rows: _Rows, value: Callable[[RowLoss], Tensor]) -> Tensor:
+    """Of each row, the value under the loss of its side."""
+    positive, negative = call.scalars.sides
     if positive == negative:
-        return of(positive)
-    return torch.where(rows.negative_row, of(negative), of(positive))
+        return value(positive)
+    return torch.where(rows.negative_row, value(negative), value(positive))
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
@@ -217,14 +255,14 @@ def _exp_sum(x: Tensor, keep: Tensor, inverse_t: float, factor: Tensor | None = 
 
 def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
     z, r, inverse_t = rows.z, rows.r, 1 / call.scalars.temperature
-    apart = rows.set_of(loss)
+    in_set = rows.set_of(loss)
     partial = rows.label & rows.in_part
     log_kappa = torch.where(partial, rows.log_kappa, 0.0)
-    policy = _exp_sum(z, ~apart, inverse_t)
-    reference = _exp_sum(r, ~apart, inverse_t, log_kappa.exp())
-    weight = ((z - policy.max) * inverse_t).exp().masked_fill(apart, 0.0)
-    moment = weight * (difference(z, r, policy.max, reference.max) * inverse_t - log_kappa)
-    total = ((z - policy.max) * inverse_t).masked_fill(apart, 0.0)
+    policy = _exp_sum(z, ~in_set, inverse_t)
+    reference = _exp_sum(r, ~in_set, inverse_t, log_kappa.exp())
+    weight = ((z - policy.max) * inverse_t).exp().masked_fill(in_set, 0.0)
+    moment = weight * (_difference(z, r, policy.max, reference.max) * inverse_t - log_kappa)
+    total = ((z - policy.max) * inverse_t).masked_fill(in_set, 0.0)
 
     def of_label(x: Tensor) -> Tensor:
         return x.masked_fill(~partial, 0.0).sum(-1, keepdim=True)
@@ -232,11 +270,11 @@ def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
     return _Statistics(
         policy,
         reference,
-        _exp_sum(z, apart, inverse_t),
-        _exp_sum(r, apart, inverse_t),
+        _exp_sum(z, in_set, inverse_t),
+        _exp_sum(r, in_set, inverse_t),
         moment.masked_fill(weight == 0, 0.0).sum(-1, keepdim=True),
         total.sum(-1, keepdim=True),
-        (~apart).sum(-1, keepdim=True).to(z.dtype),
+        (~in_set).sum(-1, keepdim=True).to(z.dtype),
         of_label(z),
         of_label(r),
     ).packed()
@@ -264,7 +302,7 @@ class _Row:
         odds = (s.policy_set.max - s.policy.max) * t + (s.policy_set.sum / s.policy.sum).log()
         odds = torch.where(s.policy.sum == 0, math.inf, odds)
         self.log_odds = torch.where(s.policy_set.sum == 0, -math.inf, odds)
-        self.apart = rows.set_of(loss)
+        self.in_set = rows.set_of(loss)
         # Where no kept entry has any p, d is -inf whatever is added to it.
         self.offset = (s.reference.sum / s.policy.sum).log() + F.logsigmoid(-self.log_odds)
         self.offset = self.offset.masked_fill(s.policy.sum == 0, 0.0)
@@ -322,131 +360,175 @@ class _Row:
             known = self.mass
         return known.masked_fill(self.undefined, math.nan)
 
-    @property
+    @cached_property
     def relative(self) -> Tensor:
         return (self.rows.z - self.all.max) * self.t
 
-    @property
+    @cached_property
     def p(self) -> Tensor:
         return self.relative.exp() / self.all.sum
 
+    @cached_property
+    def log_p(self) -> Tensor:
+        return self.relative - self.log_sum
+
+    @cached_property
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
         """q̃, d = log p − log q̃ and, of the kept entries of an unsmoothed reverse KL, d − offset."""
         rows, s = self.rows, self.s
         partial = rows.label & rows.in_part
         log_kappa = torch.where(partial, rows.log_kappa, 0.0)
         q = ((rows.r - s.reference.max) * self.t + log_kappa).exp() / s.reference.sum
-        q = q.masked_fill(self.apart, 0.0)
+        q = q.masked_fill(self.in_set, 0.0)
         if self.uniform:
             v = self.vocab_size
-            d = self.relative - self.log_sum - (q + self.eps).log() + math.log1p(v * self.eps)
+            d = self.log_p - (q + self.eps).log() + math.log1p(v * self.eps)
             return (q + self.eps) / (1 + v * self.eps), d, d
-        x = difference(rows.z, rows.r, s.policy.max, s.reference.max) * self.t - log_kappa
+        x = _difference(rows.z, rows.r, s.policy.max, s.reference.max) * self.t - log_kappa
         d = x + self.offset + self.log_norm
         if self.kind is RowLoss.REVERSE_KL:
             norm = self.log_norm.exp()
-            d = torch.where(self.apart, self.relative + self.set_offset, d)
-            q = torch.where(self.apart, self.eps / norm, q / norm)
+            d = torch.where(self.in_set, self.relative + self.set_offset, d)
+            q = torch.where(self.in_set, self.eps / norm, q / norm)
         return q, d, x
 
-    def entries(self, loss: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries' sum of loss terms (N, 1), NL's active tokens (N, 1), and the gradient (N, V).
+    @cached_property
+    def pushed(self) -> Tensor:
+        """(N, V) bool: the tokens that negative likelihood still pushes down."""
+        floor = self.scalars.nl_floor
+        return self.in_set if floor is None else self.in_set & (self.log_p >= floor)
 
-        ``loss`` and ``active`` are the row's, as far as they are known.
-        """
-        p, nothing = self.p, torch.zeros_like(self.mass)
+    def partial_sums(self) -> Tensor:
+        """(N, ROW_PARTIAL_SUMS): the entries' loss terms, and NL's active tokens."""
+        p, terms, active = self.p, torch.zeros_like(self.mass), torch.zeros_like(self.mass)
         if self.kind.reads_reference:
-            q, d, x = self.target()
+            q, d, _ = self.target
             near = d.abs() < 1
             if self.kind is RowLoss.FORWARD_KL:
-                term = torch.where(near, q * phi(d), p - q - q * d)
+                term = torch.where(near, q * _phi(d), p - q - q * d)
                 term = torch.where(q == 0, p, term)
-                gradient = torch.where(near & (q > 0), q * d.expm1(), p - q)
                 if not self.uniform:  # the removed tokens' p is in the known part
-                    term = term.masked_fill(self.apart, 0.0)
-                    gradient = torch.where(self.apart, p, gradient)
+                    term = term.masked_fill(self.in_set, 0.0)
             else:
-                term = torch.where(near, p * phi(-d), p * d - p + q)
+                term = torch.where(near, p * _phi(-d), p * d - p + q)
                 term = torch.where(p == 0, q, term)
-                centred = x - self.kl_centre
-                if self.uniform:
-                    centred = d - loss
-                else:
-                    centred = torch.where(self.apart, self.relative - self.set_centre, centred)
-                gradient = (p * centred).masked_fill(p == 0, 0.0)
-            return term.sum(-1, keepdim=True), nothing, gradient
+            terms = term.sum(-1, keepdim=True)
+        elif self.kind is RowLoss.NEGATIVE_LIKELIHOOD:
+            floor, log_p = self.scalars.nl_floor, self.log_p
+            clamped = log_p if floor is None else log_p.clamp_min(floor)
+            terms = clamped.masked_fill(~self.in_set, 0.0).sum(-1, keepdim=True)
+            active = self.pushed.sum(-1, keepdim=True).to(p.dtype)
+        return torch.cat((terms, active), dim=-1)
+
+    def gradient(self, loss: Tensor, active: Tensor) -> Tensor:
+        """(N, V), of ``loss``, the row's as far as it is known, and NL's ``active`` tokens, both (N, 1)."""
+        p = self.p
+        if self.kind.reads_reference:
+            q, d, x = self.target
+            if self.kind is RowLoss.FORWARD_KL:
+                gradient = torch.where((d.abs() < 1) & (q > 0), q * d.expm1(), p - q)
+                return gradient if self.uniform else torch.where(self.in_set, p, gradient)
+            centred = d - loss
+            if not self.uniform:
+                kept, removed = x - self.kl_centre, self.relative - self.set_centre
+                centred = torch.where(self.in_set, removed, kept)
+            return (p * centred).masked_fill(p == 0, 0.0)
         if self.kind is RowLoss.LOG_LIKELIHOOD:
-            at_label = -self.s.policy.sum * self.kept_inverse
-            gradient = torch.where(self.apart, at_label, p)
-            if self.uniform:
+            at_label, elsewhere = -self.s.policy.sum * self.kept_inverse, p
+            if self.uniform:  # p − ỹ; at the label as whichever difference keeps its digits
                 norm = 1 + self.vocab_size * self.eps
-                bias = (self.vocab_size * self.apart - 1).to(p.dtype) * (self.eps / norm)
-                gradient = gradient + bias
-            return nothing, nothing, gradient
+                rest = (self.vocab_size - 1) * self.eps / norm
+                at_label = torch.where(p < 0.5, p - (1 + self.eps) / norm, at_label + rest)
+                elsewhere = p - self.eps / norm
+            return torch.where(self.in_set, at_label, elsewhere)
         if self.kind is RowLoss.UNLIKELIHOOD:
             share = ((self.rows.z - self.s.policy.max) * self.t).exp() / self.s.policy.sum
-            return nothing, nothing, torch.where(self.apart, p, -self.mass * share)
+            return torch.where(self.in_set, p, -self.mass * share)
         if self.kind is RowLoss.NEGATIVE_LIKELIHOOD:
-            floor = self.scalars.nl_floor
-            log_p = self.relative - self.log_sum
-            pushed = self.apart if floor is None else self.apart & (log_p >= floor)
-            clamped = log_p if floor is None else log_p.clamp_min(floor)
-            total = clamped.masked_fill(~self.apart, 0.0).sum(-1, keepdim=True)
-            count = pushed.sum(-1, keepdim=True).to(p.dtype)
-            return total, count, pushed.to(p.dtype) - active * p
-        return nothing, nothing, torch.zeros_like(p)
+            return self.pushed.to(p.dtype) - active * p
+        return torch.zeros_like(p)
 
 
-def launch(call: RowCall, inverse_normalizer: Tensor) -> None:
+def _inverse_normalizer(call: RowCall) -> Tensor:
+    """() real: what a row's loss and gradient are multiplied by, besides its own factor."""
+    t, s, real = call.tensors, call.scalars, real_dtype(call.logits)
+    one = call.logits.new_ones((), dtype=real)
+    if s.reduction != "mean":
+        return one
+    if t.normalizer is not None:
+        normalizer = t.normalizer
+    elif s.normalizer_value is not None:
+        normalizer = one * s.normalizer_value
+    else:
+        normalizer = active_rows(t.labels, t.weights, s.ignore_index).sum().to(real)
+    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
+
+
+def _merged(call: RowCall, rows: _Rows) -> _Statistics:
+    """Of the whole vocabulary."""
+    if call.gathered is None:
+        return _Statistics.unpacked(_chosen(call, rows, lambda kind: _statistics(call, rows, kind)))
+    merged = _Statistics.unpacked(call.gathered[0])
+    for shard in call.gathered[1:]:
+        merged = merged.merged(_Statistics.unpacked(shard), 1 / call.scalars.temperature)
+    return merged
+
+
+def launch(call: RowCall) -> None:
+    t = call.tensors
+    if call.is_first:
+        check_indices(
+            t.labels, t.weights, t.negative_ids, call.vocab_size, call.scalars.ignore_index
+        )
     rows = _rows(call)
-    if call.statistics is not None:
+    if call.kind is Kind.STATISTICS:
+        assert call.statistics is not None
         packed = _chosen(call, rows, lambda kind: _statistics(call, rows, kind))
         call.statistics.copy_(packed.masked_fill(~rows.active, 0.0))
         return
-    assert call.gathered is not None
-    inverse_t = 1 / call.scalars.temperature
-    s = _Statistics.unpacked(call.gathered[0])
-    for shard in call.gathered[1:]:
-        s = s.merged(_Statistics.unpacked(shard), inverse_t)
-    sides = {RowLoss(call.scalars.positive_loss), RowLoss(call.scalars.negative_loss)}
-    row = {kind: _Row(call, rows, kind, s) for kind in sides}
-    loss, active = {kind: x.known_loss for kind, x in row.items()}, rows.set_count.to(s.kept)
-    if call.totals is not None:
-        loss = {kind: x + call.totals[:, :1] for kind, x in loss.items()}
-        active = call.totals[:, 1:]
+    statistics = _merged(call, rows)
+    row = {kind: _Row(call, rows, kind, statistics) for kind in {*call.scalars.sides}}
+    loss = {kind: x.known_loss for kind, x in row.items()}
+    active = rows.set_count.to(rows.z)
+    sums = call.total_sums
+    if sums is None:
+        sums = _chosen(call, rows, lambda kind: row[kind].partial_sums())
+        sums = sums.masked_fill(~rows.active, 0.0)
+    if call.kind is Kind.PARTIAL_SUMS:
+        assert call.partial_sums is not None
+        call.partial_sums.copy_(sums)
+    else:
+        loss = {kind: x + sums[:, :1] for kind, x in loss.items()}
+        active = sums[:, 1:]
 
     # A factor of 0 is a loss and a gradient of 0, whatever the row holds.
     none = _chosen(call, rows, lambda kind: torch.full_like(rows.active, kind is RowLoss.NONE))
-    factor = (rows.scale * inverse_normalizer).masked_fill(none, 0.0)
-    if call.parts is not None or call.gradient is not None:
-        entries = {kind: x.entries(loss[kind], active) for kind, x in row.items()}
-        if call.parts is not None:
-            parts = _chosen(call, rows, lambda kind: torch.cat(entries[kind][:2], dim=-1))
-            call.parts.copy_(parts.masked_fill(~rows.active, 0.0))
-        if call.gradient is not None:
-            gradient = _chosen(
-                call,
-                rows,
-                lambda kind: entries[kind][2].masked_fill(row[kind].lost(loss[kind]), math.nan),
-            )
-            scale = factor * inverse_t
-            if call.upstream is not None:
-                upstream = call.upstream[:, None]
-                scale = (scale * upstream).masked_fill((scale == 0) | (upstream == 0), 0.0)
-            call.gradient.copy_((gradient * scale).masked_fill(scale == 0, 0.0))
-    if call.totals is None:
-        return
-
+    factor = (rows.scale * _inverse_normalizer(call)).masked_fill(none, 0.0)
+    if call.gradient is not None:
+        gradient = _chosen(
+            call,
+            rows,
+            lambda kind: (
+                row[kind]
+                .gradient(loss[kind], active)
+                .masked_fill(row[kind].lost(loss[kind]), math.nan)
+            ),
+        )
+        scale = factor / call.scalars.temperature
+        if call.upstream is not None:
+            upstream = call.upstream[:, None]
+            scale = (scale * upstream).masked_fill((scale == 0) | (upstream == 0), 0.0)
+        call.gradient.copy_((gradient * scale).masked_fill(scale == 0, 0.0))
     value = _chosen(call, rows, loss.__getitem__).masked_fill(rows.invalid, math.nan)
     value = value.masked_fill(~rows.active, 0.0)
     if call.loss is not None:
         weighted = (value * factor).masked_fill(factor == 0, 0.0)
         per_row = call.scalars.reduction == "none"
         call.loss.copy_(weighted.view_as(call.loss) if per_row else weighted.sum())
-    if call.stats is not None:
+    if call.diagnostics is not None:
         diagnosis = _chosen(call, rows, lambda kind: _diagnosis(row[kind], value))
         diagnosis = diagnosis.masked_fill(~rows.active | rows.invalid, math.nan)
-        call.stats.copy_(torch.cat((value, diagnosis), -1).t().view_as(call.stats))
+        call.diagnostics.copy_(torch.cat((value, diagnosis), -1).t().view_as(call.diagnostics))
 
 
 def _diagnosis(row: _Row, loss: Tensor) -> Tensor:

@@ -1,104 +1,50 @@
-"""Process groups over which a vocabulary is sharded: their collectives, and what their ranks must agree on.
+"""What the ranks of a sharded vocabulary must agree on, and how one that raises tells the others.
 
-Collectives are those that PyTorch compiles to (``_c10d_functional``): they take a group by its name.
-
-A rank must not raise alone, for the others would wait for it, and what the ranks give must fit, or they would exchange
+No rank may raise alone, for the others would wait for it. And what the ranks give must fit, or they would exchange
 tensors of different sizes, which gloo answers with an abort and NCCL with a hang. So the ranks first exchange a few
-integers (``settle``): the columns of each, -1 from one that raises, and checksums of what must be the same everywhere.
-On a CPU at every call. On a device, where reading the answer would wait for it, at a group's first call, whose answer,
-the sizes of all shards, is needed; what fails later shows as NaN in the loss of the others.
+integers (``agree``): the columns of each, and checksums of what must be the same everywhere. A rank that raises sends
+-1 in place of its columns (``report_error``).
+
+On a CPU the ranks do so in every call. On a device, reading the answer would wait for it: there it is a group's first
+call alone, which needs the answer, the sizes of all shards. A rank that fails later sends NaN, which reaches the loss
+of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from tnt_kernels._checks import LOGITS_DTYPES
-from tnt_kernels._ops import RowTensors
-from tnt_kernels.backends.call import ROW_PARTS, ROW_STATISTICS, Scalars, real_dtype
+from tnt_kernels._call import (
+    LOGITS_DTYPES,
+    ROW_PARTIAL_SUMS,
+    ROW_STATISTICS,
+    RowTensors,
+    Shard,
+    real_dtype,
+)
+from tnt_kernels._scalars import Scalars
+from tnt_kernels._sharded.collectives import (
+    all_gather,
+    group_rank,
+    group_size,
+    process_group,
+)
 
-_T = TypeVar("_T")
 
+class Columns(NamedTuple):
+    """Which part of the whole vocabulary this rank holds."""
 
-class Shard(NamedTuple):
-    """Of a vocabulary; the operators take these after ``Scalars``."""
-
-    group: str  # the process group's name
-    sizes: (
-        list[int] | None
-    )  # columns of every rank, in rank order; None: asked once for every group
-
-
-class Place(NamedTuple):
-    """Of this rank's shard."""
-
-    offset: int
-    vocab_size: int
+    offset: int  # the vocabulary id of its first column
+    vocab_size: int  # of the whole vocabulary
     widest: int  # columns of the largest shard
 
-
-def shard_of(group: Any, sizes: Sequence[int] | None) -> Shard | None:
-    """None for a group of one, which needs no collective.
-
-    Raises:
-        TypeError: not a process group, or sizes that are not integers.
-        ValueError: sizes that do not fit the group.
-    """
-    if group is None:
-        if sizes is not None:
-            raise ValueError("shard_sizes: given without group, expected both or neither")
-        return None
-    if not torch.distributed.is_available() or not isinstance(
-        group, torch.distributed.ProcessGroup
-    ):
-        raise TypeError(f"group: {type(group).__name__}, expected a torch.distributed.ProcessGroup")
-    count = group.size()
-    if sizes is not None:
-        sizes = list(sizes)
-        for size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"shard_sizes: {type(size).__name__} in it, expected integers")
-        if len(sizes) != count or min(sizes) < 0:
-            raise ValueError(
-                f"shard_sizes is {sizes}, expected {count} sizes, one of every rank of group"
-            )
-    return None if count == 1 else Shard(group.group_name, sizes)
-
-
-def _process_group(name: str) -> Any:
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-
-
-def group_rank(name: str) -> int:
-    rank: int = _process_group(name).rank()
-    return rank
-
-
-def group_size(name: str) -> int:
-    size: int = _process_group(name).size()
-    return size
-
-
-def all_gather(x: Tensor, group: str) -> Tensor:
-    """(S, *x.shape): every rank's x, which is contiguous."""
-    size = group_size(group)
-    functional = torch.ops._c10d_functional
-    out: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(x, size, group))
-    return out.view(size, *x.shape)
-
-
-def all_reduce_(x: Tensor, group: str) -> None:
-    functional = torch.ops._c10d_functional
-    functional.wait_tensor(functional.all_reduce_(x, "sum", group))
-
-
-# --- what the ranks must agree on -----------------------------------------------------------------------------------
 
 #: Of every group, the sizes that all its ranks have confirmed; under None, those found without being told.
 _confirmed: WeakKeyDictionary[Any, dict[tuple[int, ...] | None, tuple[int, ...]]] = (
@@ -134,7 +80,7 @@ def _checksum(x: Tensor | None) -> int:
 
 def facts_of(
     function: str,
-    of: str,
+    owner: str,
     dtype: torch.dtype,
     rows: RowTensors,
     scalars: Scalars,
@@ -142,13 +88,13 @@ def facts_of(
 ) -> Facts:
     """Argument and number, of all that must be the same on every rank.
 
-    ``dtype`` is that of the argument ``of``. It decides over that of ``rows``, so it comes before their checksums.
+    ``dtype`` is that of the argument ``owner``. It decides over that of ``rows``, so it comes before their checksums.
     """
     sizes = [None if x is None else tuple(x.shape) for x in (rows.alpha, rows.negative_ids)]
     facts = [
         ("rows", rows.labels.numel()),
         ("the function", _digest(function)),
-        (of + _DTYPE, _number(dtype)),
+        (owner + _DTYPE, _number(dtype)),
         ("labels", _checksum(rows.labels)),
         ("weights", _checksum(rows.weights) if rows.weights is not None else -1),
         ("alpha", _checksum(rows.alpha)),
@@ -158,7 +104,6 @@ def facts_of(
         ("normalizer", _checksum(rows.normalizer)),
     ]
     settings = {**scalars._asdict(), **more}
-    del settings["backend"]  # backends understand each other
     facts += [(_ARGUMENTS.get(name, name), _number(value)) for name, value in settings.items()]
     assert len(facts) <= _FACTS
     return facts + [("", 0)] * (_FACTS - len(facts))
@@ -180,8 +125,8 @@ def _mismatch(name: str, first: int, other: int, rank: int) -> str:
     )
 
 
-def raise_for_others(sizes: Sequence[float], rank: int) -> None:
-    """For ranks that have raised, which say so by a size that none has."""
+def raise_if_another_failed(sizes: Sequence[float], rank: int) -> None:
+    """Raises if another rank reported an error: it sends a negative size, or NaN."""
     lost = [i for i, size in enumerate(sizes) if not size >= 0]
     if lost and rank not in lost:
         raise RuntimeError(
@@ -190,7 +135,7 @@ def raise_for_others(sizes: Sequence[float], rank: int) -> None:
 
 
 def _known(shard: Shard) -> dict[tuple[int, ...] | None, tuple[int, ...]]:
-    return _confirmed.setdefault(_process_group(shard.group), {})
+    return _confirmed.setdefault(process_group(shard.group), {})
 
 
 def _given(shard: Shard) -> tuple[int, ...] | None:
@@ -202,8 +147,8 @@ def _exchanges(shard: Shard, device: torch.device) -> bool:
     return device.type == "cpu" or _given(shard) not in _known(shard)
 
 
-def settle(shard: Shard, vocab: int, device: torch.device, facts: Callable[[], Facts]) -> None:
-    """Makes sure that the ranks' calls fit. All of them get here, unless a rank has called ``announcing``.
+def agree(shard: Shard, vocab: int, device: torch.device, facts: Callable[[], Facts]) -> None:
+    """Makes sure that the ranks' calls fit. Every rank gets here, or has raised and called ``report_error``.
 
     Raises:
         RuntimeError: another rank has raised.
@@ -216,7 +161,7 @@ def settle(shard: Shard, vocab: int, device: torch.device, facts: Callable[[], F
     message = [vocab, *(given or [-1] * count), *numbers]
     answers = all_gather(torch.tensor(message, device=device), shard.group).tolist()
     sizes = [answer[0] for answer in answers]
-    raise_for_others(sizes, rank)
+    raise_if_another_failed(sizes, rank)
     for i, answer in enumerate(answers):
         for name, mine, other in zip(
             names, answers[0][1 + count :], answer[1 + count :], strict=True
@@ -239,15 +184,15 @@ def settle(shard: Shard, vocab: int, device: torch.device, facts: Callable[[], F
         )
 
 
-def place(shard: Shard, vocab: int) -> Place:
-    """Where this rank's ``vocab`` columns lie, once that is settled."""
+def columns_of(shard: Shard, vocab: int) -> Columns:
+    """Of a rank with ``vocab`` columns, once the ranks have agreed."""
     sizes, rank = _known(shard)[_given(shard)], group_rank(shard.group)
     if sizes[rank] != vocab:
         raise ValueError(
             f"logits: V = {vocab} on rank {rank}, expected {sizes[rank]}, as the shards of group are {list(sizes)}; a "
             "group with several vocabularies needs shard_sizes"
         )
-    return Place(sum(sizes[:rank]), sum(sizes), max(sizes))
+    return Columns(sum(sizes[:rank]), sum(sizes), max(sizes))
 
 
 # --- a rank that raises ---------------------------------------------------------------------------------------------
@@ -259,27 +204,21 @@ def join_as_failed(shard: Shard, logits: Tensor, twice: bool) -> None:
     nan = logits.new_full((n + 1, ROW_STATISTICS), torch.nan, dtype=real)
     all_gather(nan, shard.group)
     if twice and logits.device.type != "cpu":  # the others have not noticed yet
-        all_gather(logits.new_full((n, ROW_PARTS), torch.nan, dtype=real), shard.group)
+        all_gather(logits.new_full((n, ROW_PARTIAL_SUMS), torch.nan, dtype=real), shard.group)
 
 
-def announcing(
-    shard: Shard | None, x: Any, prepare: Callable[[], _T], with_statistics: bool = False
-) -> _T:
-    """``prepare()``, before the ranks settle; the others get to know its errors.
+def report_error(shard: Shard, x: Any, with_statistics: bool = False) -> None:
+    """Of a rank that has raised before the ranks agreed: tells the others.
 
-    Not where they exchange no integers, unless ``x`` are the logits of ``tnt_loss`` (``with_statistics``).
+    Where the ranks exchange no integers they are told by their statistics, if ``x`` are the logits of ``tnt_loss``
+    (``with_statistics``), and otherwise not.
     """
-    if shard is None or torch.compiler.is_compiling():
-        return prepare()
-    try:
-        return prepare()
-    except Exception:
-        is_tensor = isinstance(x, Tensor)
-        if is_tensor or not torch.accelerator.is_available():
-            device = x.device if is_tensor else torch.device("cpu")
-            if _exchanges(shard, device):
-                message = [-1] * (1 + group_size(shard.group) + _FACTS)
-                all_gather(torch.tensor(message, device=device), shard.group)
-            elif with_statistics and x.dim() > 0:
-                join_as_failed(shard, x, twice=True)
-        raise
+    is_tensor = isinstance(x, Tensor)
+    if is_dynamo_compiling() or (not is_tensor and torch.accelerator.is_available()):
+        return
+    device = x.device if is_tensor else torch.device("cpu")
+    if _exchanges(shard, device):
+        message = [-1] * (1 + group_size(shard.group) + _FACTS)
+        all_gather(torch.tensor(message, device=device), shard.group)
+    elif with_statistics and x.dim() > 0:
+        join_as_failed(shard, x, twice=True)

@@ -1,7 +1,7 @@
-"""Hidden states to losses and gradients, a chunk of rows at a time: what the operators of ``_linear_ops`` do.
+"""Hidden states to losses and gradients, a chunk of rows at a time: what ``_linear.operators`` do.
 
-A chunk is multiplied out, the loss turns its logits into their gradient (``_shards.chunk_losses_into``), and that is
-multiplied back, at once or, of 16-bit parameters, together with that of other chunks (``_linear_matmul``).
+A chunk is multiplied out, the loss turns its logits into their gradient, and that is multiplied back, at once or, of
+16-bit parameters, together with that of other chunks (``_linear.matmul``).
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels import _shards
-from tnt_kernels._groups import Shard, all_reduce_, join_as_failed, place
-from tnt_kernels._linear_matmul import (
+from tnt_kernels._call import LossCall, RowTensors, Shard, active_rows, real_dtype
+from tnt_kernels._linear.matmul import (
     Gradients,
     Head,
-    Waiting,
+    Slot,
     held_dtype,
     keeps_float32,
     new_rows,
     padded,
 )
-from tnt_kernels._ops import RowTensors
-from tnt_kernels.backends.call import Scalars, loss_needs_totals, real_dtype
+from tnt_kernels._operators import losses_into
+from tnt_kernels._scalars import Scalars
+from tnt_kernels._sharded.agreement import columns_of, join_as_failed
+from tnt_kernels._sharded.collectives import all_reduce_
 from tnt_kernels.objectives import RowLoss
 
 #: What a call's buffers may take. Every chunk reads all of the weight, and every matmul of gradients reads and writes
@@ -40,7 +41,7 @@ _TILE_ROWS = 128
 
 
 class LinearTensors(NamedTuple):
-    """The operators' tensors, in this order. V: the vocabulary, which the parameters may exceed."""
+    """What both models multiply. V is the vocabulary, which the parameters may exceed."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (>= V, H)
@@ -48,15 +49,10 @@ class LinearTensors(NamedTuple):
     ref_hidden: Tensor | None  # (..., H_ref)
     ref_weight: Tensor | None  # (>= V, H_ref)
     ref_bias: Tensor | None  # (>= V,)
-    labels: Tensor  # (...) int64
-    weights: Tensor | None  # (...) real
-    alpha: Tensor | None  # (...) or () real
-    negative_ids: Tensor | None  # (..., K) or (K,) int64
-    normalizer: Tensor | None  # () real
 
 
 class LinearScalars(NamedTuple):
-    """The operators' first scalars, in this order; ``Scalars`` follow."""
+    """What models put between hidden states and logits, and how many rows are taken at a time."""
 
     softcap: float | None
     ref_softcap: float | None
@@ -71,24 +67,12 @@ def _budget(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
 
 
-def flatten_rows(t: LinearTensors) -> LinearTensors:
-    """(...) as (N,). What holds for every row stays as it is."""
-    alpha, ids = t.alpha, t.negative_ids
-    return t._replace(
-        hidden=t.hidden.reshape(-1, t.hidden.size(-1)),
-        ref_hidden=None
-        if t.ref_hidden is None
-        else t.ref_hidden.reshape(-1, t.ref_hidden.size(-1)),
-        labels=t.labels.reshape(-1),
-        weights=None if t.weights is None else t.weights.reshape(-1),
-        alpha=alpha if alpha is None or alpha.dim() == 0 else alpha.reshape(-1),
-        negative_ids=ids if ids is None or ids.dim() == 1 else ids.reshape(-1, ids.size(-1)),
-    )
-
-
-def active_rows(labels: Tensor, weights: Tensor | None, ignore_index: int) -> Tensor:
-    active = labels != ignore_index
-    return active if weights is None else active & (weights != 0)
+def flat_hidden(t: LinearTensors) -> LinearTensors:
+    """(..., H) as (N, H)."""
+    ref_hidden = t.ref_hidden
+    if ref_hidden is not None:
+        ref_hidden = ref_hidden.reshape(-1, ref_hidden.size(-1))
+    return t._replace(hidden=t.hidden.reshape(-1, t.hidden.size(-1)), ref_hidden=ref_hidden)
 
 
 class RowGroup(NamedTuple):
@@ -100,20 +84,20 @@ class RowGroup(NamedTuple):
 
 
 def plan(
-    t: LinearTensors, s: Scalars, max_active_rows: int | None
+    rows: RowTensors, s: Scalars, max_active_rows: int | None
 ) -> tuple[list[RowGroup], Tensor]:
     """The rows to compute, those that read the reference apart from the others; and the number of active rows.
 
     That number sits on the device: to ask for it is the one place where a GPU is waited for. With ``max_active_rows``
     it is not asked for, and that many rows are taken, active ones first, all with their reference.
     """
-    active = active_rows(t.labels, t.weights, s.ignore_index)
-    positive, negative = (RowLoss(x).reads_reference for x in (s.positive_loss, s.negative_loss))
+    active = active_rows(rows.labels, rows.weights, s.ignore_index)
+    positive, negative = (side.reads_reference for side in s.sides)
     reads = torch.full_like(active, positive)
     if positive != negative:
-        is_negative = torch.zeros_like(active) if t.weights is None else t.weights < 0
-        if t.negative_ids is not None:
-            is_negative |= (t.negative_ids >= 0).any(-1)
+        is_negative = torch.zeros_like(active) if rows.weights is None else rows.weights < 0
+        if rows.negative_ids is not None:
+            is_negative |= (rows.negative_ids >= 0).any(-1)
         reads = is_negative if negative else ~is_negative
     count = active.sum()
     # 0: reads the reference, 1: does not, 2: nothing to do
@@ -139,7 +123,7 @@ class _Layout(NamedTuple):
     #: Without "logits": they are where their gradient waits.
     buffers: dict[str | torch.dtype, torch.dtype]
     waits: bool  # the gradient of logits is to be rounded to 16 bits, and then waits for a matmul of many rows
-    gradient_in_room: bool  # the loss writes it where it waits
+    gradient_in_slot: bool  # the loss writes it where it waits
 
 
 def _layout(
@@ -169,7 +153,7 @@ def _layout(
             names.append("tanh")
         buffers = dict.fromkeys(names, real)
         if rounds:
-            # Where rows wait for the gradient's matmuls, that of the logits may use their room.
+            # Where rows wait for the gradient's matmuls, that of the logits may use their slot.
             dtypes -= {real, hidden.dtype if waits else real}
             buffers |= {dtype: dtype for dtype in dtypes}
     return _Layout(buffers, waits, waits and not changes)
@@ -227,15 +211,15 @@ def sizes_of(
     return Sizes(half, half * max(1, chunks), False)
 
 
-def _unless_it_reads(row_loss: int) -> int:
-    return int(RowLoss.NONE if RowLoss(row_loss).reads_reference else row_loss)
+def _unless_it_reads(side: RowLoss) -> int:
+    return int(RowLoss.NONE if side.reads_reference else side)
 
 
 class Chunks:
     """The chunks of a call whose ranks have agreed: buffers, gradients, and the way through.
 
     Args:
-        t: with flat rows.
+        t: with hidden states (N, H).
         wanted: whether the gradients of hidden, weight and bias are.
         upstream: (N,), multiplies the gradient of every row.
     """
@@ -244,15 +228,15 @@ class Chunks:
         self,
         t: LinearTensors,
         linear: LinearScalars,
-        s: Scalars,
+        call: LossCall,
         groups: list[RowGroup],
         wanted: Sequence[bool],
         upstream: Tensor | None,
-        shard: Shard | None,
     ) -> None:
-        self._t, self._s, self._shard = t, s, shard
+        self._t, self._call, self._shard = t, call, call.shard
+        shard = call.shard
         self._wanted, self._upstream, vocab = wanted, upstream, linear.vocab_size
-        widest = vocab if shard is None else place(shard, vocab).widest
+        widest = vocab if shard is None else columns_of(shard, vocab).widest
         self._layout = _layout(t, linear, groups, wanted, upstream is not None)
         self._sizes = sizes_of(t, linear, groups, wanted, widest, self._layout)
         self._policy = Head(t.hidden, t.weight, t.bias, linear.softcap, linear.logit_scale, vocab)
@@ -286,7 +270,7 @@ class Chunks:
     def _join_as_failed(self, shard: Shard, chunks: list[tuple[RowGroup, Tensor]]) -> None:
         hidden = self._t.hidden
         for group, index in chunks:
-            totals = loss_needs_totals(self._settings(group))
+            totals = self._scalars(group).loss_needs_totals
             join_as_failed(shard, hidden[: len(index)], twice=totals)
             if hidden.device.type == "cpu":
                 return  # the others raise in this chunk
@@ -294,42 +278,45 @@ class Chunks:
             nan = hidden.new_full(hidden.shape, torch.nan, dtype=real_dtype(hidden))
             all_reduce_(nan, shard.group)
 
-    def _settings(self, group: RowGroup) -> Scalars:
-        s = self._s
+    def _scalars(self, group: RowGroup) -> Scalars:
+        s = self._call.scalars
         if group.reads_reference:
             return s
         # None of these rows is of a side that reads it, but a backend asks for it if one side might.
-        sides = _unless_it_reads(s.positive_loss), _unless_it_reads(s.negative_loss)
-        return s._replace(positive_loss=sides[0], negative_loss=sides[1])
+        positive, negative = map(_unless_it_reads, s.sides)
+        return s._replace(positive_loss=positive, negative_loss=negative)
 
-    def losses(self, with_stats: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Chunk after chunk: its rows' indices, their loss and statistics. Adds to the gradients."""
+    def losses(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunk after chunk: its rows' indices, their loss and diagnostics. Adds to the gradients."""
         gradients = self._gradients
         for i, (group, index) in enumerate(self._chunks):
             with self._joins(self._chunks[i:]):
-                room = None if gradients is None else gradients.room(len(index))
+                slot = None if gradients is None else gradients.reserve(len(index))
                 buffers = {name: x[: len(index)] for name, x in self._buffers.items()}
-                if room is not None:
-                    buffers.setdefault("logits", room.logits)
-                    buffers.setdefault(room.logits.dtype, room.logits)
-                rows, tensors = self._multiply(group, index, buffers, room)
+                if slot is not None:
+                    buffers.setdefault("logits", slot.logits)
+                    buffers.setdefault(slot.logits.dtype, slot.logits)
+                rows, tensors = self._multiply(group, index, buffers, slot)
                 logits, tanh = buffers["logits"], buffers.get("tanh")
-            arguments = (logits, tensors, self._settings(group), self._shard, with_stats)
-            if gradients is None:
-                yield index, *_shards.chunk_losses(*arguments)
-                continue
             gradient = logits
-            if room is not None and self._layout.gradient_in_room:
-                gradient = room.logits
-            loss, stats = _shards.chunk_losses_into(gradient, *arguments)
+            if slot is not None and self._layout.gradient_in_slot:
+                gradient = slot.logits
+            loss, diagnostics = losses_into(
+                None if gradients is None else gradient,
+                logits,
+                self._call._replace(tensors=tensors, scalars=self._scalars(group)),
+            )
+            if gradients is None:
+                yield index, loss, diagnostics
+                continue
             with self._joins(self._chunks[i + 1 :]):
                 if self._upstream is not None:
                     gradient.mul_(self._upstream[index][:, None])
                 if tanh is not None:
                     # softcap's derivative, 1 - tanh²
                     gradient.addcmul_(gradient, tanh.square_(), value=-1)
-                gradients.add(index, rows, gradient, room)
-            yield index, loss, stats
+                gradients.add(index, rows, gradient, slot)
+            yield index, loss, diagnostics
 
     def gradients(self) -> list[Tensor]:
         """Of hidden (N, H), weight and bias, those that are wanted, once all chunks have been through."""
@@ -341,16 +328,17 @@ class Chunks:
         return self._gradients.results()
 
     def _multiply(
-        self, group: RowGroup, index: Tensor, buffers: _Buffers, room: Waiting | None
+        self, group: RowGroup, index: Tensor, buffers: _Buffers, slot: Slot | None
     ) -> tuple[Tensor, RowTensors]:
         """Fills a chunk's logits; returns its hidden states and what else the loss takes."""
-        t = self._t
-        rows = torch.index_select(t.hidden, 0, index, out=None if room is None else room.rows)
+        t = self._call.tensors
+        out = None if slot is None else slot.rows
+        rows = torch.index_select(self._t.hidden, 0, index, out=out)
         labels = t.labels[index]
         weights = None if t.weights is None else t.weights[index]
         if not group.all_active:
             # 0 · NaN is NaN: a row of weight 0 must not reach the gradient of the weight
-            inactive = ~active_rows(labels, weights, self._s.ignore_index)
+            inactive = ~active_rows(labels, weights, self._call.scalars.ignore_index)
             rows.masked_fill_(inactive[:, None], 0.0)
         logits, ref_logits = buffers["logits"], None
         self._policy.logits(rows, logits, _rounded(buffers, rows, logits), buffers.get("tanh"))
@@ -363,7 +351,7 @@ class Chunks:
             ref_logits,
             labels,
             weights,
-            alpha if alpha is None or alpha.dim() == 0 else alpha[index],
+            alpha if alpha is None or len(alpha) == 1 else alpha[index],
             ids if ids is None or ids.dim() == 1 else ids[index],
             t.normalizer,
         )

@@ -15,17 +15,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from tnt_kernels.objectives import RowLoss
+
 # Stands in for logits of removed tokens and past the end of a row: a token without probability.
 NOTHING = tl.constexpr(-float("inf"))
 CLOSE = tl.constexpr(1.0)
 
-# The values of objectives.RowLoss.
-NONE = tl.constexpr(0)
-FORWARD_KL = tl.constexpr(1)
-REVERSE_KL = tl.constexpr(2)
-LOG_LIKELIHOOD = tl.constexpr(3)
-UNLIKELIHOOD = tl.constexpr(4)
-NEGATIVE_LIKELIHOOD = tl.constexpr(5)
+NONE = tl.constexpr(int(RowLoss.NONE))
+FORWARD_KL = tl.constexpr(int(RowLoss.FORWARD_KL))
+REVERSE_KL = tl.constexpr(int(RowLoss.REVERSE_KL))
+LOG_LIKELIHOOD = tl.constexpr(int(RowLoss.LOG_LIKELIHOOD))
+UNLIKELIHOOD = tl.constexpr(int(RowLoss.UNLIKELIHOOD))
+NEGATIVE_LIKELIHOOD = tl.constexpr(int(RowLoss.NEGATIVE_LIKELIHOOD))
 
 
 @triton.jit

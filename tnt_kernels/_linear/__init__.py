@@ -1,0 +1,1 @@
+"""From hidden states to losses and gradients, without logits of all rows: chunks, their matmuls, operators."""

@@ -1,0 +1,146 @@
+"""The operators on rows, of a whole vocabulary or of a shard: from logits (..., V) to the launch of a backend.
+
+``row_losses`` yields loss and gradient of a batch in one call, ``row_losses_`` writes that gradient over the logits.
+``row_gradients`` and ``row_gradients_`` write the gradient later, from what ``row_losses`` saved of every row, with the
+upstream factor folded in. Of a shard, each holds its collectives, so that to a compiler it is one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnt_kernels._call import (
+    ROW_COEFFICIENTS,
+    ROW_DIAGNOSTICS,
+    Kind,
+    LossCall,
+    RowCall,
+    Shard,
+    as_rows,
+    real_dtype,
+)
+from tnt_kernels._rows.layout import check_no_overlap
+from tnt_kernels._rows.schema import nothing, operator
+from tnt_kernels._sharded.agreement import Facts, agree, facts_of
+from tnt_kernels._sharded.losses import later_gradient, new_saved, write_losses
+from tnt_kernels.backends import BACKENDS
+
+
+def _new_gradient(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _new_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
+    none, real = call.scalars.reduction == "none", real_dtype(logits)
+    outputs = [logits.new_empty(logits.shape[:-1] if none else (), dtype=real)]
+    if now:
+        outputs.append(torch.empty_like(logits, memory_format=torch.contiguous_format))
+    if call.diagnostics:
+        outputs.append(logits.new_empty((ROW_DIAGNOSTICS, *logits.shape[:-1]), dtype=real))
+    if later and call.shard is not None:
+        outputs.extend(new_saved(logits, call, call.shard))
+    elif later:
+        shape = (call.tensors.labels.size(0), ROW_COEFFICIENTS)
+        outputs.append(logits.new_empty(shape, dtype=real))
+    return outputs
+
+
+@operator(_new_losses)
+def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
+    """[loss], the gradient if it is wanted now, diagnostics if they are wanted, and what a later gradient needs."""
+    shard = call.shard
+    outputs = _new_losses(logits, call, now, later and shard is None)
+    gradient = outputs[1] if now else None
+    diagnostics = outputs[1 + now] if call.diagnostics else None
+    if shard is not None:
+        _agree(logits, call, shard)
+        saved = write_losses(logits, call, shard, outputs[0], diagnostics, gradient)
+        return [*outputs, *saved] if later else outputs
+    rows = logits
+    if logits.dim() != 2 or not logits.is_contiguous():
+        rows, gradient = as_rows(logits), None if gradient is None else as_rows(gradient)
+    BACKENDS[call.backend].launch(
+        RowCall(
+            Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
+            outputs[0], diagnostics, outputs[-1] if later else None, gradient,
+        )
+    )  # fmt: skip
+    return outputs
+
+
+def _new_losses_(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
+    loss, *more = _new_losses(logits, call, now=False, later=False)
+    return loss, more[0] if more else loss.new_empty(
+        0
+    )  # a compiler takes no list where tensors are written to
+
+
+@operator(_new_losses_, overwrites="logits")
+def row_losses_(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
+    """Loss and diagnostics (empty unless they are wanted); the gradient lies where the logits were."""
+    if call.shard is not None:
+        _agree(logits, call, call.shard)
+    return losses_into(logits, logits, call)
+
+
+def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
+    def facts() -> Facts:
+        return facts_of("tnt_loss", "logits", logits.dtype, call.tensors, call.scalars, {})
+
+    agree(shard, logits.size(-1), logits.device, facts)
+
+
+def losses_into(gradient: Tensor | None, logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
+    """As ``row_losses_``; the gradient, if one is wanted, goes over the logits or elsewhere, perhaps in bfloat16.
+
+    No operator, because no compiler gets to see this. Ranks of a sharded vocabulary have agreed.
+    """
+    outputs = _new_losses_(logits, call)
+    loss, diagnostics = outputs[0], outputs[1] if call.diagnostics else None
+    if call.shard is not None:
+        write_losses(logits, call, call.shard, loss, diagnostics, gradient)
+        return outputs
+    rows = as_rows(logits)
+    if gradient is logits:
+        check_no_overlap(rows, call.tensors.ref_logits)
+        gradient = rows
+    elif gradient is not None:
+        gradient = as_rows(gradient)
+    BACKENDS[call.backend].launch(
+        RowCall(
+            Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
+            loss, diagnostics, None, gradient,
+        )
+    )  # fmt: skip
+    return outputs
+
+
+def _backward(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> RowCall:
+    """The launch that writes the gradient, without ``gradient`` as yet."""
+    upstream = upstream.reshape(-1)
+    if call.shard is not None:
+        return later_gradient(logits, call, call.shard, saved, upstream)
+    (coefficients,), rows = saved, as_rows(logits)
+    return RowCall(
+        Kind.BACKWARD, rows, call.tensors, call.scalars, 0, rows.size(1),
+        coefficients=coefficients, upstream=upstream,
+    )  # fmt: skip
+
+
+@operator(_new_gradient)
+def row_gradients(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> Tensor:
+    gradient = _new_gradient(logits)
+    launch = _backward(logits, call, saved, upstream)
+    BACKENDS[call.backend].launch(launch._replace(gradient=as_rows(gradient)))
+    return gradient
+
+
+@operator(nothing, overwrites="logits")
+def row_gradients_(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> None:
+    """The gradient lies where the logits were."""
+    launch = _backward(logits, call, saved, upstream)
+    check_no_overlap(launch.logits, launch.tensors.ref_logits)
+    BACKENDS[call.backend].launch(launch._replace(gradient=launch.logits))

@@ -1,0 +1,1 @@
+"""What whole and sharded vocabularies have in common: checks, operators' schemas, rows in memory."""

@@ -1,0 +1,187 @@
+"""The Triton kernels (``kernels.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnt_kernels._call import Kind, RowCall
+from tnt_kernels.backends.protocol import check_indices, describe
+from tnt_kernels.backends.triton.config import RowConfig, row_config
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FACTOR_BLOCK = 1024
+_SCALE_PROGRAMS = 2048  # more than are resident at a time, few enough to return at once where there is nothing to do
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Imported here, and not above, because importing Triton takes half a second."""
+    import tnt_kernels.backends.triton.kernels as kernels
+
+    return kernels
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def why_not(logits: Tensor | None) -> str:
+    """Why this backend cannot serve these logits, or (None) any; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if logits is None:
+        if _interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+            return ""
+        return "there is no GPU"
+    if logits.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, logits are {describe(logits)}"
+    if logits.device.type == "cpu" and not _interpreted():
+        return f"it takes GPU tensors, logits are {describe(logits)} (TRITON_INTERPRET=1 simulates a GPU)"
+    if logits.device.type not in ("cpu", "cuda", "xpu"):
+        return f"it takes tensors of NVIDIA, AMD and Intel GPUs, logits are {describe(logits)}"
+    return ""
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """What launch settings depend on, such as sm_90 or gfx942."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def options(config: RowConfig, architecture: str) -> dict[str, int]:
+    """Triton's launch options."""
+    if architecture.startswith("gfx"):
+        return {"num_warps": max(1, config.warps // 2)}  # AMD's large GPUs have 64 lanes
+    if architecture.startswith("sm_"):
+        # Without a limit of its own, NVIDIA's assembler spills to reach the next occupancy. Others know no such option.
+        return {"num_warps": config.warps, "maxnreg": min(255, 65536 // (32 * config.warps))}
+    return {"num_warps": config.warps}
+
+
+def scale_(gradient: Tensor, scale: Tensor) -> None:
+    """Multiplies in place on the device, which returns at once where the factor is 1."""
+    rows = gradient.view(-1, gradient.size(-1)) if gradient.dim() != 2 else gradient
+    if rows.numel() == 0:
+        return
+    with _on(gradient.device):
+        _kernels().scale_kernel[(min(_SCALE_PROGRAMS, rows.size(0) * 64),)](
+            rows, rows.stride(0), scale, rows.size(0), rows.size(1), BLOCK=4096, num_warps=8
+        )
+
+
+class _NegativeIds(NamedTuple):
+    """Negative ids as the kernels read them: in the order in which they meet them along a row."""
+
+    kind: int  # NO_IDS, ROW_IDS or SHARED_IDS of kernels.py
+    ascending: Tensor | None = None  # (N, K) or (K,) int32
+    stride: int = 0  # from a row's ids to the next one's
+    length: int = 0  # K
+    id_map: Tensor | None = None  # of shared ids: (V + 1,) int8, 1 at every one of them
+
+
+def _negative_ids(ids: Tensor | None, vocab_size: int) -> _NegativeIds:
+    """Ids below -1 become -2, those beyond the vocabulary V: as invalid as before, but sure to fit int32."""
+    kernels = _kernels()
+    if ids is None or ids.numel() == 0:
+        return _NegativeIds(kernels.NO_IDS.value)
+    narrow = ids.clamp(-2, vocab_size).to(torch.int32)
+    ascending = narrow.sort(-1).values
+    length = ascending.size(-1)
+    if ids.dim() == 2:
+        return _NegativeIds(kernels.ROW_IDS.value, ascending, ascending.stride(0), length)
+    # The last entry takes padding and invalid ids, and is no column's.
+    id_map = torch.zeros(vocab_size + 1, dtype=torch.int8, device=ids.device)
+    id_map.scatter_(0, torch.where(narrow < 0, vocab_size, narrow).long(), 1)
+    return _NegativeIds(kernels.SHARED_IDS.value, ascending, 0, length, id_map)
+
+
+def launch(call: RowCall, config: RowConfig | None = None) -> None:
+    """``Backend.launch``. ``config`` replaces what ``row_config`` would choose: a search tries many on one call."""
+    logits, t, s = call.logits, call.tensors, call.scalars
+    if call.is_first:  # for a simulation on a CPU; a GPU's tensors are not looked at
+        check_indices(t.labels, t.weights, t.negative_ids, call.vocab_size, s.ignore_index)
+    with _on(logits.device):
+        factor = _mean_factor(call)
+        row_losses = call.loss
+        sums_losses = call.loss is not None and s.reduction != "none"
+        if sums_losses:
+            row_losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        if len(logits):
+            _launch_rows(call, row_losses, factor, config)
+        if sums_losses:
+            _kernels().sum_kernel[(1,)](
+                row_losses, factor, call.loss, len(logits), BLOCK=_FACTOR_BLOCK
+            )
+
+
+def _mean_factor(call: RowCall) -> Tensor | None:
+    """(1,) float32: 1 / normaliser, computed on the device, for which nobody waits; None where no factor is needed.
+
+    Statistics are of the logits alone, and a row's coefficients hold the factor already.
+    """
+    t, s = call.tensors, call.scalars
+    if s.reduction != "mean" or call.kind in (Kind.STATISTICS, Kind.BACKWARD):
+        return None
+    factor = torch.empty(1, dtype=torch.float32, device=call.logits.device)
+    given = t.normalizer is not None or s.normalizer_value is not None
+    _kernels().factor_kernel[(1,)](
+        t.labels, t.weights, t.normalizer, s.normalizer_value or 0.0, factor, len(call.logits), s.ignore_index,
+        COUNT=not given, BLOCK=_FACTOR_BLOCK,
+    )  # fmt: skip
+    return factor
+
+
+def _launch_rows(
+    call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
+) -> None:
+    logits, t, s = call.logits, call.tensors, call.scalars
+    rows, vocab = logits.shape
+    ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
+    writes_gradient = call.gradient is not None
+    ids = _negative_ids(t.negative_ids, call.vocab_size)
+    target = architecture(logits.device)
+    if config is None:
+        config = row_config(
+            vocab, logits.element_size(), pair=ref_logits is not None, gradient=writes_gradient, ids=ids.length > 0,
+            architecture=target,
+        )  # fmt: skip
+    _kernels().row_kernel[(rows,)](
+        logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
+        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
+        ids.ascending, ids.stride, ids.length, ids.id_map,
+        factor, rows, vocab, call.vocab_offset, call.vocab_size,
+        float(s.eps), -math.inf if s.nl_floor is None else float(s.nl_floor),
+        math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
+        row_losses, call.diagnostics, call.coefficients,
+        call.gradient, 0 if call.gradient is None else call.gradient.stride(0),
+        upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
+        call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
+        0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums,
+        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.uniform_smoothing and s.eps > 0, IDS=ids.kind,
+        KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
+        SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
+        **options(config, target),
+    )  # fmt: skip
