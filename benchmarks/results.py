@@ -82,8 +82,8 @@ def cases(t: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 
 def overhead(t: pd.DataFrame) -> dict[str, float]:
     """Microseconds a call at N = 1, V = 8."""
-    calls = t[t.kind == "overhead"].set_index("contender")
-    return {str(name): float(ms) * 1e3 for name, ms in calls.ms_min.items()}
+    (us,) = t[t.kind == "overhead"].us
+    return {str(name): float(value) for name, value in us.items()}
 
 
 def linear(t: pd.DataFrame, memory: pd.DataFrame) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks import linear
 from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
-from tnt_kernels._linear_chunks import CHUNK_BYTES
+from tnt_kernels._linear.chunks import CHUNK_BYTES
 
 MIB = 1 << 20
 
@@ -83,7 +83,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
     for contender in ("fresh", "in place"):
         value = calls[contender] - calls["empty"] if contender in calls else None
         found.append(
-            Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 30, False)
+            Target(f"a call {contender}, µs above an empty one", "N = 1, V = 8", value, 20, False)
         )
     return found + _of_linear(results.get("linear", {"cases": [], "memory": []}))
 
