@@ -63,10 +63,7 @@ def check_scalars(
     normalizer: float | Tensor | None,
     traced: bool,
 ) -> tuple[Objective, bool, Scalars]:
-    """The objective, whether it reads the reference, and the numbers of a call.
-
-    Those that have been checked before are not checked again, unless a compiler traces it.
-    """
+    """The objective, whether it reads the reference, the numbers: checked once, and anew wherever it is ``traced``."""
     # Tensors are not for the cache, which would keep them, and are checked elsewhere.
     if isinstance(alpha, Tensor):
         alpha = 1.0
