@@ -45,7 +45,7 @@ def prepared(batch: Batch, backend: str, reduction: str) -> LossCall:
         "logits", batch.logits, batch.ref_logits, batch.labels, batch.weights,
         known["alpha"], known["negative_ids"], known["normalizer"],
     )  # fmt: skip
-    _, scalars = check_scalars(
+    *_, scalars = check_scalars(
         method, known["alpha"], known["eps"], known["smoothing"], known["nl_floor"],
         known["temperature"], known["ignore_index"], reduction, known["normalizer"], False,
     )  # fmt: skip
