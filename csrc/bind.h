@@ -57,10 +57,13 @@ inline void read(pybind11::handle x, double& to) {  // None is NaN
 }
 
 inline void read(pybind11::handle x, Reduction& to) {
-  const auto is = [&](const char* name) { return PyUnicode_CompareWithASCIIString(x.ptr(), name) == 0; };
-  if (!PyUnicode_Check(x.ptr()) || !(is("mean") || is("sum") || is("none")))
-    throw pybind11::value_error("a reduction that no kernel knows");
-  to = is("mean") ? Reduction::MEAN : is("sum") ? Reduction::SUM : Reduction::NONE;
+  const auto is = [&](const char* name) {
+    return PyUnicode_Check(x.ptr()) && PyUnicode_CompareWithASCIIString(x.ptr(), name) == 0;
+  };
+  if (is("mean")) return void(to = Reduction::MEAN);
+  if (is("sum")) return void(to = Reduction::SUM);
+  if (is("none")) return void(to = Reduction::NONE);
+  throw pybind11::value_error("a reduction that no kernel knows");
 }
 
 template <class T>

@@ -72,10 +72,9 @@ def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[T
 
 
 def _new_losses_(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
+    # Two tensors in any case: a compiler takes no list from what writes to a tensor.
     loss, *more = _new_losses(logits, call, now=False, later=False)
-    return loss, more[0] if more else loss.new_empty(
-        0
-    )  # a compiler takes no list where tensors are written to
+    return loss, more[0] if more else loss.new_empty(0)
 
 
 @operator(_new_losses_, overwrites="logits")

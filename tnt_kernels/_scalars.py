@@ -97,7 +97,7 @@ def _checked_scalars(
     alpha = as_number("alpha", alpha)
     if smoothing not in ("negatives", "uniform"):
         raise ValueError(f"smoothing is {smoothing!r}, expected 'negatives' or 'uniform'")
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     if divides and reduction != "mean":
         raise ValueError(

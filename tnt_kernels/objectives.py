@@ -20,6 +20,11 @@ class RowLoss(IntEnum):
     def reads_reference(self) -> bool:
         return self in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL)
 
+    @property
+    def scaled_by_weight(self) -> bool:
+        """Whether a pushed label's row counts as much as its weight, not only as α says."""
+        return self in (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
+
 
 _POSITIVE = {loss.name.lower(): loss for loss in list(RowLoss)[:4]}
 _NEGATIVE = {loss.name.lower(): loss for loss in RowLoss if loss is not RowLoss.LOG_LIKELIHOOD}

@@ -233,8 +233,7 @@ class Chunks:
         wanted: Sequence[bool],
         upstream: Tensor | None,
     ) -> None:
-        self._t, self._call, self._shard = t, call, call.shard
-        shard = call.shard
+        self._t, self._call, shard = t, call, call.shard
         self._wanted, self._upstream, vocab = wanted, upstream, linear.vocab_size
         widest = vocab if shard is None else columns_of(shard, vocab).widest
         self._layout = _layout(t, linear, groups, wanted, upstream is not None)
@@ -262,9 +261,9 @@ class Chunks:
         try:
             yield
         except Exception:
-            if self._shard is not None:
+            if self._call.shard is not None:
                 self._buffers, self._gradients = {}, None  # what fails may be for want of memory
-                self._join_as_failed(self._shard, chunks)
+                self._join_as_failed(self._call.shard, chunks)
             raise
 
     def _join_as_failed(self, shard: Shard, chunks: list[tuple[RowGroup, Tensor]]) -> None:

@@ -30,9 +30,7 @@ class _Parameter(NamedTuple):
     name: str
     hint: Any  # its type
     record: Any  # the named tuple's class; None: a tensor, a number or a string
-    may_be_none: (
-        bool  # a record in whose place None may come, which PyTorch sees as fields that are None
-    )
+    may_be_none: bool  # of a record; PyTorch then sees fields that are None
     fields: tuple[_Parameter, ...]  # of a record
 
 

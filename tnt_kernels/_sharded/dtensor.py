@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_dtensor(x: Any) -> bool:
-    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "placements")
+    return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
 class Local(NamedTuple):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import tnt_kernels.backends.cpu as cpu
 import tnt_kernels.backends.cuda as cuda
-import tnt_kernels.backends.native as native
 import tnt_kernels.backends.torch as torch_backend
 import tnt_kernels.backends.triton as triton
 from tnt_kernels.backends.protocol import Backend
@@ -40,12 +39,10 @@ def select(logits: Tensor, requested: str | None) -> str:
         requested = os.environ.get("TNT_KERNELS_BACKEND") or None
         source = "TNT_KERNELS_BACKEND"
     if requested is None:
-        if (
-            logits.is_cpu and not native.missing
-        ):  # before the others are looked up: it is a part of every call's cost
-            return "cpu"
-        return next(name for name in AUTOMATIC if not BACKENDS[name].why_not(logits))
-    if requested not in BACKENDS:
+        for name in AUTOMATIC:
+            if not BACKENDS[name].why_not(logits):
+                return name
+    if requested is None or requested not in BACKENDS:
         raise ValueError(
             f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}"
         )

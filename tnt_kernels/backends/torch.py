@@ -36,7 +36,6 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 
 #: Rows whose maxima are this close to each other are compared by z − r.
 CLOSE = 1.0
-_SCALED_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
 
 
 def _difference(z: Tensor, r: Tensor, z_max: Tensor, r_max: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ def _rows(call: RowCall) -> _Rows:
     negative_row = active & ((count > 0) | pushed)
     alpha = w.new_tensor(s.alpha_value) if t.alpha is None else t.alpha[:, None]
     scale = torch.where(negative_row, alpha.expand_as(w), w)
-    if RowLoss(s.negative_loss) in _SCALED_BY_WEIGHT:
+    if s.sides[1].scaled_by_weight:
         scale = torch.where(pushed, scale * w.abs(), scale)
     return _Rows(
         z, r, active, invalid, negative_row, label, named | (label & pushed), removed,

@@ -10,9 +10,7 @@ from torch import Tensor
 from tnt_kernels.functional import RowStats
 from tnt_kernels.hf.batch_loss import Outcome
 from tnt_kernels.hf.rows import Rows
-from tnt_kernels.objectives import Objective, RowLoss
-
-_BY_WEIGHT = (RowLoss.UNLIKELIHOOD, RowLoss.NEGATIVE_LIKELIHOOD)
+from tnt_kernels.objectives import Objective
 
 
 class Logged:
@@ -58,7 +56,7 @@ class Logged:
         active, negative, loss = rows.active(), rows.negative(), stats.loss
         weights = torch.ones_like(loss) if rows.weights is None else rows.weights.to(loss)
         on_negatives = torch.full_like(weights, self.alpha)
-        if self.objective.negative_loss in _BY_WEIGHT:
+        if self.objective.negative_loss.scaled_by_weight:
             on_negatives = torch.where(weights < 0, -self.alpha * weights, on_negatives)
         factor = torch.where(negative, on_negatives, weights)
 
