@@ -1,10 +1,8 @@
-// Loss and gradient of KL rows at the speed of memory: a cluster takes one row after another, its warps a piece of
-// each, which stays in shared memory and is read once. Every warp sums its entries (kl_math.cuh) and sends its sums to
-// every block of the cluster; the first warp of each merges what has come, and tells its block the gradient's
-// coefficients: one exchange and one barrier a row. Meanwhile another warp looks at the row that comes next, whose
-// logits each warp asks for as soon as it has written its piece of the gradient. Rows that this arithmetic does not
-// serve (what is broken, infinite, pushed down in part or shifted too far) go on a list, which the kernel in two passes
-// (row_kernel.cuh) works off afterwards.
+// Loss and gradient of KL rows at the speed of memory: one row a cluster, its slices in shared memory, read once. Every
+// warp sums its entries (kl_math.cuh) and sends its sums to every block of the cluster; the first warp of each merges
+// what has come, and tells its block the gradient's coefficients: one exchange a row, no barrier after it. Rows that
+// this arithmetic does not serve (what is broken, infinite, pushed down in part or shifted too far) go on a list, which
+// the kernel in two passes (row_kernel.cuh) works off afterwards.
 #pragma once
 
 #include <type_traits>
@@ -15,16 +13,14 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-constexpr int KL_STEPS = 32;  // of a warp at most: each has a bit
+constexpr int KL_STEPS = 32;  // of a block at most: each has a barrier for its copies, and a bit
 constexpr int KL_ATTEMPTS = 3;
-constexpr int KL_PIECE = 32;  // pieces are multiples of so many columns: whole words of the mask, whole sectors
-constexpr int KL_WARPS = 3 * device::KL_THREADS / device::WARP;  // of a block at most
 
 struct KlLaunch {
-  int piece;       // columns of a warp
-  int slice;       // of a block
+  int slice;       // columns of a block, a multiple of 64
   int mask_bytes;  // of their bits
   int threads;     // of a block
+  int step_log2;   // columns that they read at once
   float inverse_temperature;
   const double* inverse_normalizer;  // null: 1
   double* losses;                    // (N) weighted, or null
@@ -34,27 +30,14 @@ struct KlLaunch {
 // What the first warp of a block says of the row's sums.
 enum KlVerdict { KL_GOOD, KL_LEFT, KL_AGAIN, KL_BY_MAXIMA };
 
-// A row, and those before it that are not computed, as one warp finds them for its block.
-struct KlTurn {
-  int row;            // -1: none of those that were looked at
-  int from;           // the first that was looked at; the others follow a grid apart
-  uint32_t inactive;  // which of them, before `row`, are inactive
-  bool more;          // `row` is -1, but others follow
-  int label;
-  float weight;
-  float factors[2];  // the row's, if it is positive, and if it is negative
-  float z_level;
-  uint32_t flags;
-  KlShift shifts[2];  // of forward and of reverse KL
-};
-// A warp may still write the row before while another looks for the row behind the present one.
-constexpr int KL_TURNS = 3;
-
 // What one warp finds for all of a block; no register holds it through the passes.
 struct KlShared {
-  uint64_t arrivals[KL_WARPS];
+  uint64_t arrivals[KL_STEPS];
   uint64_t exchange[2];
-  KlTurn turns[KL_TURNS];
+  KlShift shifts[2];  // of forward and of reverse KL
+  float z_level;
+  uint32_t flags;
+  float factors[2];  // the row's, if it is positive, and if it is negative
   float scale, eps;  // 1/normaliser/T
   KlVerdict verdict;
   float loss;
@@ -77,8 +60,6 @@ template <class Logit, class Gradient, bool DIAGNOSTICS>
 class KlBlock {
  public:
   static constexpr int GROUP = Stored<Logit>::GROUP;
-  static constexpr int STEP = device::WARP * GROUP;  // columns that a warp reads at once
-  static constexpr int STEP_BYTES = STEP * int(sizeof(Logit));
   static constexpr bool DIRECT = sizeof(Logit) == 2;  // whether a gradient's direct form is good enough
   // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
   template <bool SET>
@@ -93,83 +74,116 @@ class KlBlock {
   TNT_DEVICE KlBlock(const RowCall& call, const KlLaunch& launch)
       : p_(call),
         l_(launch),
+        s_(*reinterpret_cast<KlShared*>(device::shared_memory())),
         thread_(device::thread_index()),
         rank_(device::cluster_rank()),
-        blocks_(device::cluster_size()) {}
+        blocks_(device::cluster_size()) {
+    // Columns count from the 16-byte boundary before the row, which both logits have at the same place.
+    before_ = int(reinterpret_cast<uintptr_t>(z_row()) & 15) / int(sizeof(Logit));
+    const int end = int(p_.vocab) + before_, begin = rank_ * l_.slice < end ? rank_ * l_.slice : end;
+    begin_ = begin;
+    n_ = l_.slice < end - begin ? l_.slice : end - begin;
+    first_ = rank_ == 0 ? before_ : 0;
+  }
 
   TNT_DEVICE void run() {
-    if (lane() == 0) device::arrival_init(block().arrivals + warp(), 1);
-    if (thread_ == 0) {
-      device::arrival_init(block().exchange, 1);
-      device::arrival_init(block().exchange + 1, 1);
-      block().eps = float(p_.eps);
-      block().scale = l_.inverse_temperature * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
+    const int64_t label = p_.labels[row()];
+    const float weight = row_weight<float>(p_, row());
+    // Asked for at once: what the levels are taken from comes with the label.
+    const bool wide = p_.vocab >= 2 * device::WARP * GROUP;
+    Vector z_some{}, r_some{};
+    if (warp() == LEVELS && wide) {
+      const int lead = before_ > 0 ? GROUP - before_ : 0;
+      const int at = lead + lane() * ((int(p_.vocab) - lead) / (GROUP * device::WARP)) * GROUP;
+      z_some = device::load_vector(z_row() + at);
+      if (p_.ref_logits) r_some = device::load_vector(r_row() + at);
     }
-    device::arrival_fence();
-    device::cluster_arrive_relaxed();
-    if (warp() == SCOUT) look(block().turns[0], device::cluster_index());
+    if (!is_active(p_, label, weight)) return inactive();
+    const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
+    if (label < 0 || label >= p_.vocab_size || in_part) return leave();
+    // Whether the reference is read is known at once, unless ids decide which loss the row has.
+    const bool late = p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
+    const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
+    if (!late) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
+    if (marks)
+      for (unsigned i = thread_; i < mask_words(); i += threads()) mask()[i] = 0;
+    if (thread_ == threads() - device::WARP) {  // of the last
+      s_.flags = 0;
+      s_.factors[0] = weight;
+      s_.factors[1] = row_factor<float>(p_, row(), p_.negative_loss, true, weight);
+      s_.eps = float(p_.eps);
+      s_.scale = l_.inverse_temperature * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
+    }
+    if (warp() == LEVELS) levels(wide, z_some, r_some);
     device::sync_block();
-    device::cluster_wait();  // all blocks have initialised their barriers
-    for (;;) {
-      const KlTurn& t = turn();
-      if (t.row >= 0 && !kind_is_late()) begin_copies(is_kl(t.weight < 0.0f ? p_.negative_loss : p_.positive_loss));
-      if (t.inactive) fill(t);
-      if (t.row < 0 && !t.more) return;
-      if (t.row < 0 || !compute()) {  // nobody has looked for the next row yet
-        if (warp() == SCOUT) look_ahead();
+    if (marks) {
+      if (p_.negative_ids) collect_ids();
+      if (late) {
         device::sync_block();
+        begin_copies(is_kl(weight < 0.0f || (s_.flags & HAS_IDS) ? p_.negative_loss : p_.positive_loss));
       }
-      turn_ = next_turn();
+      if (weight < 0.0f && thread_ == 0) mark(label);
+      device::sync_block();
     }
+    device::cluster_wait();  // all blocks have initialised their barriers
+    const uint32_t flags = s_.flags;
+    const bool negative = weight < 0.0f || (flags & HAS_IDS);
+    const int row_loss = negative ? p_.negative_loss : p_.positive_loss;
+    const float factor = fabsf(s_.factors[negative] * s_.scale);
+    if (!(factor > 1e-30f && factor < 1e30f) || (flags & ID_OUTSIDE)) {
+      for (int s = 0; s < steps(); ++s) device::arrival_wait(s_.arrivals + s);
+      return leave();
+    }
+    if (row_loss == UNLIKELIHOOD || row_loss == LOG_LIKELIHOOD)
+      compute_likelihood(row_loss == UNLIKELIHOOD, negative);
+    else if (negative)
+      row_loss == REVERSE_KL ? compute<true, true>() : compute<false, true>();
+    else
+      row_loss == REVERSE_KL ? compute<true, false>() : compute<false, false>();
   }
 
  private:
   // The warps that do something for all of the block.
-  static constexpr int JUDGE = 0, SCOUT = 1;
+  static constexpr int JUDGE = 0, LEVELS = 1;
 
   // Asked for again rather than kept: registers are what is short.
-  TNT_DEVICE const Logit* z_row(int row) const {
-    return static_cast<const Logit*>(p_.logits) + int64_t(row) * p_.logits_stride;
-  }
-  TNT_DEVICE const Logit* r_row(int row) const {
-    return static_cast<const Logit*>(p_.ref_logits) + int64_t(row) * p_.ref_logits_stride;
+  TNT_DEVICE int64_t row() const { return device::cluster_index(); }
+  TNT_DEVICE const Logit* z_row() const { return static_cast<const Logit*>(p_.logits) + row() * p_.logits_stride; }
+  TNT_DEVICE const Logit* r_row() const {
+    return static_cast<const Logit*>(p_.ref_logits) + row() * p_.ref_logits_stride;
   }
 
-  TNT_DEVICE KlShared& block() const { return *reinterpret_cast<KlShared*>(device::shared_memory()); }
-  TNT_DEVICE KlTurn& turn() const { return block().turns[turn_]; }
-  TNT_DEVICE int next_turn() const { return turn_ + 1 < KL_TURNS ? turn_ + 1 : 0; }
-  TNT_DEVICE int clusters() const { return int(device::grid_size()) / blocks_; }
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
+  TNT_DEVICE int step() const { return l_.threads * GROUP; }
+  TNT_DEVICE int step_bytes() const { return step() * int(sizeof(Logit)); }
+  TNT_DEVICE int full_steps() const { return n_ >> l_.step_log2; }
+  TNT_DEVICE int steps() const { return (n_ + step() - 1) >> l_.step_log2; }
   TNT_DEVICE int threads() const { return l_.threads; }
   TNT_DEVICE int warps() const { return threads() / device::WARP; }
   TNT_DEVICE int warp() const { return thread_ / device::WARP; }
   TNT_DEVICE int lane() const { return thread_ % device::WARP; }
 
-  TNT_DEVICE int exchanges() const { return int(counts_ >> 1); }
   TNT_DEVICE char* messages() const { return device::shared_memory() + KL_HEADER; }
-  TNT_DEVICE uint32_t* mask() const {  // of the block
+  TNT_DEVICE uint32_t* mask() const {
     return reinterpret_cast<uint32_t*>(messages() + 2 * blocks_ * warps() * MESSAGE);
   }
-  TNT_DEVICE uint32_t* own_mask() const { return mask() + warp() * (l_.piece / 32); }
-  TNT_DEVICE char* slot(bool reference) const {  // of this warp's piece
-    return reinterpret_cast<char*>(mask()) + l_.mask_bytes +
-           (warp() * l_.piece + (reference ? l_.slice : 0)) * int(sizeof(Logit));
+  TNT_DEVICE char* slot(bool reference) const {
+    return reinterpret_cast<char*>(mask()) + l_.mask_bytes + (reference ? l_.slice * int(sizeof(Logit)) : 0);
   }
-  TNT_DEVICE uint32_t set_bits(int step) const {  // of this lane's group
-    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(own_mask()) + step * (STEP / 8);
-    return GROUP == 8 ? bytes[lane()] : bytes[lane() >> 1] >> ((lane() & 1) * 4) & 15;
+  TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
+  TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (l_.threads * GROUP / 8);
+    return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
   }
-  // Calls body(at) for the marked columns of this warp's piece, which meets afterwards.
+  // Calls body(at) for the marked columns of this thread's words. A warp meets afterwards.
   template <class Body>
   TNT_DEVICE void for_each_marked(Body body) const {
-#pragma unroll 1
-    for (int i = lane(); i < l_.piece / 32; i += device::WARP)
-      for (uint32_t b = own_mask()[i]; b; b &= b - 1) body(i * 32 + device::lowest_bit(b));
+    for (unsigned i = thread_; i < mask_words(); i += threads())
+      for (uint32_t b = mask()[i]; b; b &= b - 1) body(i * 32 + device::lowest_bit(b));
     device::sync_warp();
   }
   TNT_DEVICE void collect_ids() {
-    const int64_t* const ids = p_.negative_ids + int64_t(turn().row) * p_.negative_ids_stride;
-    const int before = columns_before(turn().row);
+    const int64_t* const ids = p_.negative_ids + row() * p_.negative_ids_stride;
     uint32_t flags = 0;
     constexpr int AHEAD = 8;  // asked for before the first is looked at
 #pragma unroll 1
@@ -184,163 +198,67 @@ class KlBlock {
       for (int i = 0; i < AHEAD; ++i) {
         if (some[i] == -1) continue;
         flags |= HAS_IDS | (some[i] < 0 || some[i] >= p_.vocab_size ? ID_OUTSIDE : 0);
-        mark(some[i], mask(), rank_ * l_.slice - before, l_.slice);
+        mark(some[i]);
       }
     }
-    if (flags) device::atomic_or(&turn().flags, flags);
+    if (flags) device::atomic_or(&s_.flags, flags);
   }
-  // If it is one of n ids from `begin`; any 64-bit number may come.
-  TNT_DEVICE void mark(int64_t id, uint32_t* mask, int begin, int n) {
+  TNT_DEVICE void mark(int64_t id) {  // any 64-bit number may come
     if (id < 0 || id >= p_.vocab) return;
-    const int at = int(id) - begin;
-    if (at >= 0 && at < n) device::atomic_or(mask + at / 32, 1u << (at & 31));
-  }
-  TNT_DEVICE void mark_label() {
-    if (lane() == 0) {
-      const Piece own = piece(turn().row);
-      mark(turn().label, own_mask(), own.begin - own.before, own.n);
-    }
-    device::sync_warp();
-  }
-
-  // ---- which row
-
-  // Whether ids decide if the reference is read.
-  TNT_DEVICE bool kind_is_late() const { return p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss); }
-
-  TNT_DEVICE void look_ahead() {
-    const KlTurn& t = turn();
-    look(block().turns[next_turn()], t.row < 0 ? t.from + device::WARP * clusters() : t.row + clusters());
-  }
-  // By one warp: the first row that is computed here among as many as it has lanes, and its levels.
-  TNT_DEVICE void look(KlTurn& t, int64_t from) {
-    const int64_t row = from + lane() * int64_t(clusters());
-    const bool exists = row < p_.rows, wide = p_.vocab >= 2 * device::WARP * GROUP;
-    // Asked for at once: most often the first is the one.
-    Vector z_some{}, r_some{};
-    if (wide && from < p_.rows) load_some(int(from), z_some, r_some);
-    const int64_t label = exists ? p_.labels[row] : 0;
-    const float weight = exists ? row_weight<float>(p_, row) : 0.0f;
-    const bool active = exists && is_active(p_, label, weight);
-    const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
-    const bool computed = active && label >= 0 && label < p_.vocab_size && !in_part;
-    const uint32_t all = device::ballot_of_warp(computed);
-    const int first = all ? device::lowest_bit(all) : device::WARP;
-    const uint32_t inactive = device::ballot_of_warp(exists && !active && lane() < first);
-    if (active && !computed && lane() < first && rank_ == 0) leave(int(row));
-    const int found = all ? int(from) + first * clusters() : -1;
-    if (lane() == 0) {
-      t.row = found, t.from = from < p_.rows ? int(from) : 0, t.inactive = inactive, t.flags = 0;
-      t.more = !all && from + device::WARP * int64_t(clusters()) < p_.rows;
-    }
-    if (lane() == first) {
-      t.label = int(label), t.weight = weight;
-      t.factors[0] = weight;
-      t.factors[1] = row_factor<float>(p_, row, p_.negative_loss, true, weight);
-    }
-    if (!all) return;
-    if (wide && first > 0) load_some(found, z_some, r_some);
-    levels(t, found, wide, z_some, r_some);
-  }
-  TNT_DEVICE void load_some(int row, Vector& z_some, Vector& r_some) const {
-    const int before = columns_before(row), lead = before > 0 ? GROUP - before : 0;
-    const int at = lead + lane() * ((int(p_.vocab) - lead) / (GROUP * device::WARP)) * GROUP;
-    z_some = device::load_vector(z_row(row) + at);
-    if (p_.ref_logits) r_some = device::load_vector(r_row(row) + at);
-  }
-
-  // Columns count from the 16-byte boundary before the row, which both logits have at the same place.
-  TNT_DEVICE int columns_before(int row) const {
-    return int(reinterpret_cast<uintptr_t>(z_row(row)) & 15) / int(sizeof(Logit));
-  }
-  struct Piece {  // of a row, this warp's: columns before the row, the first, how many, the first of them that is one
-    int before, begin, n, first;
-  };
-  TNT_DEVICE Piece piece(int row) const {
-    const int before = columns_before(row), end = int(p_.vocab) + before;
-    const int begin = rank_ * l_.slice + warp() * l_.piece, rest = end > begin ? end - begin : 0;
-    return {before, begin < end ? begin : end, l_.piece < rest ? l_.piece : rest, begin == 0 ? before : 0};
-  }
-
-  // Returns whether somebody has looked for the next row.
-  TNT_DEVICE bool compute() {
-    const float weight = turn().weight;
-    const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
-    if (marks) {
-      device::sync_warp();  // nobody looks at those of the row before any more
-#pragma unroll 1
-      for (int i = lane(); i < l_.piece / 32; i += device::WARP) own_mask()[i] = 0;
-      if (p_.negative_ids) {
-        device::sync_block();
-        collect_ids();
-        device::sync_block();
-      } else {
-        device::sync_warp();
-      }
-    }
-    const uint32_t flags = turn().flags;
-    const bool negative = weight < 0.0f || (flags & HAS_IDS);
-    const int row_loss = negative ? p_.negative_loss : p_.positive_loss;
-    if (kind_is_late()) begin_copies(is_kl(row_loss));
-    if (weight < 0.0f) mark_label();
-    const float factor = fabsf(turn().factors[negative] * block().scale);
-    device::arrival_wait(block().arrivals + warp(), counts_ & 1);
-    counts_ ^= 1;
-    if (!(factor > 1e-30f && factor < 1e30f) || (flags & ID_OUTSIDE)) {
-      if (leader()) leave(turn().row);
-      return false;
-    }
-    if (row_loss == UNLIKELIHOOD || row_loss == LOG_LIKELIHOOD)
-      compute_likelihood(row_loss == UNLIKELIHOOD, negative);
-    else if (negative)
-      row_loss == REVERSE_KL ? compute_kl<true, true>() : compute_kl<false, true>();
-    else
-      row_loss == REVERSE_KL ? compute_kl<true, false>() : compute_kl<false, false>();
-    return true;
+    const int at = int(id) + before_ - begin_;
+    if (at >= 0 && at < n_) device::atomic_or(mask() + at / 32, 1u << (at & 31));
   }
 
   // ---- rows that are not computed here
 
-  TNT_DEVICE void fill(const KlTurn& t) {
-#pragma unroll 1
-    for (uint32_t rows = t.inactive; rows; rows &= rows - 1) {
-      const int row = t.from + device::lowest_bit(rows) * clusters();
-      if (p_.gradient) write(row, [](int) { return Output{}; });
-      if (!leader()) continue;
-      write_loss(row, 0.0);
-      if (DIAGNOSTICS) write_diagnostics(row, 0.0f, NAN, {NAN, NAN, NAN});
-    }
+  TNT_DEVICE void inactive() {
+    if (p_.gradient) write([](int) { return Output{}; });
+    if (!leader()) return;
+    write_loss(0.0);
+    if (DIAGNOSTICS) write_diagnostics(0.0f, NAN, {NAN, NAN, NAN});
   }
-  TNT_DEVICE void leave(int row) { l_.left[1 + device::atomic_add(l_.left, 1)] = row; }
+  TNT_DEVICE void leave() {
+    if (leader()) l_.left[1 + device::atomic_add(l_.left, 1)] = int(row());
+  }
 
-  // ---- reading: whole vectors by bulk copies; the row's two edges by hand, with -inf around them
+  // ---- reading: whole vectors by bulk copies, a step at a time; the row's two edges by hand, with -inf around them
 
-  // Of this warp's piece, by itself, when it has no more use for what lies there.
   TNT_DEVICE void begin_copies(bool pair) {
-    const int row = turn().row;
-    const Piece own = piece(row);
-    const Logit *const z = z_row(row) + (own.begin - own.before), *const r =
-                                                                      pair ? r_row(row) + (own.begin - own.before) : z;
-    const int whole = own.n / GROUP * GROUP, from = own.first > 0 ? GROUP : 0;
-    device::slot_fence();
-    device::sync_warp();
+    const Logit *const z = z_row() - before_ + begin_, *const r = pair ? r_row() - before_ + begin_ : z;  // aligned
+    const int whole = n_ / GROUP * GROUP, from = first_ > 0 ? GROUP : 0;
+    // Each warp begins the copies of its own steps: one after the other would take longer than the first needs to come.
     if (lane() == 0) {
-      uint64_t* const arrival = block().arrivals + warp();
-      const uint32_t at = uint32_t(from) * sizeof(Logit), bytes = whole > from ? (whole - from) * sizeof(Logit) : 0;
-      device::arrival_expect(arrival, pair ? 2 * bytes : bytes);
-      if (bytes) device::bulk_copy(slot(false) + at, reinterpret_cast<const char*>(z) + at, bytes, arrival);
-      if (bytes && pair) device::bulk_copy(slot(true) + at, reinterpret_cast<const char*>(r) + at, bytes, arrival);
+      if (warp() == 0) {
+        device::arrival_init(s_.exchange, 1);
+        device::arrival_init(s_.exchange + 1, 1);
+      }
+#pragma unroll 1
+      for (int s = warp(); s < steps(); s += warps()) device::arrival_init(s_.arrivals + s, 1);
+      device::arrival_fence();
+      const uint32_t end = uint32_t(whole) * sizeof(Logit);
+#pragma unroll 1
+      for (int s = warp(); s < steps(); s += warps()) {
+        const uint32_t at = s == 0 ? uint32_t(from) * sizeof(Logit) : uint32_t(s) * step_bytes();
+        const uint32_t limit = uint32_t(s + 1) * step_bytes(), to = limit < end ? limit : end;
+        const uint32_t bytes = to > at ? to - at : 0;
+        uint64_t* const arrival = s_.arrivals + s;
+        device::arrival_expect(arrival, pair ? 2 * bytes : bytes);
+        if (bytes == 0) continue;
+        device::bulk_copy(slot(false) + at, reinterpret_cast<const char*>(z) + at, bytes, arrival);
+        if (pair) device::bulk_copy(slot(true) + at, reinterpret_cast<const char*>(r) + at, bytes, arrival);
+      }
     }
-    if (from > 0 || whole < own.n) {
-      if (lane() < GROUP && from > 0)
-        edge(own, lane(), pair, z, r);
-      else if (lane() >= GROUP && lane() < 2 * GROUP && whole < own.n && !(from > 0 && whole == 0))
-        edge(own, whole + lane() - GROUP, pair, z, r);
-      device::sync_warp();
+    device::cluster_arrive_relaxed();
+    if (from > 0 || whole < n_) {
+      if (thread_ < GROUP)
+        edge(thread_, from > 0 && thread_ < from, pair, z, r);
+      else if (thread_ < 2 * GROUP)
+        edge(whole + thread_ - GROUP, whole < n_ && !(from > 0 && whole == 0), pair, z, r);
     }
   }
-  TNT_DEVICE void edge(const Piece& own, int at, bool pair, const Logit* z, const Logit* r) {
-    const bool inside = at >= own.first && at < own.n;
+  TNT_DEVICE void edge(int at, bool copies, bool pair, const Logit* z, const Logit* r) {
+    if (!copies) return;
+    const bool inside = at >= first_ && at < n_;
     reinterpret_cast<Logit*>(slot(false))[at] = inside ? z[at] : Stored<Logit>::nothing();
     if (pair) reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : Stored<Logit>::nothing();
   }
@@ -348,7 +266,7 @@ class KlBlock {
   struct Group {
     float x[GROUP], o[GROUP];
   };
-  // x and o of the group at this place of the policy's slot; away where this lane has none.
+  // x and o of the group at this place of the policy's slot; away where this thread has none.
   template <bool REVERSE>
   TNT_DEVICE Group load(const char* z, bool present) const {
     Group g;
@@ -401,9 +319,9 @@ class KlBlock {
     return true;
   }
 
-  // Every warp's numbers to every block, whose judge waits for them. Two places in turn suffice, over all rows: who
-  // sends in exchange i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that
-  // is launched alone sends nothing: the number that it has in a cluster is undefined.
+  // Every warp's numbers to every block, whose judge waits for them. Two places in turn suffice: who sends in exchange
+  // i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that is launched alone
+  // sends nothing: the number that it has in a cluster is undefined.
   TNT_DEVICE char* place(int i) const { return messages() + (i & 1) * blocks_ * warps() * MESSAGE; }
   template <int N>
   TNT_DEVICE void send(int i, const Vector (&message)[N]) {
@@ -416,7 +334,7 @@ class KlBlock {
       }
       return device::sync_block();
     }
-    uint64_t* const barrier = block().exchange + (i & 1);
+    uint64_t* const barrier = s_.exchange + (i & 1);
     if (thread_ == 0) device::arrival_expect(barrier, uint32_t(blocks_ * warps() * bytes));
     if (lane() < blocks_) {
 #pragma unroll
@@ -424,7 +342,7 @@ class KlBlock {
     }
   }
   TNT_DEVICE const Vector* receive(int i) {
-    if (blocks_ > 1) device::arrival_wait_cluster(block().exchange + (i & 1), i >> 1 & 1);
+    if (blocks_ > 1) device::arrival_wait_cluster(s_.exchange + (i & 1), i >> 1 & 1);
     return reinterpret_cast<const Vector*>(place(i));
   }
   static TNT_DEVICE Vector pack(float a, float b, float c, float d) {
@@ -443,15 +361,15 @@ class KlBlock {
 
   // The rows' levels, their maxima over a few entries all along them, and how far z lies above r there on average; from
   // these the shift. The same in every block of the cluster.
-  TNT_DEVICE void levels(KlTurn& t, int row, bool wide, const Vector& z_some, const Vector& r_some) const {
+  TNT_DEVICE void levels(bool wide, const Vector& z_some, const Vector& r_some) {
     float z[GROUP], r[GROUP];
     if (wide) {
       Stored<Logit>::unpack(z_some, z);
       Stored<Logit>::unpack(r_some, r);
     } else {
       const int at = lane() < p_.vocab ? lane() : int(p_.vocab) - 1;
-      const float z_at = Stored<Logit>::load(z_row(row) + at);
-      const float r_at = p_.ref_logits ? Stored<Logit>::load(r_row(row) + at) : 0.0f;
+      const float z_at = Stored<Logit>::load(z_row() + at);
+      const float r_at = p_.ref_logits ? Stored<Logit>::load(r_row() + at) : 0.0f;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) z[i] = z_at, r[i] = r_at;
     }
@@ -464,39 +382,31 @@ class KlBlock {
     more = fabsf(more) < 16.0f ? more : 0.0f;
     if (lane() > 1) return;
     const bool reverse = lane() == 1;
-    t.z_level = z_top;
-    t.shifts[reverse] =
+    s_.z_level = z_top;
+    s_.shifts[reverse] =
         kl_shift(reverse ? z_top : r_top, reverse ? r_top : z_top, l_.inverse_temperature, reverse ? -more : more);
-  }
-
-  // Sends `mine`, and calls judge(all) in one warp with what everybody has sent. The block hears of it.
-  template <int N, class Judge>
-  TNT_DEVICE void exchange(const Vector (&mine)[N], bool first, Judge judge) {
-    send(exchanges(), mine);
-    if (warp() == JUDGE) judge(receive(exchanges()));
-    if (warp() == SCOUT && first) look_ahead();
-    counts_ += 2;
-    device::sync_block();
   }
 
   // The first pass until its sums are fit, then the second.
   template <bool REVERSE, bool SET>
-  TNT_DEVICE void compute_kl() {
+  TNT_DEVICE void compute() {
     constexpr int VECTORS = KlBlock::VECTORS<SET>;
-    const char* const z = slot(false) + lane() * 16;
-    const int n = piece(turn().row).n, full = n / STEP;
-    const bool tail = n % STEP != 0, in_tail = full * STEP + lane() * GROUP < n;
+    const char* const z = slot(false) + thread_ * 16;
+    const int full = full_steps(), steps = this->steps();
+    const bool in_tail = full * step() + thread_ * GROUP < n_;
     uint32_t far;
+    int count = 0;  // exchanges so far
     KlVerdict verdict = KL_AGAIN;
 #pragma unroll 1
     for (int attempt = 0; attempt < KL_ATTEMPTS; ++attempt) {
-      const KlShift k = turn().shifts[REVERSE];
+      const KlShift k = s_.shifts[REVERSE];
       KlSums t;
       uint32_t bit = 1;
       const char* group = z;
       far = 0;
 #pragma unroll 1
-      for (int s = 0; s < full; ++s, group += STEP_BYTES, bit += bit) {
+      for (int s = 0; s < full; ++s, group += step_bytes(), bit += bit) {
+        device::arrival_wait(s_.arrivals + s);
         Group g = load<REVERSE>(group, true);
         if (SET) {
           const uint32_t bits = set_bits(s);
@@ -504,7 +414,8 @@ class KlBlock {
         }
         if (add<REVERSE>(t, k, g)) far |= bit;
       }
-      if (tail) {
+      if (full < steps) {
+        device::arrival_wait(s_.arrivals + full);
         Group g = load<REVERSE>(group, in_tail);
         if (SET && in_tail) remove(set_bits(full), g);
         if (add<REVERSE>(t, k, g)) far |= bit;
@@ -531,55 +442,60 @@ class KlBlock {
           mine[2].words[1] = bits_as<uint32_t>(of_reference.sum);
         }
       }
-      exchange(mine, attempt == 0, [&](const Vector* all) { judge<REVERSE, SET>(all, attempt); });
-      verdict = block().verdict;
+      send(count, mine);
+      if (warp() == JUDGE) judge<REVERSE, SET>(receive(count), attempt);
+      ++count;
+      device::sync_block();
+      verdict = s_.verdict;
       if (verdict == KL_GOOD || verdict == KL_LEFT) break;
       if (verdict == KL_AGAIN) continue;
       // The row's maxima in place of those of a few entries.
       float x_top = AWAY, o_top = AWAY;
 #pragma unroll 1
-      for (int s = 0; s < full + in_tail; ++s) {
-        Group g = load<REVERSE>(z + s * STEP_BYTES, true);
+      for (int s = 0; s < steps; ++s) {
+        if (s == full && !in_tail) break;
+        Group g = load<REVERSE>(z + s * step_bytes(), true);
         if (SET) remove(set_bits(s), g);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) x_top = fmaxf(x_top, g.x[i]), o_top = fmaxf(o_top, g.o[i]);
       }
       device::sync_warp();
       const Vector mine_of_tops[1] = {pack(max_of_warp(x_top), max_of_warp(o_top), 0.0f, 0.0f)};
-      exchange(mine_of_tops, false, [&](const Vector* tops) {
+      send(count, mine_of_tops);
+      if (warp() == JUDGE) {
+        const Vector* const tops = receive(count);
         x_top = o_top = AWAY;
 #pragma unroll 1
         for (int i = lane(); i < blocks_ * warps(); i += device::WARP)
           x_top = fmaxf(x_top, at(tops[i], 0)), o_top = fmaxf(o_top, at(tops[i], 1));
         device::sync_warp();
         x_top = max_of_warp(x_top), o_top = max_of_warp(o_top);
-        if (lane() == 0) turn().shifts[REVERSE] = kl_shift(x_top, o_top, l_.inverse_temperature, 0.0f);
-      });
+        if (lane() == 0) s_.shifts[REVERSE] = kl_shift(x_top, o_top, l_.inverse_temperature, 0.0f);
+      }
+      ++count;
+      device::sync_block();
     }
-    if (verdict != KL_GOOD) {
-      if (leader()) leave(turn().row);
-      return;
-    }
+    if (verdict != KL_GOOD) return leave();
     if (p_.gradient) {
-      const KlShift k = turn().shifts[REVERSE];
-      const auto g = block().template gradient<REVERSE>();
-      const KlForm form = block().form;
-      if (SET) put_set_gradients([&](float z) { return set_gradient(block().set, k, z); });
+      const KlShift k = s_.shifts[REVERSE];
+      const auto g = s_.template gradient<REVERSE>();
+      const KlForm form = s_.form;
+      if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
       const auto near_or_far = [&](int s, bool near) {
         return near ? gradient<REVERSE, SET>(s, z, [&](float x, float o) { return near_gradient(g, k, x, o); })
                     : gradient<REVERSE, SET>(s, z, [&](float x, float o) { return far_gradient(g, k, x, o); });
       };
       // A forward KL's direct form serves any logits, a reverse KL's none that are infinite.
       if (DIRECT && form == KL_DIRECT && (!REVERSE || far == 0)) {
-        write(turn().row, [&](int s) {
+        write([&](int s) {
           return gradient<REVERSE, SET>(s, z, [&](float x, float o) { return direct_gradient(g, k, x, o); });
         });
       } else {
         if (form == KL_FAR) far = ~0u;
-        write(turn().row, [&](int s) { return near_or_far(s, !(far >> s & 1)); });
+        write([&](int s) { return near_or_far(s, !(far >> s & 1)); });
       }
     }
-    if (leader()) write_loss(turn().row, double(turn().factors[SET]) * double(block().loss));
+    if (leader()) write_loss(double(s_.factors[SET]) * double(s_.loss));
   }
 
   // By one warp: the row's sums, and from them the coefficients of its gradient, or what to do instead. All blocks of
@@ -587,7 +503,7 @@ class KlBlock {
   template <bool REVERSE, bool SET>
   TNT_DEVICE void judge(const Vector* from, int attempt) {
     constexpr int VECTORS = KlBlock::VECTORS<SET>;
-    const KlShift k = turn().shifts[REVERSE];
+    const KlShift k = s_.shifts[REVERSE];
     KlRow sums;
 #pragma unroll 1
     for (int i = lane(); i < blocks_ * warps(); i += device::WARP) {
@@ -617,39 +533,42 @@ class KlBlock {
         in_range && sums.phi < INFINITY && sums.set.sum < INFINITY && !(excess > 0.5f * fabsf(sums.kl)) && near;
     const bool again = DIAGNOSTICS && attempt == 0 && good && entropy_cancels<REVERSE>(sums);
     if (good && !again) {
-      block().verdict = REVERSE && SET && !(block().eps > 1e-30f) ? KL_LEFT : KL_GOOD;
+      s_.verdict = REVERSE && SET && !(s_.eps > 1e-30f) ? KL_LEFT : KL_GOOD;
       sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
-      block().form = kl_coefficients<SET, DIRECT>(k, sums, turn().factors[SET] * block().scale, block().eps,
-                                                  block().template gradient<REVERSE>(), block().set, block().loss);
-      if (DIAGNOSTICS && rank_ == 0 && block().verdict == KL_GOOD)
-        write_diagnostics(turn().row, block().loss, block().loss, kl_diagnosis<REVERSE, SET>(k, sums));
+      s_.form = kl_coefficients<SET, DIRECT>(k, sums, s_.factors[SET] * s_.scale, s_.eps,
+                                             s_.template gradient<REVERSE>(), s_.set, s_.loss);
+      if (DIAGNOSTICS && rank_ == 0 && s_.verdict == KL_GOOD)
+        write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
     } else if ((usable && sums.phi == INFINITY) || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) {
-      block().verdict = KL_LEFT;
+      s_.verdict = KL_LEFT;
     } else if ((in_range && near && !again) || attempt > 0) {
-      block().verdict = KL_AGAIN;
-      turn().shifts[REVERSE] = kl_shift(k.x_ref, k.o_ref, l_.inverse_temperature, k.more + sums.l);
+      s_.verdict = KL_AGAIN;
+      s_.shifts[REVERSE] = kl_shift(k.x_ref, k.o_ref, l_.inverse_temperature, k.more + sums.l);
     } else {
-      block().verdict = KL_BY_MAXIMA;
+      s_.verdict = KL_BY_MAXIMA;
     }
   }
 
   // ---- LL and UL: the policy's row alone, with a set always
 
   TNT_DEVICE void compute_likelihood(bool unlikelihood, bool negative) {
-    const char* const base = slot(false) + lane() * 16;
-    const int n = piece(turn().row).n, full = n / STEP;
-    const bool tail = n % STEP != 0, in_tail = full * STEP + lane() * GROUP < n;
-    if (!unlikelihood) mark_label();
+    const char* const base = slot(false) + thread_ * 16;
+    const int full = full_steps(), steps = this->steps();
+    const bool in_tail = full * step() + thread_ * GROUP < n_;
+    if (!unlikelihood && thread_ == 0) mark(p_.labels[row()]);
+    device::sync_block();
     KlShift k;
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
-      const float x_ref = turn().z_level;
+      const float x_ref = s_.z_level;
       k = kl_shift(x_ref, x_ref, l_.inverse_temperature, 0.0f);
       float sum = 0.0f, h = 0.0f, top = AWAY;
 #pragma unroll 1
-      for (int s = 0; s < full + in_tail; ++s) {
+      for (int s = 0; s < steps; ++s) {
+        device::arrival_wait(s_.arrivals + s);
+        if (s == full && !in_tail) break;
         float x[GROUP];
-        Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
+        Stored<Logit>::unpack(device::load_vector(base + s * step_bytes()), x);
         const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
@@ -666,28 +585,26 @@ class KlBlock {
       removed.merge_warp(k.scale);
       const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), DIAGNOSTICS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
-      exchange(mine, attempt == 0,
-               [&](const Vector* all) { judge_likelihood(all, k, attempt, unlikelihood, negative); });
-      if (block().verdict != KL_AGAIN) break;
+      send(attempt, mine);
+      if (warp() == JUDGE) judge_likelihood(receive(attempt), k, attempt, unlikelihood, negative);
+      device::sync_block();
+      if (s_.verdict != KL_AGAIN) break;
     }
-    if (block().verdict != KL_GOOD) {
-      if (leader()) leave(turn().row);
-      return;
-    }
+    if (s_.verdict != KL_GOOD) return leave();
     if (p_.gradient) {
-      const LikelihoodGradient g = block().likelihood;
+      const LikelihoodGradient g = s_.likelihood;
       put_set_gradients([&](float z) { return unlikelihood ? set_gradient(g.set, k, z) : g.label; });
-      write(turn().row, [&](int s) {
+      write([&](int s) {
         float x[GROUP];
         Output out;
-        Stored<Logit>::unpack(device::load_vector(base + s * STEP_BYTES), x);
+        Stored<Logit>::unpack(device::load_vector(base + s * step_bytes()), x);
         const uint32_t bits = set_bits(s);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) out.x[i] = bits >> i & 1 ? x[i] : g.kept * power(fmaf(x[i], k.scale, -k.c));
         return out;
       });
     }
-    if (leader()) write_loss(turn().row, double(turn().factors[negative]) * double(block().loss));
+    if (leader()) write_loss(double(s_.factors[negative]) * double(s_.loss));
   }
 
   TNT_DEVICE void judge_likelihood(const Vector* from, const KlShift& k, int attempt, bool unlikelihood,
@@ -708,16 +625,15 @@ class KlBlock {
     const bool good = sums.s > 0x1p-40f && sums.s < 0x1p100f && sums.set.sum < INFINITY;
     if (attempt == 0 && !(good && !(DIAGNOSTICS && entropy_cancels<true>(sums)))) {
       // The row's maximum in place of that of a few entries.
-      block().verdict = KL_AGAIN;
-      turn().z_level = top;
+      s_.verdict = KL_AGAIN;
+      s_.z_level = top;
       return;
     }
-    block().verdict = good && (unlikelihood || sums.set.sum > 0.0f) ? KL_GOOD : KL_LEFT;
-    block().likelihood =
-        likelihood_coefficients(k, sums, unlikelihood, turn().factors[negative] * block().scale, block().loss);
-    if (!DIAGNOSTICS || rank_ != 0 || block().verdict != KL_GOOD) return;
+    s_.verdict = good && (unlikelihood || sums.set.sum > 0.0f) ? KL_GOOD : KL_LEFT;
+    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, s_.factors[negative] * s_.scale, s_.loss);
+    if (!DIAGNOSTICS || rank_ != 0 || s_.verdict != KL_GOOD) return;
     const KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
-    write_diagnostics(turn().row, block().loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
+    write_diagnostics(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
   }
 
   // ---- second pass
@@ -735,7 +651,7 @@ class KlBlock {
   // Of this thread's group in a step; `element` is the gradient of a kept entry.
   template <bool REVERSE, bool SET, class Element>
   TNT_DEVICE Output gradient(int s, const char* z, Element element) const {
-    const Group pairs = load<REVERSE>(z + s * STEP_BYTES, true);
+    const Group pairs = load<REVERSE>(z + s * step_bytes(), true);
     Output out;
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) out.x[i] = element(pairs.x[i], pairs.o[i]);
@@ -755,24 +671,24 @@ class KlBlock {
     Logit* const z = reinterpret_cast<Logit*>(slot(false));
     for_each_marked(
         [&](unsigned at) { store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0); });
+    device::sync_block();
   }
 
   // Writes this thread's groups, step by step: whole ones by vectors, then those at the row's edges by entries. (A
   // gradient that begins elsewhere than its logits is not worth lanes that help each other.)
   template <class Compute>
-  TNT_DEVICE void write(int number, Compute compute) {
+  TNT_DEVICE void write(Compute compute) {
     constexpr int bytes = GROUP * int(sizeof(Gradient));
-    const Piece own = piece(number);
-    const int first = lane() * GROUP, steps = first < own.n ? (own.n - first + STEP - 1) / STEP : 0;  // of this lane
-    Gradient* const row =
-        static_cast<Gradient*>(p_.gradient) + int64_t(number) * p_.gradient_stride + (own.begin - own.before);
+    const int first = thread_ * GROUP,
+              steps = first < n_ ? (n_ - first + step() - 1) >> l_.step_log2 : 0;  // of this thread
+    Gradient* const row = static_cast<Gradient*>(p_.gradient) + this->row() * p_.gradient_stride + (begin_ - before_);
     const bool aligned = reinterpret_cast<uintptr_t>(row) % bytes == 0;
-    const int begin = first < own.first;
-    int end = aligned && first + GROUP <= own.n ? (own.n - first - GROUP) / STEP + 1 : 0;
+    const int begin = first < first_;
+    int end = aligned && first < n_ ? (n_ - first - GROUP + step()) >> l_.step_log2 : 0;
     end = end > begin ? end : begin;
-    Gradient* to = row + first + begin * STEP;
+    Gradient* to = row + first + begin * step();
 #pragma unroll 1
-    for (int s = begin; s < end; ++s, to += STEP) {
+    for (int s = begin; s < end; ++s, to += step()) {
       const Vector packed = compute(s).pack();
       if constexpr (bytes == 16)
         device::store_vector(to, packed);
@@ -782,26 +698,26 @@ class KlBlock {
 #pragma unroll 1
     for (int s = begin > 0 ? 0 : end; s < steps; s = s < begin ? end : s + 1) {
       const Vector packed = compute(s).pack();
-      const int column = s * STEP + first;
+      const int column = s * step() + first;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i)
-        if (column + i >= own.first && column + i < own.n) store_entry(row + column, packed, i);
+        if (column + i >= first_ && column + i < n_) store_entry(row + column, packed, i);
     }
   }
 
-  TNT_DEVICE void write_loss(int row, double weighted) const { tnt::write_loss(p_, l_.losses, row, weighted); }
+  TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, row(), weighted); }
 
-  TNT_DEVICE void write_diagnostics(int row, float loss, float kl, const KlDiagnosis& d) const {
+  TNT_DEVICE void write_diagnostics(float loss, float kl, const KlDiagnosis& d) const {
     const float values[ROW_DIAGNOSTICS] = {loss, kl, d.negative_mass, d.ref_negative_mass, d.entropy};
 #pragma unroll
-    for (int i = 0; i < ROW_DIAGNOSTICS; ++i) static_cast<float*>(p_.diagnostics)[i * p_.rows + row] = values[i];
+    for (int i = 0; i < ROW_DIAGNOSTICS; ++i) static_cast<float*>(p_.diagnostics)[i * p_.rows + row()] = values[i];
   }
 
   const RowCall& p_;
   const KlLaunch& l_;
+  KlShared& s_;
   const int thread_, rank_, blocks_;
-  int turn_ = 0;
-  uint32_t counts_ = 0;  // parity of the copies that are next waited for, and how many exchanges were
+  int before_, begin_, n_, first_;  // columns before the row; of this block: its first, how many, the first that is one
 };
 
 }  // namespace TNT_ISA

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(device::STREAM_THREADS, 1)
 }
 
 template <class Logit, class Gradient, bool DIAGNOSTICS>
-__global__ void __launch_bounds__(3 * device::KL_THREADS, 1)
+__global__ void __launch_bounds__(device::KL_THREADS, 3)
     kl_kernel(const __grid_constant__ RowCall p, const __grid_constant__ KlLaunch launch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   KlBlock<Logit, Gradient, DIAGNOSTICS>(p, launch).run();
@@ -116,8 +116,7 @@ Plan choose(int64_t vocab, int device, bool on_chip) {
 
 // How kl_kernel is launched, and the kernel for the rows that it leaves.
 struct KlPlan {
-  int cluster = 0;   // 0: it does not serve this vocabulary on this device
-  int64_t clusters;  // that the device holds at once
+  int cluster = 0;  // 0: it does not serve this vocabulary on this device
   KlLaunch launch;
   int shared_bytes;
   Plan left;
@@ -125,41 +124,38 @@ struct KlPlan {
 };
 
 template <class Logit, class Gradient, bool DIAGNOSTICS>
-KlPlan choose_kl(int64_t vocab, bool pair, bool aligned, int device) {
+KlPlan choose_kl(int64_t vocab, bool pair, int device) {
   const device::Properties properties = device::properties(device);
   const auto kernel = kl_kernel<Logit, Gradient, DIAGNOSTICS>;
   KlPlan plan;
   if (!properties.clusters || device::architecture(kernel) < 90) return plan;
   device::prefer_shared_memory(kernel);
-  // For measurements: no other size of cluster than this, and so many threads of a block.
+  // For measurements: no other size of cluster than this, and so many threads of a block, a power of two.
   const char* const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER");
   const char* const width = std::getenv("TNT_KERNELS_CUDA_THREADS");
-  const int only = forced ? std::atoi(forced) : 0, only_threads = width ? std::atoi(width) : 0;
-  constexpr int MOST = 3 * device::KL_THREADS;
-  if (width && (only_threads < 2 * device::WARP || only_threads > MOST || only_threads % device::WARP))
-    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::string(width) +
-                             ", expected a multiple of 32 from 64 to " + std::to_string(MOST));
+  const int only = forced ? std::atoi(forced) : 0, threads = width ? std::atoi(width) : device::KL_THREADS;
+  if (threads != 64 && threads != 128 && threads != 256)
+    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(threads) + ", expected 64, 128 or 256");
   using Block = KlBlock<Logit, Gradient, DIAGNOSTICS>;
+  plan.launch.threads = threads;
+  plan.launch.step_log2 = 0;
+  while (1 << plan.launch.step_log2 < threads * Block::GROUP) ++plan.launch.step_log2;
+  const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
+  const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
   // Two or three blocks on a multiprocessor hide each other's waiting; small clusters wait less than large ones.
-  const std::pair<int, int> order[] = {{1, 3}, {1, 2}, {2, 3},  {2, 2},  {4, 3}, {4, 2},
-                                       {8, 3}, {8, 2}, {16, 3}, {16, 2}, {8, 1}, {16, 1}};  // cluster, blocks
-  for (const auto& [cluster, blocks] : order) {
-    if (cluster > properties.largest_cluster || (only > 0 && cluster != only)) continue;
-    const int limit = blocks == 1 ? properties.shared_per_block
-                                  : properties.shared_per_multiprocessor / blocks - properties.shared_reserved;
-    const int threads = only_threads ? only_threads : MOST / blocks, pieces = cluster * threads / device::WARP;
-    const int64_t columns = vocab + (aligned ? 0 : Block::GROUP - 1);  // any row may begin behind a boundary
-    const int piece = int((columns + pieces - 1) / pieces + KL_PIECE - 1) / KL_PIECE * KL_PIECE;
-    plan.launch.threads = threads;
-    plan.launch.piece = piece;
-    plan.launch.slice = piece * (threads / device::WARP);
-    plan.launch.mask_bytes = Block::mask_bytes(plan.launch.slice);
-    plan.shared_bytes = Block::shared_bytes(plan.launch.slice, cluster, threads, pair);
-    if (piece > KL_STEPS * Block::STEP || plan.shared_bytes > limit) continue;
-    const int active = device::active_clusters(kernel, cluster, threads, plan.shared_bytes);
-    if (active < 1) continue;
+  std::vector<std::pair<int, int>> order = {{1, three}, {1, two}, {2, three},  {2, two},  {4, three}, {4, two},
+                                            {8, three}, {8, two}, {16, three}, {16, two}, {8, one},   {16, one}};
+  if (only > 0) order = {{only, one}};
+  for (const auto& [cluster, limit] : order) {
+    if (cluster > properties.largest_cluster) continue;
+    // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
+    const int slice = int(((vocab + Block::GROUP - 1 + cluster - 1) / cluster + 63) / 64 * 64);
+    plan.launch.slice = slice;
+    plan.launch.mask_bytes = Block::mask_bytes(slice);
+    plan.shared_bytes = Block::shared_bytes(slice, cluster, threads, pair);
+    if (slice > KL_STEPS * threads * Block::GROUP || plan.shared_bytes > limit) continue;
+    if (device::active_clusters(kernel, cluster, threads, plan.shared_bytes) < 1) continue;
     plan.cluster = cluster;
-    plan.clusters = cluster == 1 ? int64_t(active) * properties.multiprocessors : active;
     break;
   }
   if (plan.cluster == 0) return plan;
@@ -171,7 +167,7 @@ KlPlan choose_kl(int64_t vocab, bool pair, bool aligned, int device) {
 }
 
 using PlanKey = std::tuple<int64_t, int, DType, DType, bool>;
-using KlPlanKey = std::tuple<int64_t, int, DType, DType, bool, bool, bool>;
+using KlPlanKey = std::tuple<int64_t, int, DType, DType, bool, bool>;
 std::map<PlanKey, Plan> known_plans;
 std::map<KlPlanKey, KlPlan> known_kl_plans;
 std::mutex known_plans_mutex;
@@ -196,10 +192,8 @@ Plan plan_for(const RowCall& p, int device) {
 template <class Logit, class Gradient, bool DIAGNOSTICS>
 KlPlan kl_plan_for(const RowCall& p, int device) {
   const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
-  const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % Stored<Logit>::GROUP == 0;
-  const KlPlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair, aligned);
-  return known(known_kl_plans, key,
-               [&] { return choose_kl<Logit, Gradient, DIAGNOSTICS>(p.vocab, pair, aligned, device); });
+  const KlPlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair);
+  return known(known_kl_plans, key, [&] { return choose_kl<Logit, Gradient, DIAGNOSTICS>(p.vocab, pair, device); });
 }
 
 // What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. Both logits begin equally far
@@ -242,8 +236,7 @@ void run(const RowCall& p, const CudaPlace& place) {
     kl.launch.losses = losses;
     kl.launch.left = left;
     device::launch(p.diagnostics ? kl_kernel<Logit, Gradient, true> : kl_kernel<Logit, Gradient, false>,
-                   std::min(p.rows, kl.clusters) * kl.cluster, kl.cluster, kl.launch.threads, kl.shared_bytes,
-                   place.stream, p, kl.launch);
+                   p.rows * kl.cluster, kl.cluster, kl.launch.threads, kl.shared_bytes, place.stream, p, kl.launch);
     RowLaunch rest = kl.left.launch;
     rest.inverse_normalizer = inverse;
     rest.losses = losses;

@@ -17,7 +17,7 @@ namespace device {
 constexpr int WARP = 32;
 constexpr int ROW_THREADS = 256;     // of a block that holds its part of the row: two of them share a multiprocessor
 constexpr int STREAM_THREADS = 512;  // of one that reads its part twice
-constexpr int KL_THREADS = 256;      // of one of kl_kernel.cuh, where three of them share a multiprocessor
+constexpr int KL_THREADS = 256;      // of one of kl_kernel.cuh: three of them share a multiprocessor
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -39,7 +39,6 @@ __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shf
 __device__ __forceinline__ uint32_t shuffle_up(uint32_t x) { return __shfl_up_sync(0xffffffffu, x, 1); }
 __device__ __forceinline__ bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
 __device__ __forceinline__ bool all_of_warp(bool x) { return __all_sync(0xffffffffu, x); }
-__device__ __forceinline__ uint32_t ballot_of_warp(bool x) { return __ballot_sync(0xffffffffu, x); }
 __device__ __forceinline__ int atomic_add(int* at, int by) { return atomicAdd(at, by); }
 __device__ __forceinline__ uint32_t atomic_or(uint32_t* at, uint32_t bits) { return atomicOr(at, bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
@@ -142,7 +141,7 @@ __device__ __forceinline__ void store_remote(float* to, int rank, float x) {
 #endif
 }
 
-// ---- bulk copies from global to shared memory, and the barrier on which their bytes arrive.
+// ---- bulk copies from global to shared memory, and the barrier on which their bytes arrive. One phase each.
 
 __device__ __forceinline__ void arrival_init(uint64_t* barrier, int arrivals) {
 #if __CUDA_ARCH__ >= 900
@@ -167,25 +166,17 @@ __device__ __forceinline__ void arrival_expect(uint64_t* barrier, uint32_t bytes
                : "memory");
 #endif
 }
-// For the phase with this parity: a barrier's first is even.
-__device__ __forceinline__ void arrival_wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void arrival_wait(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "TRY_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra TRY_%=;\n"
-      "}\n" ::"r"(address),
-      "r"(parity)
+      "}\n" ::"r"(address)
       : "memory");
-#endif
-}
-// What this thread has read and written in shared memory comes before copies that are begun later.
-__device__ __forceinline__ void slot_fence() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 // Of the phase with this parity, whose bytes other blocks of the cluster have sent.

@@ -300,7 +300,7 @@ class RowBlock {
     if (!r_copied_ && ready_ == 0 && thread_ == 0)  // the reference stays away
       for (int k = 0; k < CHUNKS; ++k) device::arrival_expect(s_.arrivals + k, 0);
     for (; ready_ < CHUNKS && int64_t(ready_) * chunk_bytes() < bytes; ++ready_)
-      device::arrival_wait(s_.arrivals + ready_, 0);
+      device::arrival_wait(s_.arrivals + ready_);
   }
 
   // ---- writing. Neighbouring lanes hold neighbouring groups: where groups straddle the aligned vectors, a lane gets

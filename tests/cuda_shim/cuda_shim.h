@@ -115,11 +115,6 @@ inline bool any_of_warp(bool x) {
   for (int mask = 16; mask > 0; mask >>= 1) any |= shuffle_xor(any, mask);
   return any != 0;
 }
-inline uint32_t ballot_of_warp(bool x) {
-  uint32_t all = uint32_t(x) << (thread_index() % WARP);
-  for (int mask = 16; mask > 0; mask >>= 1) all |= shuffle_xor(all, mask);
-  return all;
-}
 inline bool all_of_warp(bool x) { return !any_of_warp(!x); }
 inline int atomic_add(int* at, int by) {
   const int before = *at;
@@ -189,11 +184,10 @@ inline void arrival_init(uint64_t* barrier, int arrivals) {
 }
 inline void arrival_fence() {}
 inline void arrival_expect(uint64_t* barrier, uint32_t bytes) { model::barrier_expect(barrier, bytes); }
-inline void arrival_wait(uint64_t* barrier, int parity) {
+inline void arrival_wait(uint64_t* barrier) {
   if (model::mutation == model::Mutation::UNAWAITED_COPY) return;
-  model::barrier_wait(barrier, parity);
+  model::barrier_wait(barrier, 0);
 }
-inline void slot_fence() {}
 inline void arrival_wait_cluster(uint64_t* barrier, int parity) { model::await_messages(barrier, parity); }
 inline void send(void* to, const Vector& x, uint64_t* barrier, int rank) { model::send(to, x, barrier, rank); }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
