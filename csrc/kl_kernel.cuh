@@ -13,14 +13,15 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-constexpr int KL_STEPS = 32;  // of a block at most: each has a barrier for its copies, and a bit
+constexpr int KL_STEPS = 16;  // of a block at most: each has a barrier for its copies, and a bit
+constexpr int KL_SLICE = 32;  // slices are multiples of so many columns: whole words of the mask, whole sectors
 constexpr int KL_ATTEMPTS = 3;
 
 struct KlLaunch {
-  int slice;       // columns of a block, a multiple of 64
+  int slice;       // columns of a block
   int mask_bytes;  // of their bits
   int threads;     // of a block
-  int step_log2;   // columns that they read at once
+  uint32_t steps;  // 2^32 over the columns that they read at once, rounded up
   float inverse_temperature;
   const double* inverse_normalizer;  // null: 1
   double* losses;                    // (N) weighted, or null
@@ -98,15 +99,20 @@ class KlBlock {
       z_some = device::load_vector(z_row() + at);
       if (p_.ref_logits) r_some = device::load_vector(r_row() + at);
     }
+    if (thread_ == 0) init_barriers();  // while label and weight are on their way
+    device::sync_block();
     if (!is_active(p_, label, weight)) return inactive();
     const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
     if (label < 0 || label >= p_.vocab_size || in_part) return leave();
     // Whether the reference is read is known at once, unless ids decide which loss the row has.
     const bool late = p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
     const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
-    if (!late) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
-    if (marks)
-      for (unsigned i = thread_; i < mask_words(); i += threads()) mask()[i] = 0;
+    if (!late && warp() == COPIER) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
+    device::cluster_arrive_relaxed();
+    if (marks) {
+      const int at = weight < 0.0f ? place_of(label) : -1;
+      for (int i = thread_; i < mask_words(); i += threads()) mask()[i] = i == at >> 5 ? 1u << (at & 31) : 0u;
+    }
     if (thread_ == threads() - device::WARP) {  // of the last
       s_.flags = 0;
       s_.factors[0] = weight;
@@ -116,22 +122,22 @@ class KlBlock {
     }
     if (warp() == LEVELS) levels(wide, z_some, r_some);
     device::sync_block();
-    if (marks) {
-      if (p_.negative_ids) collect_ids();
-      if (late) {
-        device::sync_block();
-        begin_copies(is_kl(weight < 0.0f || (s_.flags & HAS_IDS) ? p_.negative_loss : p_.positive_loss));
-      }
-      if (weight < 0.0f && thread_ == 0) mark(label);
+    if (p_.negative_ids) {
+      collect_ids();
       device::sync_block();
+      if (late) {
+        const bool negative = weight < 0.0f || (s_.flags & HAS_IDS);
+        if (warp() == COPIER) begin_copies(is_kl(negative ? p_.negative_loss : p_.positive_loss));
+        device::sync_block();
+      }
     }
-    device::cluster_wait();  // all blocks have initialised their barriers
     const uint32_t flags = s_.flags;
     const bool negative = weight < 0.0f || (flags & HAS_IDS);
     const int row_loss = negative ? p_.negative_loss : p_.positive_loss;
     const float factor = fabsf(s_.factors[negative] * s_.scale);
     if (!(factor > 1e-30f && factor < 1e30f) || (flags & ID_OUTSIDE)) {
       for (int s = 0; s < steps(); ++s) device::arrival_wait(s_.arrivals + s);
+      device::cluster_wait();
       return leave();
     }
     if (row_loss == UNLIKELIHOOD || row_loss == LOG_LIKELIHOOD)
@@ -144,7 +150,7 @@ class KlBlock {
 
  private:
   // The warps that do something for all of the block.
-  static constexpr int JUDGE = 0, LEVELS = 1;
+  static constexpr int COPIER = 0, JUDGE = 0, LEVELS = 1;
 
   // Asked for again rather than kept: registers are what is short.
   TNT_DEVICE int64_t row() const { return device::cluster_index(); }
@@ -156,8 +162,8 @@ class KlBlock {
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
   TNT_DEVICE int step() const { return l_.threads * GROUP; }
   TNT_DEVICE int step_bytes() const { return step() * int(sizeof(Logit)); }
-  TNT_DEVICE int full_steps() const { return n_ >> l_.step_log2; }
-  TNT_DEVICE int steps() const { return (n_ + step() - 1) >> l_.step_log2; }
+  TNT_DEVICE int full_steps() const { return int(uint64_t(n_) * l_.steps >> 32); }
+  TNT_DEVICE int steps() const { return full_steps() + (full_steps() * step() < n_); }
   TNT_DEVICE int threads() const { return l_.threads; }
   TNT_DEVICE int warps() const { return threads() / device::WARP; }
   TNT_DEVICE int warp() const { return thread_ / device::WARP; }
@@ -170,7 +176,7 @@ class KlBlock {
   TNT_DEVICE char* slot(bool reference) const {
     return reinterpret_cast<char*>(mask()) + l_.mask_bytes + (reference ? l_.slice * int(sizeof(Logit)) : 0);
   }
-  TNT_DEVICE unsigned mask_words() const { return unsigned(l_.slice) / 32; }
+  TNT_DEVICE int mask_words() const { return l_.slice / 32; }
   TNT_DEVICE uint32_t set_bits(int step) const {  // of this thread's group
     const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(mask()) + step * (l_.threads * GROUP / 8);
     return GROUP == 8 ? bytes[thread_] : bytes[thread_ >> 1] >> ((thread_ & 1) * 4) & 15;
@@ -178,7 +184,7 @@ class KlBlock {
   // Calls body(at) for the marked columns of this thread's words. A warp meets afterwards.
   template <class Body>
   TNT_DEVICE void for_each_marked(Body body) const {
-    for (unsigned i = thread_; i < mask_words(); i += threads())
+    for (int i = thread_; i < mask_words(); i += threads())
       for (uint32_t b = mask()[i]; b; b &= b - 1) body(i * 32 + device::lowest_bit(b));
     device::sync_warp();
   }
@@ -203,10 +209,15 @@ class KlBlock {
     }
     if (flags) device::atomic_or(&s_.flags, flags);
   }
-  TNT_DEVICE void mark(int64_t id) {  // any 64-bit number may come
-    if (id < 0 || id >= p_.vocab) return;
+  TNT_DEVICE void mark(int64_t id) {
+    const int at = place_of(id);
+    if (at >= 0) device::atomic_or(mask() + at / 32, 1u << (at & 31));
+  }
+  // Among this block's columns, or -1; any 64-bit number may come.
+  TNT_DEVICE int place_of(int64_t id) const {
+    if (id < 0 || id >= p_.vocab) return -1;
     const int at = int(id) + before_ - begin_;
-    if (at >= 0 && at < n_) device::atomic_or(mask() + at / 32, 1u << (at & 31));
+    return at >= 0 && at < n_ ? at : -1;
   }
 
   // ---- rows that are not computed here
@@ -223,38 +234,32 @@ class KlBlock {
 
   // ---- reading: whole vectors by bulk copies, a step at a time; the row's two edges by hand, with -inf around them
 
+  TNT_DEVICE void init_barriers() {
+#pragma unroll
+    for (int s = 0; s < KL_STEPS; ++s) device::arrival_init(s_.arrivals + s, 1);
+    device::arrival_init(s_.exchange, 1);
+    device::arrival_init(s_.exchange + 1, 1);
+    device::arrival_fence();
+  }
+  // By one warp, a lane a copy, so that the addresses are worked out side by side. What it writes by hand is for others
+  // when the block has met.
   TNT_DEVICE void begin_copies(bool pair) {
     const Logit *const z = z_row() - before_ + begin_, *const r = pair ? r_row() - before_ + begin_ : z;  // aligned
     const int whole = n_ / GROUP * GROUP, from = first_ > 0 ? GROUP : 0;
-    // Each warp begins the copies of its own steps: one after the other would take longer than the first needs to come.
-    if (lane() == 0) {
-      if (warp() == 0) {
-        device::arrival_init(s_.exchange, 1);
-        device::arrival_init(s_.exchange + 1, 1);
-      }
-#pragma unroll 1
-      for (int s = warp(); s < steps(); s += warps()) device::arrival_init(s_.arrivals + s, 1);
-      device::arrival_fence();
-      const uint32_t end = uint32_t(whole) * sizeof(Logit);
-#pragma unroll 1
-      for (int s = warp(); s < steps(); s += warps()) {
-        const uint32_t at = s == 0 ? uint32_t(from) * sizeof(Logit) : uint32_t(s) * step_bytes();
-        const uint32_t limit = uint32_t(s + 1) * step_bytes(), to = limit < end ? limit : end;
-        const uint32_t bytes = to > at ? to - at : 0;
-        uint64_t* const arrival = s_.arrivals + s;
-        device::arrival_expect(arrival, pair ? 2 * bytes : bytes);
-        if (bytes == 0) continue;
-        device::bulk_copy(slot(false) + at, reinterpret_cast<const char*>(z) + at, bytes, arrival);
-        if (pair) device::bulk_copy(slot(true) + at, reinterpret_cast<const char*>(r) + at, bytes, arrival);
-      }
+    const int s = lane() >> 1;
+    const bool of_reference = lane() & 1;
+    if (s < steps() && (pair || !of_reference)) {
+      const int first = s * step_bytes(), at = s == 0 ? from * int(sizeof(Logit)) : first;
+      const int end = whole * int(sizeof(Logit)), limit = first + step_bytes() < end ? first + step_bytes() : end;
+      const int bytes = limit > at ? limit - at : 0;
+      if (!of_reference) device::arrival_expect(s_.arrivals + s, pair ? 2 * bytes : bytes);
+      const char* const row = reinterpret_cast<const char*>(of_reference ? r : z);
+      if (bytes > 0) device::bulk_copy(slot(of_reference) + at, row + at, bytes, s_.arrivals + s);
     }
-    device::cluster_arrive_relaxed();
-    if (from > 0 || whole < n_) {
-      if (thread_ < GROUP)
-        edge(thread_, from > 0 && thread_ < from, pair, z, r);
-      else if (thread_ < 2 * GROUP)
-        edge(whole + thread_ - GROUP, whole < n_ && !(from > 0 && whole == 0), pair, z, r);
-    }
+    if (lane() < GROUP)
+      edge(lane(), from > 0 && lane() < from, pair, z, r);
+    else if (lane() < 2 * GROUP)
+      edge(whole + lane() - GROUP, whole < n_ && !(from > 0 && whole == 0), pair, z, r);
   }
   TNT_DEVICE void edge(int at, bool copies, bool pair, const Logit* z, const Logit* r) {
     if (!copies) return;
@@ -359,6 +364,11 @@ class KlBlock {
 
   // ---- a row
 
+  // Numbers as integers of the same order: a warp's largest integer is one instruction.
+  static TNT_DEVICE int ordered(float x) { return mirrored(bits_as<int>(x)); }
+  static TNT_DEVICE float from_ordered(int x) { return bits_as<float>(mirrored(x)); }
+  static TNT_DEVICE int mirrored(int x) { return x ^ (x >> 31 & 0x7fffffff); }
+
   // The rows' levels, their maxima over a few entries all along them, and how far z lies above r there on average; from
   // these the shift. The same in every block of the cluster.
   TNT_DEVICE void levels(bool wide, const Vector& z_some, const Vector& r_some) {
@@ -376,7 +386,8 @@ class KlBlock {
     float z_top = z[0], r_top = r[0], above = z[0] - r[0];
 #pragma unroll
     for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]), r_top = fmaxf(r_top, r[i]), above += z[i] - r[i];
-    z_top = max_of_warp(z_top), r_top = max_of_warp(r_top);
+    z_top = from_ordered(device::max_of_warp(ordered(z_top))),
+    r_top = from_ordered(device::max_of_warp(ordered(r_top)));
     // The average difference is nearer to L than that of the maxima; infinities have none.
     float more = (sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_top - r_top)) * l_.inverse_temperature;
     more = fabsf(more) < 16.0f ? more : 0.0f;
@@ -442,6 +453,7 @@ class KlBlock {
           mine[2].words[1] = bits_as<uint32_t>(of_reference.sum);
         }
       }
+      if (attempt == 0) device::cluster_wait();  // all blocks have initialised their barriers
       send(count, mine);
       if (warp() == JUDGE) judge<REVERSE, SET>(receive(count), attempt);
       ++count;
@@ -585,6 +597,7 @@ class KlBlock {
       removed.merge_warp(k.scale);
       const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), DIAGNOSTICS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
+      if (attempt == 0) device::cluster_wait();
       send(attempt, mine);
       if (warp() == JUDGE) judge_likelihood(receive(attempt), k, attempt, unlikelihood, negative);
       device::sync_block();
@@ -679,12 +692,12 @@ class KlBlock {
   template <class Compute>
   TNT_DEVICE void write(Compute compute) {
     constexpr int bytes = GROUP * int(sizeof(Gradient));
-    const int first = thread_ * GROUP,
-              steps = first < n_ ? (n_ - first + step() - 1) >> l_.step_log2 : 0;  // of this thread
+    const int first = thread_ * GROUP, full = full_steps(), last = full * step() + first;
+    const int steps = full + (last < n_);  // of this thread
     Gradient* const row = static_cast<Gradient*>(p_.gradient) + this->row() * p_.gradient_stride + (begin_ - before_);
     const bool aligned = reinterpret_cast<uintptr_t>(row) % bytes == 0;
     const int begin = first < first_;
-    int end = aligned && first < n_ ? (n_ - first - GROUP + step()) >> l_.step_log2 : 0;
+    int end = aligned ? full + (last + GROUP <= n_) : 0;
     end = end > begin ? end : begin;
     Gradient* to = row + first + begin * step();
 #pragma unroll 1

@@ -124,39 +124,45 @@ struct KlPlan {
 };
 
 template <class Logit, class Gradient, bool DIAGNOSTICS>
-KlPlan choose_kl(int64_t vocab, bool pair, int device) {
+KlPlan choose_kl(int64_t vocab, bool pair, bool aligned, int device) {
   const device::Properties properties = device::properties(device);
   const auto kernel = kl_kernel<Logit, Gradient, DIAGNOSTICS>;
   KlPlan plan;
   if (!properties.clusters || device::architecture(kernel) < 90) return plan;
   device::prefer_shared_memory(kernel);
-  // For measurements: no other size of cluster than this, and so many threads of a block, a power of two.
+  // For measurements: no other size of cluster than this, and so many threads of a block.
   const char* const forced = std::getenv("TNT_KERNELS_CUDA_CLUSTER");
   const char* const width = std::getenv("TNT_KERNELS_CUDA_THREADS");
-  const int only = forced ? std::atoi(forced) : 0, threads = width ? std::atoi(width) : device::KL_THREADS;
-  if (threads != 64 && threads != 128 && threads != 256)
-    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::to_string(threads) + ", expected 64, 128 or 256");
+  const int only = forced ? std::atoi(forced) : 0, only_threads = width ? std::atoi(width) : 0;
+  if (width && (only_threads < 2 * device::WARP || only_threads > device::KL_THREADS || only_threads % device::WARP))
+    throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::string(width) +
+                             ", expected a multiple of 32 from 64 to " + std::to_string(device::KL_THREADS));
   using Block = KlBlock<Logit, Gradient, DIAGNOSTICS>;
-  plan.launch.threads = threads;
-  plan.launch.step_log2 = 0;
-  while (1 << plan.launch.step_log2 < threads * Block::GROUP) ++plan.launch.step_log2;
-  const int whole = properties.shared_per_multiprocessor, reserved = properties.shared_reserved;
-  const int three = whole / 3 - reserved, two = whole / 2 - reserved, one = properties.shared_per_block;
-  // Two or three blocks on a multiprocessor hide each other's waiting; small clusters wait less than large ones.
-  std::vector<std::pair<int, int>> order = {{1, three}, {1, two}, {2, three},  {2, two},  {4, three}, {4, two},
-                                            {8, three}, {8, two}, {16, three}, {16, two}, {8, one},   {16, one}};
-  if (only > 0) order = {{only, one}};
-  for (const auto& [cluster, limit] : order) {
-    if (cluster > properties.largest_cluster) continue;
-    // Any row may begin up to 15 bytes behind a boundary. Slices of whole lines: 128 bytes of 16-bit numbers.
-    const int slice = int(((vocab + Block::GROUP - 1 + cluster - 1) / cluster + 63) / 64 * 64);
-    plan.launch.slice = slice;
-    plan.launch.mask_bytes = Block::mask_bytes(slice);
-    plan.shared_bytes = Block::shared_bytes(slice, cluster, threads, pair);
-    if (slice > KL_STEPS * threads * Block::GROUP || plan.shared_bytes > limit) continue;
-    if (device::active_clusters(kernel, cluster, threads, plan.shared_bytes) < 1) continue;
-    plan.cluster = cluster;
-    break;
+  // What counts is how many rows are in flight; of as many, more warps and then smaller clusters, which wait less.
+  // (A cluster lies within one of the device's groups of multiprocessors: what is left over there stays empty.)
+  int64_t most_rows = 0, most_warps = 0;
+  for (int cluster = 1; cluster <= properties.largest_cluster; ++cluster) {
+    for (int blocks = 1; blocks <= 4; ++blocks) {  // on a multiprocessor
+      if (only > 0 && cluster != only) continue;
+      const int limit = blocks == 1 ? properties.shared_per_block
+                                    : properties.shared_per_multiprocessor / blocks - properties.shared_reserved;
+      KlPlan found;
+      KlLaunch& launch = found.launch;
+      launch.threads = only_threads ? only_threads : blocks == 4 ? device::KL_FEWER_THREADS : device::KL_THREADS;
+      launch.steps = uint32_t((int64_t(1) << 32) / (launch.threads * Block::GROUP) + 1);
+      const int64_t columns = vocab + (aligned ? 0 : Block::GROUP - 1);  // any row may begin behind a boundary
+      launch.slice = int(((columns + cluster - 1) / cluster + KL_SLICE - 1) / KL_SLICE * KL_SLICE);
+      launch.mask_bytes = Block::mask_bytes(launch.slice);
+      found.shared_bytes = Block::shared_bytes(launch.slice, cluster, launch.threads, pair);
+      if (launch.slice > KL_STEPS * launch.threads * Block::GROUP || found.shared_bytes > limit) continue;
+      const int active = device::active_clusters(kernel, cluster, launch.threads, found.shared_bytes);
+      const int64_t rows = cluster == 1 ? int64_t(active) * properties.multiprocessors : active;
+      const int64_t warps = rows * cluster * (launch.threads / device::WARP);
+      if (rows < most_rows || (rows == most_rows && warps <= most_warps)) continue;
+      most_rows = rows, most_warps = warps;
+      found.cluster = cluster;
+      plan = found;
+    }
   }
   if (plan.cluster == 0) return plan;
   plan.left = choose<Logit, Gradient>(vocab, device, false);
@@ -167,7 +173,7 @@ KlPlan choose_kl(int64_t vocab, bool pair, int device) {
 }
 
 using PlanKey = std::tuple<int64_t, int, DType, DType, bool>;
-using KlPlanKey = std::tuple<int64_t, int, DType, DType, bool, bool>;
+using KlPlanKey = std::tuple<int64_t, int, DType, DType, bool, bool, bool>;
 std::map<PlanKey, Plan> known_plans;
 std::map<KlPlanKey, KlPlan> known_kl_plans;
 std::mutex known_plans_mutex;
@@ -192,8 +198,10 @@ Plan plan_for(const RowCall& p, int device) {
 template <class Logit, class Gradient, bool DIAGNOSTICS>
 KlPlan kl_plan_for(const RowCall& p, int device) {
   const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
-  const KlPlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair);
-  return known(known_kl_plans, key, [&] { return choose_kl<Logit, Gradient, DIAGNOSTICS>(p.vocab, pair, device); });
+  const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % Stored<Logit>::GROUP == 0;
+  const KlPlanKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair, aligned);
+  return known(known_kl_plans, key,
+               [&] { return choose_kl<Logit, Gradient, DIAGNOSTICS>(p.vocab, pair, aligned, device); });
 }
 
 // What kl_kernel computes: loss and gradient of whole rows, at once, by KLs, LL and UL. Both logits begin equally far

@@ -308,21 +308,24 @@ void write_remote(float* to, int rank, float x) {
   memcpy(other.memory->begin + offset, &x, sizeof x);
 }
 
+Arrival& arrival_at(uint64_t* at) {
+  const auto found = my_block().arrivals.find(at);
+  if (found == my_block().arrivals.end()) fail("a barrier that is not initialised");
+  return found->second;
+}
 void barrier_init(uint64_t* at, int count) {
   Arrival& arrival = my_block().arrivals[at];
   arrival = {};
   arrival.expected = count;
 }
 void barrier_expect(uint64_t* at, uint32_t bytes) {
-  Arrival& arrival = my_block().arrivals.at(at);
+  Arrival& arrival = arrival_at(at);
   if (++arrival.arrived > arrival.expected) fail("too many arrivals");
   arrival.bytes += bytes;
   arrival.settle();
 }
 void barrier_wait(uint64_t* at, int parity) {
-  const auto found = my_block().arrivals.find(at);
-  if (found == my_block().arrivals.end()) fail("waiting for copies on a barrier that is not initialised");
-  const Arrival* arrival = &found->second;
+  const Arrival* arrival = &arrival_at(at);
   give_way([arrival, parity] { return int(arrival->phase & 1) != parity; });
 }
 void await_messages(uint64_t* at, int parity) {
@@ -330,7 +333,7 @@ void await_messages(uint64_t* at, int parity) {
   if (mutation == Mutation::EARLY_LEAVE && rank() == cluster() - 1) throw Exit{};
   if (mutation == Mutation::STUCK_EXCHANGE) at = reinterpret_cast<uint64_t*>(shared() + world->first_exchange);
   if (mutation == Mutation::SHORT_EXPECT && thread() == 0) {
-    Arrival& arrival = my_block().arrivals.at(at);
+    Arrival& arrival = arrival_at(at);
     arrival.bytes -= sizeof(Vector);
     arrival.settle();
   }
@@ -361,7 +364,7 @@ void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   char* const at = static_cast<char*>(to);
   const Memory& memory = *my_block().memory;
   if (at < memory.begin || at + bytes > memory.begin + memory.bytes) fail("a bulk copy beyond shared memory");
-  begin({at, static_cast<const char*>(from), bytes, &my_block().arrivals.at(barrier), me().block, {}});
+  begin({at, static_cast<const char*>(from), bytes, &arrival_at(barrier), me().block, {}});
 }
 
 void run(const std::function<void()>& kernel, int64_t blocks, int cluster, int threads, int shared_bytes) {

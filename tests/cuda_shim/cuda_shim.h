@@ -28,7 +28,8 @@ namespace device {
 constexpr int WARP = 32;
 constexpr int ROW_THREADS = 64;
 constexpr int STREAM_THREADS = 96;
-constexpr int KL_THREADS = 64;
+constexpr int KL_THREADS = 96;
+constexpr int KL_FEWER_THREADS = 64;
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -116,6 +117,10 @@ inline bool any_of_warp(bool x) {
   return any != 0;
 }
 inline bool all_of_warp(bool x) { return !any_of_warp(!x); }
+inline int max_of_warp(int x) {
+  for (int mask = 16; mask > 0; mask >>= 1) x = std::max(x, shuffle_xor(x, mask));
+  return x;
+}
 inline int atomic_add(int* at, int by) {
   const int before = *at;
   *at += by;
