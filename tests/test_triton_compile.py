@@ -108,6 +108,7 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "gathered": sharded,
         "partial_sums": kind == Kind.PARTIAL_SUMS,
         "total_sums": kind == Kind.FINISH,
+        "left": False,
     }
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),

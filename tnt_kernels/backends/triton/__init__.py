@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
-from tnt_kernels.backends.triton.config import RowConfig, row_config
+from tnt_kernels.backends.triton.config import RowConfig, measured_config, row_config
+from tnt_kernels.objectives import RowLoss
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
@@ -77,7 +78,8 @@ def options(config: RowConfig, architecture: str) -> dict[str, int]:
         return {"num_warps": max(1, config.warps // 2)}  # AMD's large GPUs have 64 lanes
     if architecture.startswith("sm_"):
         # Without a limit of its own, NVIDIA's assembler spills to reach the next occupancy. Others know no such option.
-        return {"num_warps": config.warps, "maxnreg": min(255, 65536 // (32 * config.warps))}
+        registers = config.registers or min(255, 65536 // (32 * config.warps))
+        return {"num_warps": config.warps, "maxnreg": registers}
     return {"num_warps": config.warps}
 
 
@@ -154,9 +156,79 @@ def _mean_factor(call: RowCall) -> Tensor | None:
     return factor
 
 
+def _is_kl_call(call: RowCall) -> bool:
+    """Whether ``kl_kernel`` serves the call: loss and gradient at once, or the loss alone, by KLs."""
+    t, s = call.tensors, call.scalars
+    if call.kind is not Kind.FUSED or t.ref_logits is None or t.negative_ids is not None:
+        return False
+    if not all(side in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL) for side in s.sides):
+        return False
+    if call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing:
+        return False
+    rows = [x for x in (call.logits, t.ref_logits, call.gradient) if x is not None]
+    group = 16 // call.logits.element_size()  # columns of a vector
+    if any(x.data_ptr() % x.element_size() for x in rows):
+        return False
+    begins = {(x.data_ptr() // x.element_size() % group, x.stride(0) % group) for x in rows}
+    return len(begins) == 1 or (len(call.logits) == 1 and len({begin for begin, _ in begins}) == 1)
+
+
 def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
 ) -> None:
+    if not _is_kl_call(call):
+        return _launch_row_kernel(call, row_losses, factor, config)
+    left = _launch_kl(call, row_losses, factor, config)
+    usual = measured_config(
+        call.logits.size(1), call.logits.element_size(), gradient=call.gradient is not None, ids=False
+    )  # fmt: skip
+    _launch_row_kernel(call, row_losses, factor, usual, left)
+
+
+def _launch_kl(
+    call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
+) -> Tensor:
+    """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
+    logits, t, s = call.logits, call.tensors, call.scalars
+    rows, vocab = logits.shape
+    ref_logits, alpha, gradient = t.ref_logits, t.alpha, call.gradient
+    assert ref_logits is not None
+    target = architecture(logits.device)
+    if config is None:
+        config = row_config(
+            vocab, logits.element_size(), pair=True, gradient=gradient is not None, ids=False, architecture=target
+        )  # fmt: skip
+    left = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    _kernels().kl_kernel[(rows,)](
+        logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
+        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value), factor, vocab,
+        float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
+        row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
+        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
+        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype if gradient is None else gradient.dtype),
+        **options(config, target),
+    )  # fmt: skip
+    return left
+
+
+def _near_kl(stored: torch.dtype) -> float:
+    """Up to which KL the gradient of a forward KL is computed by the form for p next to q.
+
+    The other form, p - q, has a relative error of 1.5e-7/√(2 KL). It is to be a sixteenth of a rounding of ``stored``,
+    or 2e-6, as the short form's own error is 4e-7.
+    """
+    error = max(2e-6, torch.finfo(stored).eps / 32)
+    return (1.5e-7 / error) ** 2 / 2
+
+
+def _launch_row_kernel(
+    call: RowCall,
+    row_losses: Tensor | None,
+    factor: Tensor | None,
+    config: RowConfig | None,
+    left: Tensor | None = None,
+) -> None:
+    """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
     ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
@@ -179,7 +251,7 @@ def _launch_rows(
         call.gradient, 0 if call.gradient is None else call.gradient.stride(0),
         upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
         call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
-        0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums,
+        0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums, left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.uniform_smoothing and s.eps > 0, IDS=ids.kind,
         KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
         SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tnt_kernels._call import Kind
+from tnt_kernels.backends.triton.kl import kl_kernel as kl_kernel
 from tnt_kernels.backends.triton.row_math import (
     FORWARD_KL,
     LOG_LIKELIHOOD,
@@ -807,12 +808,18 @@ def row_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
     ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
     losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-    gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T."""
+    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
+
+    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left.
+    """
     index = tl.program_id(0).to(tl.int64)
+    if left is not None:
+        if tl.load(left + index) == 0:
+            return
     label = tl.load(labels + index)
     weight = 1.0
     if weights is not None:

@@ -1,0 +1,616 @@
+"""The Triton kernel of the usual KL rows: each logit is read once for the loss, with one exponential or two a pair.
+
+The mathematics is MATH's "One read, one exponential", names and steps are those of ``csrc/kl_math.cuh``. x is the base
+row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. Exponents are in base 2:
+
+    e = 2^(x scale - c)    y = (o - x) scale - a    φ(y) = 2^y - 1 - y ln 2
+    S = Σ e    M = Σ e y ln 2    Φ = Σ e φ(y)    A = Σ e (2^y - 1) = M + Φ
+    L = log1p(A/S)    KL(base‖other) over the kept entries = Φ/S - φ(L)
+
+so p = q gives exactly 0. One program works on one row. The first pass asks nothing of a pair: what it cannot do shows
+in the sums. Rows whose sums are not fit, and those that are broken, infinite or pushed down in part, are flagged for
+``row_kernel``, which runs over them afterwards.
+
+Columns count from the 16-byte boundary before the row, so that full tiles are loaded by vectors at any address. Logits
+of 16 bits are loaded as words of two columns: the sums of both share a register.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from tnt_kernels.backends.triton.row_math import FORWARD_KL, REVERSE_KL, _log1p, _phi
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: Stands in for removed tokens and past the ends of a row: it weighs nothing, and its differences are finite.
+AWAY = tl.constexpr(-1e30)
+#: The weight of the reference level in the first pass is 2^48. Where e^y overflows to infinity beside a weight that is
+#: flushed to 0, their product is NaN; below that, what flushing loses is at most 2^-46 of the reference's weight.
+BIAS = tl.constexpr(48.0)
+UNBIAS = tl.constexpr(2.0**-48)
+#: Levels are whole numbers of powers of two, so that the bias is added without rounding. Larger ones are not served.
+HIGHEST_LEVEL = tl.constexpr(2.0**22)
+
+# φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/kl_math.cuh (of Y = 2y) for y in units of log 2.
+_MIDDLE = ("0x1.ffffd2p-4", "0x1.55557cp-6", "0x1.560b70p-9", "0x1.1133b0p-12")
+_TWO_LN_2 = 2 * 0.6931471805599453
+M0, M1, M2, M3 = (
+    tl.constexpr(float.fromhex(x) * _TWO_LN_2 ** (k + 2)) for k, x in enumerate(_MIDDLE)
+)
+MIDDLE = tl.constexpr(0.25 * 1.4426950408889634)
+# 2 sinh(y/2) = y (H0 + H1 y² + H2 y⁴), relative error 4e-7 for |y| <= 1.25, y in units of log 2.
+_SINH = ("0x1.000006p+0", "0x1.554c74p-5", "0x1.14e172p-11")
+H0, H1, H2 = (
+    tl.constexpr(float.fromhex(x) * 0.6931471805599453 ** (2 * k + 1)) for k, x in enumerate(_SINH)
+)
+NEAR = tl.constexpr(1.25 * 1.4426950408889634)
+
+# How a second pass computes the gradient.
+DIRECT = tl.constexpr(0)  # forward: p - q*, an exponential each
+SINH = tl.constexpr(1)  # forward, next to p = q: by one exponential of the mean of log p and log q*
+REVERSE = tl.constexpr(2)  # reverse: one exponential
+
+# What the sums of a first pass say.
+GOOD = tl.constexpr(0)
+LEFT = tl.constexpr(1)  # to the other kernel
+AGAIN = tl.constexpr(2)  # with another shift
+
+ATTEMPTS = tl.constexpr(3)
+SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
+GATHER = tl.constexpr(32)  # tiles at a time
+
+
+class Line(NamedTuple):
+    """A row of logits or of the gradient, from the boundary before it."""
+
+    elements: tl.tensor  # pointers
+    words: tl.tensor
+
+
+class Row(NamedTuple):
+    x: Line
+    o: Line
+    gradient: tl.tensor  # pointer
+    begin: tl.tensor  # the row's first column
+    end: tl.tensor  # the column past its last
+    first: tl.tensor  # where the full tiles begin
+    whole: tl.tensor  # where they end
+    label: tl.tensor  # column of y where it is removed, else -1
+    z_label: tl.tensor  # its logits
+    r_label: tl.tensor
+    scale: tl.tensor  # log2(e)/T
+    inverse_t: tl.tensor
+
+
+class Shift(NamedTuple):
+    c: tl.tensor  # a whole number: the base's level in units of log 2
+    a: tl.tensor  # how far o lies above x, in the same units
+    distance: tl.tensor  # of the levels, in nats times T
+
+
+class Sums(NamedTuple):
+    s: tl.tensor  # S
+    m: tl.tensor  # M / ln 2
+    phi: tl.tensor  # Φ
+    a: tl.tensor  # A
+    l: tl.tensor  # L
+    kl: tl.tensor  # over the kept entries
+
+
+class Set(NamedTuple):
+    """The policy's removed entries: of 2^((z - max) scale), the moment in units of log 2, and how many there are."""
+
+    max: tl.tensor
+    sum: tl.tensor
+    moment: tl.tensor
+    count: tl.tensor
+
+
+class Gradient(NamedTuple):
+    """The coefficients of a second pass; see ``_gradient``."""
+
+    c: tl.tensor
+    a: tl.tensor
+    h: tl.tensor
+    k0: tl.tensor
+    k1: tl.tensor
+    shift: tl.tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@triton.jit
+def _columns(at):
+    """How many columns two words hold."""
+    return 16 // (at.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
+def _line(at, before):
+    GROUP: tl.constexpr = 128 // at.dtype.element_ty.primitive_bitwidth
+    elements = at - before
+    words = elements
+    if GROUP == 8:
+        words = elements.to(tl.pointer_type(tl.int32), bitcast=True)
+    return Line(tl.multiple_of(elements, 16), tl.multiple_of(words, 16))
+
+
+@triton.jit
+def _first(w, ELEMENT: tl.constexpr):
+    """The first column of words of two."""
+    if ELEMENT == tl.bfloat16:
+        return (w << 16).to(tl.float32, bitcast=True)
+    return w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _second(w, ELEMENT: tl.constexpr):
+    if ELEMENT == tl.bfloat16:
+        return (w & -65536).to(tl.float32, bitcast=True)
+    return (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _edge(at, v, inside):
+    """Columns of a tile that the row does not fill."""
+    return tl.load(at + v, mask=inside, other=AWAY).to(tl.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- first pass
+
+
+@triton.jit
+def _add(x, o, s, m, f, row, shift):
+    """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
+    e = tl.exp2(tl.fma(x, row.scale, -shift.c))
+    y = tl.fma(o - x, row.scale, -shift.a)
+    p = tl.fma(y, M3, M2)
+    p = tl.fma(p, y, M1)
+    p = tl.fma(p, y, M0)
+    phi = tl.where(tl.abs(y) < MIDDLE, (p * y) * y, tl.fma(y, -LN_2, tl.exp2(y) - 1.0))
+    return s + e, tl.fma(e, y, m), tl.fma(e, phi, f)
+
+
+@triton.jit
+def _plus(s0, m0, f0, s1, m1, f1):
+    return s0 + s1, m0 + m1, f0 + f1
+
+
+@triton.jit
+def _level(x0, o0, d0, x1, o1, d1):
+    return tl.maximum(x0, x1), tl.maximum(o0, o1), d0 + d1
+
+
+@triton.jit
+def _shift(x_top, o_top, mean, row):
+    """``mean``: how far o lies above x on average, which is nearer to L than the distance of the maxima."""
+    x_top = tl.where(tl.abs(x_top) < 1e29, x_top, 0.0)
+    o_top = tl.where(tl.abs(o_top) < 1e29, o_top, 0.0)
+    distance = o_top - x_top
+    a = tl.where(tl.abs(mean - distance) * row.inverse_t < 16.0, mean, distance)
+    return Shift(tl.floor(x_top * row.scale), a * row.scale, distance)
+
+
+@triton.jit
+def _shift_of_samples(row):
+    """From a few entries all along the row, the same ones in every warp: no warp waits for another."""
+    GROUP: tl.constexpr = 128 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    vocab = row.end - row.begin
+    lead = tl.where(row.begin > 0, GROUP - row.begin, 0)
+    step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
+    v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
+    v = row.begin + tl.minimum(v, vocab - 1)
+    x, o = tl.load(row.x.elements + v).to(tl.float32), tl.load(row.o.elements + v).to(tl.float32)
+    x, o, d = tl.reduce((x, o, o - x), 1, _level)
+    x, o, d = tl.reduce((x, o, d), 0, _level)
+    return _shift(x, o, d * (1.0 / (SAMPLES * GROUP)), row)
+
+
+@triton.jit
+def _shift_of_maxima(row, BLOCK: tl.constexpr):
+    x_top = tl.full([BLOCK], AWAY, tl.float32)
+    o_top = x_top
+    for start in range(0, row.end, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = (v >= row.begin) & (v < row.end) & (v != row.label)
+        x_top = tl.maximum(x_top, _edge(row.x.elements, v, inside))
+        o_top = tl.maximum(o_top, _edge(row.o.elements, v, inside))
+    x, o = tl.max(x_top, 0), tl.max(o_top, 0)
+    return _shift(x, o, o - x, row)
+
+
+@triton.jit
+def _tile_of_label(row, s, m, f, shift, BLOCK: tl.constexpr):
+    """The sums without the label. Its lane has summed a column of every tile: they are summed anew."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    WIDTH: tl.constexpr = BLOCK // PAIRS
+    lane = row.label % BLOCK // PAIRS
+    hit = tl.arange(0, WIDTH) == lane
+    s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
+    t = tl.zeros([GATHER], tl.float32)
+    n = t
+    g = t
+    for start in range(0, row.end, GATHER * BLOCK):
+        for i in tl.static_range(PAIRS):
+            v = start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i)
+            inside = (v >= row.begin) & (v < row.end) & (v != row.label)
+            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
+            t, n, g = _add(x, o, t, n, g, row, shift)
+    return s, m, f, t, n, g
+
+
+@triton.jit
+def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    WIDTH: tl.constexpr = BLOCK // PAIRS
+    u = tl.arange(0, WIDTH)
+    biased = Shift(shift.c - BIAS, shift.a, shift.distance)
+    s = tl.zeros([WIDTH], tl.float32)
+    m, f = s, s
+    for start in tl.range(
+        row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL
+    ):
+        at = start // PAIRS
+        x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
+        if PAIRS == 2:
+            s, m, f = _add(_first(x, ELEMENT), _first(o, ELEMENT), s, m, f, row, biased)
+            s, m, f = _add(_second(x, ELEMENT), _second(o, ELEMENT), s, m, f, row, biased)
+        else:
+            s, m, f = _add(x, o, s, m, f, row, biased)
+    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+        for i in tl.static_range(PAIRS):
+            v = start + u * PAIRS + i
+            inside = (v >= row.begin) & (v < row.end)
+            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
+            s, m, f = _add(x, o, s, m, f, row, biased)
+    t, n, g = 0.0, 0.0, 0.0
+    if row.label >= 0:
+        s, m, f, ts, ns, gs = _tile_of_label(row, s, m, f, biased, BLOCK)
+        t, n, g = tl.reduce((ts, ns, gs), 0, _plus)
+    s, m, f = tl.reduce((s, m, f), 0, _plus)
+    return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
+
+
+@triton.jit
+def _first_edge(row):
+    """The edges are tile 0, where the row begins after its boundary, and the one at ``whole``, where it ends early."""
+    return tl.where(row.begin > 0, 0, row.whole)
+
+
+@triton.jit
+def _sums(s, m, phi):
+    a = tl.fma(m, LN_2, phi)
+    ratio = a / s
+    log_ratio = _log1p(ratio)
+    kl = phi / s - _excess(log_ratio, ratio)
+    return Sums(s, m, phi, a, log_ratio, kl)
+
+
+@triton.jit
+def _excess(log_ratio, ratio):
+    """φ(L), given e^L - 1 too."""
+    return tl.where(tl.abs(log_ratio) < 0.5, _phi(log_ratio), ratio - log_ratio)
+
+
+@triton.jit
+def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
+    """GOOD, LEFT or AGAIN, and whether it takes the row's maxima."""
+    usable = (sums.s > 2.0**-40) & (sums.s < 2.0**52)
+    # Below -3, S + A has lost its digits.
+    in_range = usable & (sums.s + sums.a < 2.0**52) & (sums.l > -3.0) & (sums.phi < float("inf"))
+    # So it has where A is the small difference of large numbers.
+    in_range = in_range & (tl.abs(sums.m) + sums.phi < 16.0 * (sums.s + sums.a))
+    # o - x is rounded to 2^-24 of the distance of the levels, where logits have that many digits: KL is off by this
+    # over √(KL/2), which is to be less than 2e-6.
+    apart = tl.abs(shift.distance)
+    near = apart <= 64.0
+    if ELEMENT == tl.float32:
+        near = near & ((apart <= 1.0) | (sums.kl > 0.0018 * apart * apart))
+    # Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
+    excess = sums.phi / sums.s - sums.kl
+    good = in_range & near & (excess <= 0.5 * tl.abs(sums.kl))
+    by_maxima = (attempt == 0) & ((in_range & near) == 0)
+    hopeless = (usable & ((sums.phi < float("inf")) == 0)) | (attempt == ATTEMPTS - 1)
+    hopeless = hopeless | ((attempt > 0) & ((in_range & near) == 0))
+    verdict = tl.where(good, GOOD, tl.where(hopeless, LEFT, AGAIN))
+    return verdict, by_maxima
+
+
+@triton.jit
+def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """First passes until the sums are fit for use, or until the row is given up."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    shift = _shift_of_samples(row)
+    c, a, distance = shift.c, shift.a, shift.distance
+    s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    attempt, verdict = 0, AGAIN + 0
+    while verdict == AGAIN:
+        sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL)
+        s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.l, sums.kl
+        verdict, by_maxima = _verdict(sums, Shift(c, a, distance), attempt, ELEMENT)
+        if verdict == AGAIN:
+            if by_maxima:
+                shift = _shift_of_maxima(row, BLOCK)
+                c, a, distance = shift.c, shift.a, shift.distance
+            else:
+                a += log_ratio * LOG2_E
+        attempt += 1
+    # What rounding leaves of 0.
+    kl = tl.where(kl > 0.0, kl, 0.0)
+    good = (verdict == GOOD) & (tl.abs(c) < HIGHEST_LEVEL)
+    return Shift(c, a, distance), Sums(s, m, phi, total, log_ratio, kl), good
+
+
+# ----------------------------------------------------------------------------------------------------- coefficients
+
+
+class Odds(NamedTuple):
+    """p(R) and p(K) = 1 - p(R), each with all its digits; the entropy of that choice, in nats."""
+
+    log_odds: tl.tensor
+    log_kept: tl.tensor
+    log_removed: tl.tensor
+    kept: tl.tensor
+    removed: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def _odds(log_odds):
+    ratio = tl.exp(-tl.abs(log_odds))
+    small = ratio / (1.0 + ratio)
+    soft = _log1p(ratio)
+    positive = log_odds > 0.0
+    return Odds(
+        log_odds,
+        -soft - tl.maximum(log_odds, 0.0),
+        -soft - tl.maximum(-log_odds, 0.0),
+        tl.where(positive, small, 1.0 - small),
+        tl.where(positive, 1.0 - small, small),
+        soft + tl.where(small > 0.0, small * tl.abs(log_odds), 0.0),
+    )
+
+
+@triton.jit
+def _two_sum(a, b):
+    """a + b, and what rounding took from it."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+@triton.jit
+def _forward(sums, shift, removed, factor, scale, WRITE: tl.constexpr):
+    """Of KL(q*‖p) = KL over the kept entries - log p(K): the loss, and the coefficients of its gradient.
+
+    Removed entries have the gradient factor p_s = k0 + k1 log2(p_R(s)) p_R(s): see ``_set_gradient``.
+    """
+    # 2^(o scale - shift) 2^-lost is e 2^y.
+    level, lost = _two_sum(shift.c, shift.a)
+    log_kept, kept, share = 0.0, 1.0, 0.0
+    if removed.sum > 0.0:
+        at = tl.fma(removed.max, scale, -level) - lost
+        odds = _odds(at * LN_2 + tl.log(removed.sum / (sums.s + sums.a)))
+        log_kept, kept, share = odds.log_kept, odds.kept, odds.removed
+    h = factor / sums.s
+    k1 = kept * tl.exp2(-lost) / (1.0 + sums.a / sums.s)
+    loss = sums.kl - log_kept
+    return loss, Gradient(
+        shift.c, shift.a + (sums.l - log_kept) * LOG2_E, -h, h, -k1, level
+    ), factor * share, 0.0 * h  # fmt: skip
+
+
+@triton.jit
+def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
+    """Of KL(p‖q̃) = p(K) KL + log(1 + ε n) - H(p(R)) - p(R) (H_R + log ε), H_R the entropy of p within R.
+
+    The gradient takes the difference of the means within K and R, Δ = KL - o + H_R + log ε, o the log-odds of R.
+    """
+    kept, extra, loss = 1.0, 0.0, sums.kl
+    set_first, set_slope = 0.0, 0.0
+    if removed.count > 0.0:
+        norm = _log1p(eps * removed.count)
+        loss = sums.kl + norm
+        if removed.sum > 0.0:
+            log_eps = tl.log(eps)
+            at = tl.fma(removed.max, scale, -shift.c)
+            log_sum = tl.log(removed.sum)
+            odds = _odds(at * LN_2 + tl.log(removed.sum / sums.s))
+            mean = removed.moment / removed.sum * LN_2 - log_sum  # of log p_R within R, -H_R
+            delta = sums.kl - (odds.log_odds + mean - log_eps)
+            kept = odds.kept
+            extra = tl.where(odds.removed > 0.0, odds.removed * delta, 0.0)
+            # p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
+            loss = tl.fma(kept, sums.kl, (norm - odds.entropy) + odds.removed * (mean - log_eps))
+            set_slope = factor * odds.removed
+            set_first = -factor * odds.removed * (mean + kept * delta)
+    h = factor * kept / sums.s
+    k1 = -h * LN_2
+    k0 = h * tl.fma(sums.m / sums.s, LN_2, extra)
+    shift_a = shift.a
+    if FOLDED:
+        k0 = tl.fma(-k1, shift.a, k0)
+        k1 *= scale
+        shift_a = 0.0 * shift_a
+    return loss, Gradient(shift.c, shift_a, h, k0, k1, shift.c), set_first, set_slope
+
+
+# ------------------------------------------------------------------------------------------------------ second pass
+
+
+@triton.jit
+def _gradient(x, o, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr):
+    if FORM == REVERSE:
+        # factor p (M/S - y + p(R) Δ)
+        e = tl.exp2(tl.fma(x, scale, -g.c))
+        if FOLDED:
+            return e * tl.fma(o - x, g.k1, g.k0)
+        return e * tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
+    # factor (p - q*), as -h (e - p'): both factors are negated here, or each pair would negate one.
+    direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, tl.exp2(tl.fma(x, scale, -g.c)))
+    direct *= g.h
+    if FORM == DIRECT:
+        return direct
+    y = tl.fma(o - x, scale, -g.a)  # log p - log q*
+    square = y * y
+    e = tl.exp2(tl.fma(y, 0.5, tl.fma(x, scale, -g.c)))
+    near = (e * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
+    return tl.where(tl.abs(y) < NEAR, near, direct)
+
+
+@triton.jit
+def _second_pass(row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    STORED: tl.constexpr = row.gradient.dtype.element_ty
+    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    WIDTH: tl.constexpr = BLOCK // PAIRS
+    u = tl.arange(0, WIDTH)
+    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+        for i in tl.static_range(PAIRS):
+            v = start + u * PAIRS + i
+            inside = (v >= row.begin) & (v < row.end)
+            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
+            d = _gradient(x, o, g, row.scale, FORM, FOLDED)
+            tl.store(row.gradient + v, d.to(STORED), mask=inside)
+    for i in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
+        start = row.whole - BLOCK + row.first - i
+        at = start // PAIRS
+        x = tl.load(row.x.words + at + u, eviction_policy="evict_first")
+        o = tl.load(row.o.words + at + u, eviction_policy="evict_first")
+        if PAIRS == 2:
+            d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), g, row.scale, FORM, FOLDED)
+            d1 = _gradient(_second(x, ELEMENT), _second(o, ELEMENT), g, row.scale, FORM, FOLDED)
+            d = tl.join(d0, d1).reshape([BLOCK])
+        else:
+            d = _gradient(x, o, g, row.scale, FORM, FOLDED)
+        to = row.gradient + start + tl.arange(0, BLOCK)
+        tl.store(to, d.to(STORED), eviction_policy="evict_first")
+
+
+@triton.jit
+def _zero(row, BLOCK: tl.constexpr):
+    STORED: tl.constexpr = row.gradient.dtype.element_ty
+    v = tl.arange(0, BLOCK)
+    nothing = tl.zeros([BLOCK], STORED)
+    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+        inside = (start + v >= row.begin) & (start + v < row.end)
+        tl.store(row.gradient + start + v, nothing, mask=inside)
+    for start in range(row.first, row.whole, BLOCK):
+        tl.store(row.gradient + start + v, nothing, eviction_policy="evict_first")
+
+
+# ------------------------------------------------------------------------------------------------------------ a row
+
+
+@triton.jit
+def _run(
+    row, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr,
+):  # fmt: skip
+    """Returns whether the row is left to the other kernel."""
+    FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
+    shift, sums, good = _fit_sums(row, BLOCK, UNROLL)
+    removed = Set(
+        tl.maximum(row.z_label, AWAY),
+        tl.where((row.label >= 0) & (row.z_label >= AWAY), 1.0, 0.0),
+        0.0 * sums.s,
+        tl.where(row.label >= 0, 1.0, 0.0),
+    )
+    # A broken logit of the set, in either row.
+    good = good & (row.z_label < float("inf")) & (row.r_label < float("inf"))
+    if LOSS == REVERSE_KL:
+        good = good & ((removed.count == 0.0) | (eps > 1e-30))
+        loss, g, set_first, set_slope = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
+    else:
+        loss, g, set_first, set_slope = _forward(sums, shift, removed, factor, row.scale, GRADIENT)
+    if good:
+        if loss_at is not None:
+            tl.store(loss_at, row_weight * loss)
+        if GRADIENT:
+            # It may lie where the logits do: no warp writes before all have read what is not their own.
+            tl.debug_barrier()
+            if LOSS == REVERSE_KL:
+                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL)
+            elif loss < NEAR_KL:
+                _second_pass(row, g, SINH, FOLDED, BLOCK, 1)
+            else:
+                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL)
+            if row.label >= 0:
+                tl.debug_barrier()
+                tl.store(row.gradient + row.label, set_first.to(row.gradient.dtype.element_ty))
+    return good == 0
+
+
+@triton.jit(
+    do_not_specialize=["logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index"],
+    do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
+)  # fmt: skip
+def kl_kernel(
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, factors, vocab,
+    eps, scale, inverse_t, ignore_index, losses, gradient, gradient_stride, left, POSITIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr,
+):  # fmt: skip
+    """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0."""
+    index = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + index)
+    weight = 1.0
+    if weights is not None:
+        weight = tl.load(weights + index)
+    z_row = logits + index * logits_stride
+    r_row = ref_logits + index * ref_stride
+    BYTES: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth // 8
+    begin = ((z_row.to(tl.int64) % 16) // BYTES).to(tl.int32)
+    z, r = _line(z_row, begin), _line(r_row, begin)
+    g_row = z.elements
+    if GRADIENT:
+        g_row = tl.multiple_of(gradient + index * gradient_stride - begin, 16)
+    end = begin + vocab
+    whole = end // BLOCK * BLOCK
+    first = tl.where(begin > 0, BLOCK, 0)
+    loss_at = losses
+    if losses is not None:
+        loss_at = losses + index
+    gives_up = False
+    if (weight == 0.0) | (label == ignore_index):
+        if GRADIENT:
+            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, scale, inverse_t)
+            _zero(nothing, BLOCK)
+        if losses is not None:
+            tl.store(loss_at, 0.0)
+    else:
+        negative = weight < 0.0
+        row_weight = weight + 0.0
+        if negative:
+            row_weight = alpha_value + 0.0
+            if alpha is not None:
+                row_weight = tl.load(alpha + index * alpha_stride)
+        factor = row_weight * inverse_t
+        if factors is not None:
+            factor *= tl.load(factors)
+        served = (label >= 0) & (label < vocab) & ((negative == 0) | (weight <= -1.0))
+        served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
+        gives_up = served == 0
+        if served:
+            column = tl.where(negative, begin + label.to(tl.int32), -1)
+            z_label = tl.load(z.elements + column, mask=negative, other=0.0).to(tl.float32)
+            r_label = tl.load(r.elements + column, mask=negative, other=0.0).to(tl.float32)
+            forward = Row(r, z, g_row, begin, end, first, whole, column, z_label, r_label, scale, inverse_t)
+            reverse = Row(z, r, g_row, begin, end, first, whole, column, z_label, r_label, scale, inverse_t)
+            if POSITIVE == NEGATIVE:
+                row = reverse if POSITIVE == REVERSE_KL else forward
+                gives_up = _run(row, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+            elif negative:
+                row = reverse if NEGATIVE == REVERSE_KL else forward
+                gives_up = _run(row, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+            else:
+                row = reverse if POSITIVE == REVERSE_KL else forward
+                gives_up = _run(row, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+    tl.store(left + index, gives_up.to(tl.int32))
