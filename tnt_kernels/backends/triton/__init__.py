@@ -21,6 +21,7 @@ from tnt_kernels.objectives import RowLoss
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
+_LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
 _SCALE_PROGRAMS = 2048  # more than are resident at a time, few enough to return at once where there is nothing to do
 
 
@@ -180,7 +181,7 @@ def _launch_rows(
         return _launch_row_kernel(call, row_losses, factor, config)
     left = _launch_kl(call, row_losses, factor, config)
     usual = measured_config(
-        call.logits.size(1), call.logits.element_size(), gradient=call.gradient is not None, ids=False
+        call.logits.size(1), call.logits.element_size(), gradient=call.gradient is not None, ids=True
     )  # fmt: skip
     _launch_row_kernel(call, row_losses, factor, usual, left)
 
@@ -240,7 +241,7 @@ def _launch_row_kernel(
             vocab, logits.element_size(), pair=ref_logits is not None, gradient=writes_gradient, ids=ids.length > 0,
             architecture=target,
         )  # fmt: skip
-    _kernels().row_kernel[(rows,)](
+    _kernels().row_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
         alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
         ids.ascending, ids.stride, ids.length, ids.id_map,

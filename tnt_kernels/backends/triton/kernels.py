@@ -56,6 +56,7 @@ ROW_IDS = tl.constexpr(1)  # ascending in every row
 SHARED_IDS = tl.constexpr(2)  # one ascending list, and a map of the vocabulary
 
 GATHER = tl.constexpr(64)  # ids at a time
+LOOK = tl.constexpr(64)  # rows at a time, for one that was left
 
 
 class Row(NamedTuple):
@@ -793,33 +794,15 @@ def _run(
                     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "alpha_stride",
-        "ids_stride",
-        "ids_count",
-        "ignore_index",
-        "upstream_stride",
-        "shards",
-    ]
-)
-def row_kernel(
-    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-    ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
+@triton.jit
+def _row(
+    index, logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
+    ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
     losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-    gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
-
-    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left.
-    """
-    index = tl.program_id(0).to(tl.int64)
-    if left is not None:
-        if tl.load(left + index) == 0:
-            return
     label = tl.load(labels + index)
     weight = 1.0
     if weights is not None:
@@ -913,6 +896,56 @@ def row_kernel(
                 losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards,
                 partial_sums, total_sums, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "alpha_stride",
+        "ids_stride",
+        "ids_count",
+        "ignore_index",
+        "upstream_stride",
+        "shards",
+    ]
+)
+def row_kernel(
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+    ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
+    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+    gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, SHARDS: tl.constexpr,
+):  # fmt: skip
+    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
+
+    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left. A program then looks at many.
+    """
+    if left is None:
+        _row(
+            tl.program_id(0).to(tl.int64),
+            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+            ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
+            losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND,
+            GRADIENT, BLOCK, STAGES, SHARDS,
+        )  # fmt: skip
+    else:
+        program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        for first in range(0, rows, step * LOOK):
+            some = program + first + tl.arange(0, LOOK) * step
+            if tl.max(tl.load(left + some, mask=some < rows, other=0), 0) > 0:
+                for i in range(LOOK):
+                    index = program + first + i * step
+                    if tl.load(left + index, mask=index < rows, other=0) > 0:
+                        _row(
+                            index,
+                            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+                            ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
+                            losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+                            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND,
+                            GRADIENT, BLOCK, STAGES, SHARDS,
+                        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- around the rows
