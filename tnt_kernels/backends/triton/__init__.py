@@ -22,6 +22,8 @@ from tnt_kernels.objectives import RowLoss
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
 _LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
+_IDS_AT_ONCE = 1024  # of a row, by the program that works on it
+_IDS_MARKED = 128  # by a program
 _SCALE_PROGRAMS = 2048  # more than are resident at a time, few enough to return at once where there is nothing to do
 
 
@@ -160,7 +162,7 @@ def _mean_factor(call: RowCall) -> Tensor | None:
 def _is_kl_call(call: RowCall) -> bool:
     """Whether ``kl_kernel`` serves the call: loss and gradient at once, or the loss alone, by KLs."""
     t, s = call.tensors, call.scalars
-    if call.kind is not Kind.FUSED or t.ref_logits is None or t.negative_ids is not None:
+    if call.kind is not Kind.FUSED or t.ref_logits is None:
         return False
     if not all(side in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL) for side in s.sides):
         return False
@@ -177,17 +179,22 @@ def _is_kl_call(call: RowCall) -> bool:
 def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
 ) -> None:
+    ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
     if not _is_kl_call(call):
-        return _launch_row_kernel(call, row_losses, factor, config)
-    left = _launch_kl(call, row_losses, factor, config)
+        return _launch_row_kernel(call, ids, row_losses, factor, config)
+    left = _launch_kl(call, ids, row_losses, factor, config)
     usual = measured_config(
         call.logits.size(1), call.logits.element_size(), gradient=call.gradient is not None, ids=True
     )  # fmt: skip
-    _launch_row_kernel(call, row_losses, factor, usual, left)
+    _launch_row_kernel(call, ids, row_losses, factor, usual, left)
 
 
 def _launch_kl(
-    call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
+    call: RowCall,
+    ids: _NegativeIds,
+    row_losses: Tensor | None,
+    factor: Tensor | None,
+    config: RowConfig | None,
 ) -> Tensor:
     """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
     logits, t, s = call.logits, call.tensors, call.scalars
@@ -197,19 +204,51 @@ def _launch_kl(
     target = architecture(logits.device)
     if config is None:
         config = row_config(
-            vocab, logits.element_size(), pair=True, gradient=gradient is not None, ids=False, architecture=target
+            vocab, logits.element_size(), pair=True, gradient=gradient is not None, ids=ids.length > 0,
+            architecture=target,
         )  # fmt: skip
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    bits = _bits(logits, ids)
     _kernels().kl_kernel[(rows,)](
         logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
-        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value), factor, vocab,
+        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
+        ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), factor, vocab,
         float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
-        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype if gradient is None else gradient.dtype),
-        **options(config, target),
+        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype if gradient is None else gradient.dtype), IDS=ids.kind,
+        CHUNK=_chunk(ids.length, _IDS_AT_ONCE), **options(config, target),
     )  # fmt: skip
     return left
+
+
+def _chunk(length: int, most: int) -> int:
+    """A power of two that holds as many ids, or the most that are looked at together."""
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
+    """A bit for each column of the vocabulary, 1 where it is among the ids: (N, bytes) uint8.
+
+    Rows begin anywhere between two boundaries of 16 bytes, from which ``kl_kernel`` counts: shared ids have a row of
+    bits for each of these places.
+    """
+    if ids.ascending is None:
+        return None
+    rows, vocab = logits.shape
+    group = 16 // logits.element_size()
+    begin, step = logits.data_ptr() // logits.element_size() % group, logits.stride(0) % group
+    if ids.stride == 0:
+        rows, begin, step = group, 0, 1
+    bits = torch.zeros(
+        rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device
+    )
+    chunk = _chunk(ids.length, _IDS_MARKED)
+    _kernels().mark_kernel[(rows, -(-ids.length // chunk))](
+        ids.ascending, ids.stride, ids.length, begin, step, bits, bits.stride(0), vocab, GROUP=group, CHUNK=chunk,
+        num_warps=1,
+    )  # fmt: skip
+    return bits.view(torch.uint8)
 
 
 def _near_kl(stored: torch.dtype) -> float:
@@ -224,6 +263,7 @@ def _near_kl(stored: torch.dtype) -> float:
 
 def _launch_row_kernel(
     call: RowCall,
+    ids: _NegativeIds,
     row_losses: Tensor | None,
     factor: Tensor | None,
     config: RowConfig | None,
@@ -234,7 +274,6 @@ def _launch_row_kernel(
     rows, vocab = logits.shape
     ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
     writes_gradient = call.gradient is not None
-    ids = _negative_ids(t.negative_ids, call.vocab_size)
     target = architecture(logits.device)
     if config is None:
         config = row_config(

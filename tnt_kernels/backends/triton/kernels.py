@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tnt_kernels._call import Kind
 from tnt_kernels.backends.triton.kl import kl_kernel as kl_kernel
+from tnt_kernels.backends.triton.kl import mark_kernel as mark_kernel
 from tnt_kernels.backends.triton.row_math import (
     FORWARD_KL,
     LOG_LIKELIHOOD,

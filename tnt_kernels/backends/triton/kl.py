@@ -63,6 +63,11 @@ ATTEMPTS = tl.constexpr(3)
 SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
 GATHER = tl.constexpr(32)  # tiles at a time
 
+# How negative ids come, as in kernels.py.
+NO_IDS = tl.constexpr(0)
+ROW_IDS = tl.constexpr(1)
+SHARED_IDS = tl.constexpr(2)
+
 
 class Line(NamedTuple):
     """A row of logits or of the gradient, from the boundary before it."""
@@ -82,6 +87,7 @@ class Row(NamedTuple):
     label: tl.tensor  # column of y where it is removed, else -1
     z_label: tl.tensor  # its logits
     r_label: tl.tensor
+    bits: tl.tensor  # pointer to bytes: a bit for every column, 1 where it is among the removed ids
     scale: tl.tensor  # log2(e)/T
     inverse_t: tl.tensor
 
@@ -102,11 +108,10 @@ class Sums(NamedTuple):
 
 
 class Set(NamedTuple):
-    """The policy's removed entries: of 2^((z - max) scale), the moment in units of log 2, and how many there are."""
+    """The policy's removed entries. Their weights are 2^at, at = log2 p relative to the row's level, as in its sums."""
 
-    max: tl.tensor
-    sum: tl.tensor
-    moment: tl.tensor
+    sum: tl.tensor  # of the weights
+    moment: tl.tensor  # Σ 2^at at
     count: tl.tensor
 
 
@@ -119,15 +124,11 @@ class Gradient(NamedTuple):
     k0: tl.tensor
     k1: tl.tensor
     shift: tl.tensor
+    s0: tl.tensor
+    s1: tl.tensor
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-
-
-@triton.jit
-def _columns(at):
-    """How many columns two words hold."""
-    return 16 // (at.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -161,13 +162,46 @@ def _edge(at, v, inside):
     return tl.load(at + v, mask=inside, other=AWAY).to(tl.float32)
 
 
+@triton.jit
+def _places(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    """The words of a tile; with ids in rows of a vector each, whose columns have their bits in one byte."""
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    if IDS:
+        places = tl.arange(0, BLOCK // (4 * PAIRS))[:, None] * 4 + tl.arange(0, 4)[None, :]
+    else:
+        places = tl.arange(0, BLOCK // PAIRS)
+    return places
+
+
+@triton.jit
+def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    """Of a tile's columns, so shifted that each word's first column has bit 0."""
+    if IDS:
+        PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+        v = start + tl.arange(0, BLOCK // (4 * PAIRS)) * (4 * PAIRS)
+        some = tl.load(row.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
+        if PAIRS == 1:
+            some = some >> (v % 8)
+        bits = some[:, None] >> (tl.arange(0, 4) * PAIRS)[None, :]
+    else:
+        bits = 0
+    return bits
+
+
+@triton.jit
+def _marked(row, v, inside):
+    return (tl.load(row.bits + v // 8, mask=inside, other=0).to(tl.int32) >> (v % 8)) & 1
+
+
 # ------------------------------------------------------------------------------------------------------- first pass
 
 
 @triton.jit
-def _add(x, o, s, m, f, row, shift):
+def _add(x, o, bits, s, m, f, row, shift, IDS: tl.constexpr):
     """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
     e = tl.exp2(tl.fma(x, row.scale, -shift.c))
+    if IDS:
+        e = tl.where((bits & 1) != 0, 0.0, e)
     y = tl.fma(o - x, row.scale, -shift.a)
     p = tl.fma(y, M3, M2)
     p = tl.fma(p, y, M1)
@@ -212,12 +246,14 @@ def _shift_of_samples(row):
 
 
 @triton.jit
-def _shift_of_maxima(row, BLOCK: tl.constexpr):
+def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
     x_top = tl.full([BLOCK], AWAY, tl.float32)
     o_top = x_top
     for start in range(0, row.end, BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = (v >= row.begin) & (v < row.end) & (v != row.label)
+        if IDS:
+            inside = inside & (_marked(row, v, inside) == 0)
         x_top = tl.maximum(x_top, _edge(row.x.elements, v, inside))
         o_top = tl.maximum(o_top, _edge(row.o.elements, v, inside))
     x, o = tl.max(x_top, 0), tl.max(o_top, 0)
@@ -225,13 +261,12 @@ def _shift_of_maxima(row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_label(row, s, m, f, shift, BLOCK: tl.constexpr):
+def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
     """The sums without the label. Its lane has summed a column of every tile: they are summed anew."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    WIDTH: tl.constexpr = BLOCK // PAIRS
     lane = row.label % BLOCK // PAIRS
-    hit = tl.arange(0, WIDTH) == lane
+    hit = _places(row, BLOCK, IDS) == lane
     s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
     t = tl.zeros([GATHER], tl.float32)
     n = t
@@ -240,40 +275,45 @@ def _tile_of_label(row, s, m, f, shift, BLOCK: tl.constexpr):
         for i in tl.static_range(PAIRS):
             v = start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i)
             inside = (v >= row.begin) & (v < row.end) & (v != row.label)
+            if IDS:
+                inside = inside & (_marked(row, v, inside) == 0)
             x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            t, n, g = _add(x, o, t, n, g, row, shift)
+            t, n, g = _add(x, o, 0, t, n, g, row, shift, False)
     return s, m, f, t, n, g
 
 
 @triton.jit
-def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    WIDTH: tl.constexpr = BLOCK // PAIRS
-    u = tl.arange(0, WIDTH)
+    u = _places(row, BLOCK, IDS)
     biased = Shift(shift.c - BIAS, shift.a, shift.distance)
-    s = tl.zeros([WIDTH], tl.float32)
+    s = tl.zeros(u.shape, tl.float32)
     m, f = s, s
     for start in tl.range(
         row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL
     ):
         at = start // PAIRS
         x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
+        bits = _bits(row, start, BLOCK, IDS)
         if PAIRS == 2:
-            s, m, f = _add(_first(x, ELEMENT), _first(o, ELEMENT), s, m, f, row, biased)
-            s, m, f = _add(_second(x, ELEMENT), _second(o, ELEMENT), s, m, f, row, biased)
+            s, m, f = _add(_first(x, ELEMENT), _first(o, ELEMENT), bits, s, m, f, row, biased, IDS)
+            s, m, f = _add(_second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, s, m, f, row, biased, IDS)
         else:
-            s, m, f = _add(x, o, s, m, f, row, biased)
+            s, m, f = _add(x, o, bits, s, m, f, row, biased, IDS)
     for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+        bits = _bits(row, start, BLOCK, IDS)
         for i in tl.static_range(PAIRS):
             v = start + u * PAIRS + i
             inside = (v >= row.begin) & (v < row.end)
             x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            s, m, f = _add(x, o, s, m, f, row, biased)
+            s, m, f = _add(x, o, bits >> i, s, m, f, row, biased, IDS)
     t, n, g = 0.0, 0.0, 0.0
     if row.label >= 0:
-        s, m, f, ts, ns, gs = _tile_of_label(row, s, m, f, biased, BLOCK)
+        s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
         t, n, g = tl.reduce((ts, ns, gs), 0, _plus)
+    if IDS:
+        s, m, f = tl.reduce((s, m, f), 1, _plus)
     s, m, f = tl.reduce((s, m, f), 0, _plus)
     return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
 
@@ -324,7 +364,7 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
     """First passes until the sums are fit for use, or until the row is given up."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     shift = _shift_of_samples(row)
@@ -332,12 +372,12 @@ def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
     s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     attempt, verdict = 0, AGAIN + 0
     while verdict == AGAIN:
-        sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL)
+        sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL, IDS)
         s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.l, sums.kl
         verdict, by_maxima = _verdict(sums, Shift(c, a, distance), attempt, ELEMENT)
         if verdict == AGAIN:
             if by_maxima:
-                shift = _shift_of_maxima(row, BLOCK)
+                shift = _shift_of_maxima(row, BLOCK, IDS)
                 c, a, distance = shift.c, shift.a, shift.distance
             else:
                 a += log_ratio * LOG2_E
@@ -387,24 +427,27 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _forward(sums, shift, removed, factor, scale, WRITE: tl.constexpr):
-    """Of KL(q*‖p) = KL over the kept entries - log p(K): the loss, and the coefficients of its gradient.
+def _policy_level(shift, LOSS: tl.constexpr):
+    """log2 of the policy's weights, relative to its sum's, is z scale - level - lost."""
+    if LOSS == REVERSE_KL:
+        return shift.c, 0.0 * shift.c
+    return _two_sum(shift.c, shift.a)
 
-    Removed entries have the gradient factor p_s = k0 + k1 log2(p_R(s)) p_R(s): see ``_set_gradient``.
-    """
-    # 2^(o scale - shift) 2^-lost is e 2^y.
-    level, lost = _two_sum(shift.c, shift.a)
-    log_kept, kept, share = 0.0, 1.0, 0.0
+
+@triton.jit
+def _forward(sums, shift, removed, factor):
+    """Of KL(q*‖p) = KL over the kept entries - log p(K): the loss, and the coefficients of its gradient."""
+    level, lost = _policy_level(shift, FORWARD_KL)
+    log_kept, kept = 0.0, 1.0
     if removed.sum > 0.0:
-        at = tl.fma(removed.max, scale, -level) - lost
-        odds = _odds(at * LN_2 + tl.log(removed.sum / (sums.s + sums.a)))
-        log_kept, kept, share = odds.log_kept, odds.kept, odds.removed
+        odds = _odds(tl.log(removed.sum / (sums.s + sums.a)) - lost * LN_2)
+        log_kept, kept = odds.log_kept, odds.kept
     h = factor / sums.s
     k1 = kept * tl.exp2(-lost) / (1.0 + sums.a / sums.s)
-    loss = sums.kl - log_kept
-    return loss, Gradient(
-        shift.c, shift.a + (sums.l - log_kept) * LOG2_E, -h, h, -k1, level
-    ), factor * share, 0.0 * h  # fmt: skip
+    # The gradient of a removed entry is factor p_s.
+    return sums.kl - log_kept, Gradient(
+        shift.c, shift.a + (sums.l - log_kept) * LOG2_E, -h, h, -k1, level, h * k1, 0.0 * h
+    )  # fmt: skip
 
 
 @triton.jit
@@ -414,23 +457,24 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
     The gradient takes the difference of the means within K and R, Δ = KL - o + H_R + log ε, o the log-odds of R.
     """
     kept, extra, loss = 1.0, 0.0, sums.kl
-    set_first, set_slope = 0.0, 0.0
+    s0, s1 = 0.0, 0.0
     if removed.count > 0.0:
         norm = _log1p(eps * removed.count)
         loss = sums.kl + norm
         if removed.sum > 0.0:
             log_eps = tl.log(eps)
-            at = tl.fma(removed.max, scale, -shift.c)
             log_sum = tl.log(removed.sum)
-            odds = _odds(at * LN_2 + tl.log(removed.sum / sums.s))
+            odds = _odds(tl.log(removed.sum / sums.s))
             mean = removed.moment / removed.sum * LN_2 - log_sum  # of log p_R within R, -H_R
             delta = sums.kl - (odds.log_odds + mean - log_eps)
             kept = odds.kept
             extra = tl.where(odds.removed > 0.0, odds.removed * delta, 0.0)
             # p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
             loss = tl.fma(kept, sums.kl, (norm - odds.entropy) + odds.removed * (mean - log_eps))
-            set_slope = factor * odds.removed
-            set_first = -factor * odds.removed * (mean + kept * delta)
+            # factor p_s (log p_R(s) + H_R - p(K) Δ)
+            s1 = factor * odds.removed / removed.sum
+            s0 = -s1 * (mean + kept * delta + log_sum)
+            s1 *= LN_2
     h = factor * kept / sums.s
     k1 = -h * LN_2
     k0 = h * tl.fma(sums.m / sums.s, LN_2, extra)
@@ -439,60 +483,82 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
         k0 = tl.fma(-k1, shift.a, k0)
         k1 *= scale
         shift_a = 0.0 * shift_a
-    return loss, Gradient(shift.c, shift_a, h, k0, k1, shift.c), set_first, set_slope
+    return loss, Gradient(shift.c, shift_a, h, k0, k1, shift.c, s0, s1)
 
 
 # ------------------------------------------------------------------------------------------------------ second pass
 
 
 @triton.jit
-def _gradient(x, o, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr):
+def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, IDS: tl.constexpr):
+    at = tl.fma(x, scale, -g.c)
+    e = tl.exp2(at)
     if FORM == REVERSE:
         # factor p (M/S - y + p(R) Δ)
-        e = tl.exp2(tl.fma(x, scale, -g.c))
         if FOLDED:
-            return e * tl.fma(o - x, g.k1, g.k0)
-        return e * tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
+            k = tl.fma(o - x, g.k1, g.k0)
+        else:
+            k = tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
+        if IDS:
+            k = tl.where((bits & 1) != 0, tl.fma(at, g.s1, g.s0), k)
+        return e * k
+    if IDS:  # whose q* is 0
+        e = tl.where((bits & 1) != 0, 0.0, e)
     # factor (p - q*), as -h (e - p'): both factors are negated here, or each pair would negate one.
-    direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, tl.exp2(tl.fma(x, scale, -g.c)))
-    direct *= g.h
+    direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, e) * g.h
     if FORM == DIRECT:
         return direct
     y = tl.fma(o - x, scale, -g.a)  # log p - log q*
     square = y * y
-    e = tl.exp2(tl.fma(y, 0.5, tl.fma(x, scale, -g.c)))
-    near = (e * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
-    return tl.where(tl.abs(y) < NEAR, near, direct)
+    mean = tl.exp2(tl.fma(y, 0.5, at))
+    near = (mean * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
+    fits = tl.abs(y) < NEAR
+    if IDS:
+        fits = fits & ((bits & 1) == 0)
+    return tl.where(fits, near, direct)
 
 
 @triton.jit
-def _second_pass(row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+def _second_pass(
+    row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr
+):  # fmt: skip
     """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     STORED: tl.constexpr = row.gradient.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    WIDTH: tl.constexpr = BLOCK // PAIRS
-    u = tl.arange(0, WIDTH)
+    u = _places(row, BLOCK, IDS)
     for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+        bits = _bits(row, start, BLOCK, IDS)
         for i in tl.static_range(PAIRS):
             v = start + u * PAIRS + i
             inside = (v >= row.begin) & (v < row.end)
             x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            d = _gradient(x, o, g, row.scale, FORM, FOLDED)
+            d = _gradient(x, o, bits >> i, g, row.scale, FORM, FOLDED, IDS)
             tl.store(row.gradient + v, d.to(STORED), mask=inside)
     for i in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
         start = row.whole - BLOCK + row.first - i
         at = start // PAIRS
         x = tl.load(row.x.words + at + u, eviction_policy="evict_first")
         o = tl.load(row.o.words + at + u, eviction_policy="evict_first")
+        bits = _bits(row, start, BLOCK, IDS)
         if PAIRS == 2:
-            d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), g, row.scale, FORM, FOLDED)
-            d1 = _gradient(_second(x, ELEMENT), _second(o, ELEMENT), g, row.scale, FORM, FOLDED)
-            d = tl.join(d0, d1).reshape([BLOCK])
+            d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
+            d1 = _gradient(
+                _second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
+            )  # fmt: skip
+            d = tl.join(d0, d1)
         else:
-            d = _gradient(x, o, g, row.scale, FORM, FOLDED)
-        to = row.gradient + start + tl.arange(0, BLOCK)
-        tl.store(to, d.to(STORED), eviction_policy="evict_first")
+            d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
+        if IDS:
+            WIDE: tl.constexpr = 4 * PAIRS
+            v = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+            if PAIRS == 2:
+                d = d.reshape([BLOCK // WIDE, WIDE])
+        else:
+            v = tl.arange(0, BLOCK)
+            if PAIRS == 2:
+                d = d.reshape([BLOCK])
+        tl.store(row.gradient + start + v, d.to(STORED), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -507,30 +573,72 @@ def _zero(row, BLOCK: tl.constexpr):
         tl.store(row.gradient + start + v, nothing, eviction_policy="evict_first")
 
 
+# ---------------------------------------------------------------------------------------------------------- the set
+
+
+@triton.jit
+def _chunk(ids, count, at, CHUNK: tl.constexpr):
+    """Some of a row's ids, in ascending order, and which of them count: no padding and no duplicates."""
+    k = at + tl.arange(0, CHUNK)
+    some = tl.load(ids + k, mask=k < count, other=-1)
+    before = tl.load(ids + k - 1, mask=(k > 0) & (k < count), other=-1)
+    return some, (some >= 0) & (some != before)
+
+
+@triton.jit
+def _removed(row, ids, count, level, lost, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr):
+    """The set's sums, and whether a logit of it, in either row, is none."""
+    has_label = row.label >= 0
+    at = tl.fma(row.z_label, row.scale, -level)
+    weight = tl.where(has_label, tl.exp2(at), 0.0)
+    total, moment = weight, tl.where(weight == 0.0, 0.0, weight * at)
+    number = tl.where(has_label, 1.0, 0.0)
+    broken = has_label & (((row.z_label < float("inf")) & (row.r_label < float("inf"))) == 0)
+    if IDS:
+        totals = tl.zeros([CHUNK], tl.float32)
+        moments = totals
+        numbers = totals
+        worst = totals
+        for start in range(0, count, CHUNK):
+            some, counts = _chunk(ids, count, start, CHUNK)
+            v = row.begin + some
+            x = tl.load(row.x.elements + v, mask=counts, other=AWAY).to(tl.float32)
+            o = tl.load(row.o.elements + v, mask=counts, other=AWAY).to(tl.float32)
+            z = x if LOSS == REVERSE_KL else o
+            exponents = tl.fma(z, row.scale, -level)
+            weights = tl.where(counts, tl.exp2(exponents), 0.0)
+            totals += weights
+            moments += tl.where(weights == 0.0, 0.0, weights * exponents)
+            numbers += tl.where(counts, 1.0, 0.0)
+            # -inf times a weight of 0 would be NaN in the second pass.
+            fine = (tl.abs(z) < float("inf")) & (tl.abs(x) + tl.abs(o) >= 0.0) & (x < float("inf")) & (o < float("inf"))
+            worst += tl.where(counts & (fine == 0), 1.0, 0.0)
+        total += tl.sum(totals, 0)
+        moment += tl.sum(moments, 0)
+        number += tl.sum(numbers, 0)
+        broken = broken | (tl.sum(worst, 0) > 0.0)
+    return Set(total, moment, number), broken
+
+
 # ------------------------------------------------------------------------------------------------------------ a row
 
 
 @triton.jit
 def _run(
-    row, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr,
+    row, ids, count, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """Returns whether the row is left to the other kernel."""
     FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
-    shift, sums, good = _fit_sums(row, BLOCK, UNROLL)
-    removed = Set(
-        tl.maximum(row.z_label, AWAY),
-        tl.where((row.label >= 0) & (row.z_label >= AWAY), 1.0, 0.0),
-        0.0 * sums.s,
-        tl.where(row.label >= 0, 1.0, 0.0),
-    )
-    # A broken logit of the set, in either row.
-    good = good & (row.z_label < float("inf")) & (row.r_label < float("inf"))
+    shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
+    level, lost = _policy_level(shift, LOSS)
+    removed, broken = _removed(row, ids, count, level, lost, LOSS, CHUNK, IDS)
+    good = good & (broken == 0) & (removed.sum < 2.0**100)
     if LOSS == REVERSE_KL:
         good = good & ((removed.count == 0.0) | (eps > 1e-30))
-        loss, g, set_first, set_slope = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
+        loss, g = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
     else:
-        loss, g, set_first, set_slope = _forward(sums, shift, removed, factor, row.scale, GRADIENT)
+        loss, g = _forward(sums, shift, removed, factor)
     if good:
         if loss_at is not None:
             tl.store(loss_at, row_weight * loss)
@@ -538,25 +646,30 @@ def _run(
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
             if LOSS == REVERSE_KL:
-                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL)
+                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL, IDS)
             elif loss < NEAR_KL:
-                _second_pass(row, g, SINH, FOLDED, BLOCK, 1)
+                _second_pass(row, g, SINH, FOLDED, BLOCK, 1, IDS)
             else:
-                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL)
+                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL, IDS)
             if row.label >= 0:
+                at = tl.fma(row.z_label, row.scale, -level)
+                weight = tl.exp2(at)
+                own = tl.where(weight == 0.0, 0.0, weight * tl.fma(at, g.s1, g.s0))
                 tl.debug_barrier()
-                tl.store(row.gradient + row.label, set_first.to(row.gradient.dtype.element_ty))
+                tl.store(row.gradient + row.label, own.to(row.gradient.dtype.element_ty))
     return good == 0
 
 
 @triton.jit(
-    do_not_specialize=["logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index"],
+    do_not_specialize=["logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index",
+        "ids_stride", "ids_count", "bits_stride"],
     do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
 )  # fmt: skip
 def kl_kernel(
-    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, factors, vocab,
-    eps, scale, inverse_t, ignore_index, losses, gradient, gradient_stride, left, POSITIVE: tl.constexpr,
-    NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr,
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+    ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
+    gradient_stride, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0."""
     index = tl.program_id(0).to(tl.int64)
@@ -581,12 +694,23 @@ def kl_kernel(
     gives_up = False
     if (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
-            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, scale, inverse_t)
+            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, scale, inverse_t)
             _zero(nothing, BLOCK)
         if losses is not None:
             tl.store(loss_at, 0.0)
     else:
         negative = weight < 0.0
+        valid = (label >= 0) & (label < vocab)
+        column = begin + tl.where(valid, label, 0).to(tl.int32)
+        pushed = negative
+        id_row, bit_row = labels, left
+        if IDS != NO_IDS:
+            id_row = ids + index * ids_stride
+            bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
+            last = tl.load(id_row + ids_count - 1)
+            negative = negative | (last >= 0)
+            valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
+            pushed = pushed & ((tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0)
         row_weight = weight + 0.0
         if negative:
             row_weight = alpha_value + 0.0
@@ -595,22 +719,49 @@ def kl_kernel(
         factor = row_weight * inverse_t
         if factors is not None:
             factor *= tl.load(factors)
-        served = (label >= 0) & (label < vocab) & ((negative == 0) | (weight <= -1.0))
+        served = valid & ((pushed == 0) | (weight <= -1.0))
         served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
         gives_up = served == 0
         if served:
-            column = tl.where(negative, begin + label.to(tl.int32), -1)
-            z_label = tl.load(z.elements + column, mask=negative, other=0.0).to(tl.float32)
-            r_label = tl.load(r.elements + column, mask=negative, other=0.0).to(tl.float32)
-            forward = Row(r, z, g_row, begin, end, first, whole, column, z_label, r_label, scale, inverse_t)
-            reverse = Row(z, r, g_row, begin, end, first, whole, column, z_label, r_label, scale, inverse_t)
+            z_label = tl.load(z.elements + column, mask=pushed, other=0.0).to(tl.float32)
+            r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
+            column = tl.where(pushed, column, -1)
+            forward = Row(
+                r, z, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, scale, inverse_t
+            )  # fmt: skip
+            reverse = Row(
+                z, r, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, scale, inverse_t
+            )  # fmt: skip
             if POSITIVE == NEGATIVE:
                 row = reverse if POSITIVE == REVERSE_KL else forward
-                gives_up = _run(row, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+                gives_up = _run(
+                    row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
+                    NEAR_KL, CHUNK, IDS,
+                )  # fmt: skip
             elif negative:
                 row = reverse if NEGATIVE == REVERSE_KL else forward
-                gives_up = _run(row, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+                gives_up = _run(
+                    row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
+                    NEAR_KL, CHUNK, IDS,
+                )  # fmt: skip
             else:
                 row = reverse if POSITIVE == REVERSE_KL else forward
-                gives_up = _run(row, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL, NEAR_KL)
+                gives_up = _run(
+                    row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
+                    NEAR_KL, CHUNK, IDS,
+                )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["count", "ids_stride", "begin", "step", "bits_stride"])
+def mark_kernel(ids, ids_stride, count, begin, step, bits, bits_stride, vocab, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Sets the bits of ids, those of columns counted as ``kl_kernel`` counts them.
+
+    A program marks some ids of a row, whose first column is begin + row step, modulo a vector's GROUP.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    some = tl.load(ids + row * ids_stride + k, mask=k < count, other=-1)
+    v = some + ((begin + row * step) % GROUP).to(tl.int32)
+    inside = (some >= 0) & (some < vocab)
+    tl.atomic_or(bits + row * bits_stride + v // 32, 1 << (v % 32), mask=inside, sem="relaxed")
