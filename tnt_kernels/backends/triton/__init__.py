@@ -208,6 +208,8 @@ def _launch_kl(
             architecture=target,
         )  # fmt: skip
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    group = 16 // logits.element_size()
+    even = logits.data_ptr() % 16 == 0 and (rows == 1 or logits.stride(0) % group == 0) and vocab % group == 0
     bits = _bits(logits, ids)
     _kernels().kl_kernel[(rows,)](
         logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
@@ -217,7 +219,7 @@ def _launch_kl(
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
         UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype if gradient is None else gradient.dtype), IDS=ids.kind,
-        CHUNK=_chunk(ids.length, _IDS_AT_ONCE), **options(config, target),
+        CHUNK=_chunk(ids.length, _IDS_AT_ONCE), EVEN=even, **options(config, target),
     )  # fmt: skip
     return left
 

@@ -76,6 +76,14 @@ class Line(NamedTuple):
     words: tl.tensor
 
 
+class Samples(NamedTuple):
+    """Of a few entries all along the row: the maxima, and how far z lies above r on average."""
+
+    z_top: tl.tensor
+    r_top: tl.tensor
+    above: tl.tensor
+
+
 class Row(NamedTuple):
     x: Line
     o: Line
@@ -88,6 +96,7 @@ class Row(NamedTuple):
     z_label: tl.tensor  # its logits
     r_label: tl.tensor
     bits: tl.tensor  # pointer to bytes: a bit for every column, 1 where it is among the removed ids
+    samples: Samples
     scale: tl.tensor  # log2(e)/T
     inverse_t: tl.tensor
 
@@ -154,6 +163,21 @@ def _second(w, ELEMENT: tl.constexpr):
     if ELEMENT == tl.bfloat16:
         return (w & -65536).to(tl.float32, bitcast=True)
     return (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _some_words(at, row, start, u):
+    """Words of a tile that the row does not fill: whole vectors, whose columns outside the row are for the caller."""
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    vectors = (row.end + 4 * PAIRS - 1) // (4 * PAIRS)
+    # In words, and known to the compiler as whole vectors.
+    return tl.load(at + start // PAIRS + u, mask=start // PAIRS + u < vectors * 4, other=0)
+
+
+@triton.jit
+def _inside(x, v, row):
+    """Columns outside the row weigh nothing."""
+    return tl.where((v >= row.begin) & (v < row.end), x, AWAY)
 
 
 @triton.jit
@@ -231,18 +255,28 @@ def _shift(x_top, o_top, mean, row):
 
 
 @triton.jit
-def _shift_of_samples(row):
-    """From a few entries all along the row, the same ones in every warp: no warp waits for another."""
-    GROUP: tl.constexpr = 128 // row.x.elements.dtype.element_ty.primitive_bitwidth
-    vocab = row.end - row.begin
-    lead = tl.where(row.begin > 0, GROUP - row.begin, 0)
+def _samples(z, r, begin, vocab):
+    """Every warp reads the same entries: none waits for another."""
+    GROUP: tl.constexpr = 128 // z.elements.dtype.element_ty.primitive_bitwidth
+    lead = tl.where(begin > 0, GROUP - begin, 0)
     step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
     v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
-    v = row.begin + tl.minimum(v, vocab - 1)
-    x, o = tl.load(row.x.elements + v).to(tl.float32), tl.load(row.o.elements + v).to(tl.float32)
-    x, o, d = tl.reduce((x, o, o - x), 1, _level)
-    x, o, d = tl.reduce((x, o, d), 0, _level)
-    return _shift(x, o, d * (1.0 / (SAMPLES * GROUP)), row)
+    v = begin + tl.minimum(v, vocab - 1)
+    z_some = tl.load(z.elements + v).to(tl.float32)
+    r_some = tl.load(r.elements + v).to(tl.float32)
+    z_top, r_top, above = tl.reduce((z_some, r_some, z_some - r_some), 1, _level)
+    z_top, r_top, above = tl.reduce((z_top, r_top, above), 0, _level)
+    return Samples(z_top, r_top, above * (1.0 / (SAMPLES * GROUP)))
+
+
+@triton.jit
+def _shift_of_samples(row, LOSS: tl.constexpr):
+    s = row.samples
+    if LOSS == REVERSE_KL:
+        shift = _shift(s.z_top, s.r_top, -s.above, row)
+    else:
+        shift = _shift(s.r_top, s.z_top, s.above, row)
+    return shift
 
 
 @triton.jit
@@ -303,11 +337,15 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
             s, m, f = _add(x, o, bits, s, m, f, row, biased, IDS)
     for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
         bits = _bits(row, start, BLOCK, IDS)
-        for i in tl.static_range(PAIRS):
-            v = start + u * PAIRS + i
-            inside = (v >= row.begin) & (v < row.end)
-            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            s, m, f = _add(x, o, bits >> i, s, m, f, row, biased, IDS)
+        x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
+        v = start + u * PAIRS
+        if PAIRS == 2:
+            x0, o0 = _inside(_first(x, ELEMENT), v, row), _inside(_first(o, ELEMENT), v, row)
+            s, m, f = _add(x0, o0, bits, s, m, f, row, biased, IDS)
+            x1, o1 = _inside(_second(x, ELEMENT), v + 1, row), _inside(_second(o, ELEMENT), v + 1, row)
+            s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, biased, IDS)
+        else:
+            s, m, f = _add(_inside(x, v, row), _inside(o, v, row), bits, s, m, f, row, biased, IDS)
     t, n, g = 0.0, 0.0, 0.0
     if row.label >= 0:
         s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
@@ -343,31 +381,31 @@ def _excess(log_ratio, ratio):
 def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
     """GOOD, LEFT or AGAIN, and whether it takes the row's maxima."""
     usable = (sums.s > 2.0**-40) & (sums.s < 2.0**52)
-    # Below -3, S + A has lost its digits.
-    in_range = usable & (sums.s + sums.a < 2.0**52) & (sums.l > -3.0) & (sums.phi < float("inf"))
-    # So it has where A is the small difference of large numbers.
-    in_range = in_range & (tl.abs(sums.m) + sums.phi < 16.0 * (sums.s + sums.a))
+    finite = usable & (sums.s + sums.a < 2.0**52) & (sums.phi < float("inf")) & (tl.abs(sums.l) < 100.0)
     # o - x is rounded to 2^-24 of the distance of the levels, where logits have that many digits: KL is off by this
     # over √(KL/2), which is to be less than 2e-6.
     apart = tl.abs(shift.distance)
     near = apart <= 64.0
     if ELEMENT == tl.float32:
         near = near & ((apart <= 1.0) | (sums.kl > 0.0018 * apart * apart))
+    fit = finite & near
+    # Below -3, S + A has lost its digits, as it has where A is the small difference of large numbers.
+    exact = (sums.l > -3.0) & (tl.abs(sums.m) + sums.phi < 32.0 * (sums.s + sums.a))
     # Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
     excess = sums.phi / sums.s - sums.kl
-    good = in_range & near & (excess <= 0.5 * tl.abs(sums.kl))
-    by_maxima = (attempt == 0) & ((in_range & near) == 0)
-    hopeless = (usable & ((sums.phi < float("inf")) == 0)) | (attempt == ATTEMPTS - 1)
-    hopeless = hopeless | ((attempt > 0) & ((in_range & near) == 0))
+    good = fit & exact & (excess <= 0.5 * tl.abs(sums.kl))
+    by_maxima = (attempt == 0) & (fit == 0)
+    hopeless = usable & ((sums.phi < float("inf")) == 0)
+    hopeless = hopeless | (attempt == ATTEMPTS - 1) | ((attempt > 0) & (fit == 0))
     verdict = tl.where(good, GOOD, tl.where(hopeless, LEFT, AGAIN))
     return verdict, by_maxima
 
 
 @triton.jit
-def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+def _fit_sums(row, LOSS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
     """First passes until the sums are fit for use, or until the row is given up."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    shift = _shift_of_samples(row)
+    shift = _shift_of_samples(row, LOSS)
     c, a, distance = shift.c, shift.a, shift.distance
     s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     attempt, verdict = 0, AGAIN + 0
@@ -520,45 +558,59 @@ def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, ID
 
 @triton.jit
 def _second_pass(
-    row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr
+    row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    IDS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     STORED: tl.constexpr = row.gradient.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
     u = _places(row, BLOCK, IDS)
+    v = _stored_places(row, BLOCK, IDS)
     for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
-        bits = _bits(row, start, BLOCK, IDS)
-        for i in tl.static_range(PAIRS):
-            v = start + u * PAIRS + i
-            inside = (v >= row.begin) & (v < row.end)
-            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            d = _gradient(x, o, bits >> i, g, row.scale, FORM, FOLDED, IDS)
-            tl.store(row.gradient + v, d.to(STORED), mask=inside)
+        x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
+        d = _tile_gradient(row, x, o, start, g, FORM, FOLDED, BLOCK, IDS)
+        inside = start + v < row.end
+        if not EVEN:
+            inside = inside & (start + v >= row.begin)
+        tl.store(row.gradient + start + v, d.to(STORED), mask=inside)
     for i in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
         start = row.whole - BLOCK + row.first - i
-        at = start // PAIRS
-        x = tl.load(row.x.words + at + u, eviction_policy="evict_first")
-        o = tl.load(row.o.words + at + u, eviction_policy="evict_first")
-        bits = _bits(row, start, BLOCK, IDS)
-        if PAIRS == 2:
-            d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
-            d1 = _gradient(
-                _second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
-            )  # fmt: skip
-            d = tl.join(d0, d1)
-        else:
-            d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
-        if IDS:
-            WIDE: tl.constexpr = 4 * PAIRS
-            v = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-            if PAIRS == 2:
-                d = d.reshape([BLOCK // WIDE, WIDE])
-        else:
-            v = tl.arange(0, BLOCK)
-            if PAIRS == 2:
-                d = d.reshape([BLOCK])
+        x = tl.load(row.x.words + start // PAIRS + u, eviction_policy="evict_first")
+        o = tl.load(row.o.words + start // PAIRS + u, eviction_policy="evict_first")
+        d = _tile_gradient(row, x, o, start, g, FORM, FOLDED, BLOCK, IDS)
         tl.store(row.gradient + start + v, d.to(STORED), eviction_policy="evict_first")
+
+
+@triton.jit
+def _stored_places(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    """The columns of a tile, in the shape in which ``_tile_gradient`` returns them."""
+    WIDE: tl.constexpr = 128 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    if IDS:
+        places = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    else:
+        places = tl.arange(0, BLOCK)
+    return places
+
+
+@triton.jit
+def _tile_gradient(
+    row, x, o, start, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):  # fmt: skip
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    WIDE: tl.constexpr = 4 * PAIRS
+    bits = _bits(row, start, BLOCK, IDS)
+    if PAIRS == 2:
+        d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
+        d1 = _gradient(_second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS)
+        if IDS:
+            d = tl.join(d0, d1).reshape([BLOCK // WIDE, WIDE])
+        else:
+            d = tl.join(d0, d1).reshape([BLOCK])
+    else:
+        d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
+    return d
 
 
 @triton.jit
@@ -626,11 +678,11 @@ def _removed(row, ids, count, level, lost, LOSS: tl.constexpr, CHUNK: tl.constex
 @triton.jit
 def _run(
     row, ids, count, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """Returns whether the row is left to the other kernel."""
     FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
-    shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
+    shift, sums, good = _fit_sums(row, LOSS, BLOCK, UNROLL, IDS)
     level, lost = _policy_level(shift, LOSS)
     removed, broken = _removed(row, ids, count, level, lost, LOSS, CHUNK, IDS)
     good = good & (broken == 0) & (removed.sum < 2.0**100)
@@ -646,11 +698,11 @@ def _run(
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
             if LOSS == REVERSE_KL:
-                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL, IDS)
+                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL, EVEN, IDS)
             elif loss < NEAR_KL:
-                _second_pass(row, g, SINH, FOLDED, BLOCK, 1, IDS)
+                _second_pass(row, g, SINH, FOLDED, BLOCK, 1, EVEN, IDS)
             else:
-                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL, IDS)
+                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL, EVEN, IDS)
             if row.label >= 0:
                 at = tl.fma(row.z_label, row.scale, -level)
                 weight = tl.exp2(at)
@@ -669,23 +721,44 @@ def kl_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
     ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
     gradient_stride, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0."""
+    """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
+
+    EVEN: all rows begin and end at boundaries of 16 bytes.
+    """
     index = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + index)
-    weight = 1.0
-    if weights is not None:
-        weight = tl.load(weights + index)
     z_row = logits + index * logits_stride
     r_row = ref_logits + index * ref_stride
-    BYTES: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth // 8
-    begin = ((z_row.to(tl.int64) % 16) // BYTES).to(tl.int32)
+    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    # Also where it is known to be 0: the compiler loses what it is told of a pointer that nothing was added to.
+    begin = ((z_row.to(tl.int64) % 16) // (16 // GROUP)).to(tl.int32)
     z, r = _line(z_row, begin), _line(r_row, begin)
     g_row = z.elements
     if GRADIENT:
-        g_row = tl.multiple_of(gradient + index * gradient_stride - begin, 16)
+        ALIGNED: tl.constexpr = GROUP * gradient.dtype.element_ty.primitive_bitwidth // 8
+        g_row = tl.multiple_of(gradient + index * gradient_stride - begin, ALIGNED)
+    # All that needs no other answer first is asked for at once.
+    label = tl.load(labels + index)
+    weight, alpha_weight, factor = 1.0, alpha_value + 0.0, inverse_t + 0.0
+    if weights is not None:
+        weight = tl.load(weights + index)
+    if alpha is not None:
+        alpha_weight = tl.load(alpha + index * alpha_stride)
+    if factors is not None:
+        factor *= tl.load(factors)
+    negative = weight < 0.0
+    valid = (label >= 0) & (label < vocab)
+    id_row = labels
+    if IDS != NO_IDS:
+        id_row = ids + index * ids_stride
+        last = tl.load(id_row + ids_count - 1)
+        negative = negative | (last >= 0)
+        valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
+    samples = _samples(z, r, begin, vocab)
     end = begin + vocab
+    if EVEN:
+        end = tl.multiple_of(end, GROUP)
     whole = end // BLOCK * BLOCK
     first = tl.where(begin > 0, BLOCK, 0)
     loss_at = losses
@@ -694,31 +767,19 @@ def kl_kernel(
     gives_up = False
     if (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
-            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, scale, inverse_t)
+            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, samples, scale, inverse_t)
             _zero(nothing, BLOCK)
         if losses is not None:
             tl.store(loss_at, 0.0)
     else:
-        negative = weight < 0.0
-        valid = (label >= 0) & (label < vocab)
         column = begin + tl.where(valid, label, 0).to(tl.int32)
-        pushed = negative
-        id_row, bit_row = labels, left
+        pushed = weight < 0.0
+        bit_row = left
         if IDS != NO_IDS:
-            id_row = ids + index * ids_stride
             bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
-            last = tl.load(id_row + ids_count - 1)
-            negative = negative | (last >= 0)
-            valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
             pushed = pushed & ((tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0)
-        row_weight = weight + 0.0
-        if negative:
-            row_weight = alpha_value + 0.0
-            if alpha is not None:
-                row_weight = tl.load(alpha + index * alpha_stride)
-        factor = row_weight * inverse_t
-        if factors is not None:
-            factor *= tl.load(factors)
+        row_weight = tl.where(negative, alpha_weight, weight)
+        factor *= row_weight
         served = valid & ((pushed == 0) | (weight <= -1.0))
         served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
         gives_up = served == 0
@@ -727,28 +788,28 @@ def kl_kernel(
             r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
             column = tl.where(pushed, column, -1)
             forward = Row(
-                r, z, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, scale, inverse_t
+                r, z, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, samples, scale, inverse_t
             )  # fmt: skip
             reverse = Row(
-                z, r, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, scale, inverse_t
+                z, r, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, samples, scale, inverse_t
             )  # fmt: skip
             if POSITIVE == NEGATIVE:
                 row = reverse if POSITIVE == REVERSE_KL else forward
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, IDS,
+                    NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
             elif negative:
                 row = reverse if NEGATIVE == REVERSE_KL else forward
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, IDS,
+                    NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
             else:
                 row = reverse if POSITIVE == REVERSE_KL else forward
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, IDS,
+                    NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))
 
