@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import hard_rows
@@ -298,17 +299,19 @@ def test_ignored_rows_are_not_read_and_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
-    """The same bits, wherever rows lie and whatever else is asked for; runs repeat to the last bit."""
+    """Rows may lie anywhere, and runs repeat to the last bit, whatever else is asked for."""
     batch = on_device(mixed_batch(VOCAB, dtype).with_options(method="tnrf"))
     want = run(batch, "triton")
     assert identical(run(batch, "triton"), want)
     assert identical(run(batch, "triton", inplace=True), want)
-    wide = torch.full((len(batch.labels), VOCAB + 9), NAN, dtype=dtype, device=DEVICE)
-    wide[:, 1 : VOCAB + 1] = batch.logits
-    moved = Batch(
-        wide[:, 1 : VOCAB + 1], batch.ref_logits, batch.labels, batch.weights, batch.options
-    )
-    assert identical(run(moved, "triton"), want)
+    for z_at, r_at in ((1, 1), (1, 0), (8, 3)):
+        moved = batch
+        for name, at in (("logits", z_at), ("ref_logits", r_at)):
+            wide = torch.full((len(batch.labels), VOCAB + 9), NAN, dtype=dtype, device=DEVICE)
+            wide[:, at : at + VOCAB] = getattr(batch, name)
+            moved = replace(moved, **{name: wide[:, at : at + VOCAB]})
+        check(moved, f"at {z_at}, {r_at}")
+        check(moved, f"at {z_at}, {r_at}", inplace=True)
     scaled = run(batch, "triton", upstream=torch.tensor(2.0, device=DEVICE), inplace=True)
     if dtype != F16:  # whose subnormals round
         assert torch.equal(scaled.gradient, 2 * want.gradient) or dtype == BF16

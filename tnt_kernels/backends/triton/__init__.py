@@ -168,12 +168,15 @@ def _is_kl_call(call: RowCall) -> bool:
         return False
     if call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing:
         return False
-    rows = [x for x in (call.logits, t.ref_logits, call.gradient) if x is not None]
-    group = 16 // call.logits.element_size()  # columns of a vector
-    if any(x.data_ptr() % x.element_size() for x in rows):
-        return False
-    begins = {(x.data_ptr() // x.element_size() % group, x.stride(0) % group) for x in rows}
-    return len(begins) == 1 or (len(call.logits) == 1 and len({begin for begin, _ in begins}) == 1)
+    return all(x.data_ptr() % x.element_size() == 0 for x in (call.logits, t.ref_logits)) and _alike(
+        call.logits, t.ref_logits, 16 // call.logits.element_size()
+    )
+
+
+def _alike(x: Tensor, y: Tensor, group: int) -> bool:
+    """Whether the rows of both begin at as many columns after a boundary of ``group`` columns."""
+    begins = [rows.data_ptr() // rows.element_size() % group for rows in (x, y)]
+    return begins[0] == begins[1] and (len(x) == 1 or (x.stride(0) - y.stride(0)) % group == 0)
 
 
 def _launch_rows(
@@ -218,8 +221,8 @@ def _launch_kl(
         float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
-        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype if gradient is None else gradient.dtype), IDS=ids.kind,
-        CHUNK=_chunk(ids.length, _IDS_AT_ONCE), EVEN=even, **options(config, target),
+        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=_chunk(ids.length, _IDS_AT_ONCE),
+        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group), **options(config, target),
     )  # fmt: skip
     return left
 
@@ -253,13 +256,13 @@ def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
     return bits.view(torch.uint8)
 
 
-def _near_kl(stored: torch.dtype) -> float:
+def _near_kl(dtype: torch.dtype) -> float:
     """Up to which KL the gradient of a forward KL is computed by the form for p next to q.
 
-    The other form, p - q, has a relative error of 1.5e-7/√(2 KL). It is to be a sixteenth of a rounding of ``stored``,
+    The other form, p - q, has a relative error of 1.5e-7/√(2 KL). It is to be a sixteenth of a rounding of ``dtype``,
     or 2e-6, as the short form's own error is 4e-7.
     """
-    error = max(2e-6, torch.finfo(stored).eps / 32)
+    error = max(2e-6, torch.finfo(dtype).eps / 32)
     return (1.5e-7 / error) ** 2 / 2
 
 

@@ -722,10 +722,12 @@ def kl_kernel(
     ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
     gradient_stride, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
 
-    EVEN: all rows begin and end at boundaries of 16 bytes.
+    EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: so many columns after one as in the logits' rows
+    begin those of the gradient.
     """
     index = tl.program_id(0).to(tl.int64)
     z_row = logits + index * logits_stride
@@ -736,8 +738,10 @@ def kl_kernel(
     z, r = _line(z_row, begin), _line(r_row, begin)
     g_row = z.elements
     if GRADIENT:
-        ALIGNED: tl.constexpr = GROUP * gradient.dtype.element_ty.primitive_bitwidth // 8
-        g_row = tl.multiple_of(gradient + index * gradient_stride - begin, ALIGNED)
+        g_row = gradient + index * gradient_stride - begin
+        if ALIKE:
+            ALIGNED: tl.constexpr = GROUP * gradient.dtype.element_ty.primitive_bitwidth // 8
+            g_row = tl.multiple_of(g_row, ALIGNED)
     # All that needs no other answer first is asked for at once.
     label = tl.load(labels + index)
     weight, alpha_weight, factor = 1.0, alpha_value + 0.0, inverse_t + 0.0
