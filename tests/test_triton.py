@@ -19,6 +19,7 @@ from oracle import (
     BF16,
     F16,
     F32,
+    F64,
     INF,
     INTERPRETED,
     NAN,
@@ -44,7 +45,7 @@ from tnt_kernels._call import (
     RowTensors,
 )
 from tnt_kernels._scalars import Scalars
-from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends import BACKENDS, triton
 from tnt_kernels.objectives import METHODS, resolve_method
 
 pytestmark = [
@@ -316,6 +317,30 @@ def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
     if dtype != F16:  # whose subnormals round
         assert torch.equal(scaled.gradient, 2 * want.gradient) or dtype == BF16
         torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_usual_rows_are_served_by_the_kernel_of_kl_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether logits are near or far apart, on one level or not, with a set or without; at any address."""
+    left: list[Tensor] = []
+    launch = triton._launch_kl
+    monkeypatch.setattr(triton, "_launch_kl", lambda *x: left.append(launch(*x)) or left[-1])
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.tensor([1.0, -1.0, 0.0, -3.0])
+    ids = torch.randint(VOCAB, (4, 7), generator=generator)
+    sets = (("tnff", None), ("tnrr", ids), ("tnrf", ids[0]))
+    for size, shift, (method, negative_ids) in itertools.product(
+        (1e-3, 0.3, 1.0), (0.0, 0.75), sets
+    ):
+        r = 3 * torch.randn(4, VOCAB, generator=generator, dtype=F64)
+        z = r + shift + size * torch.randn(r.shape, generator=generator, dtype=F64)
+        wide = torch.zeros(2, 4, VOCAB + 9, dtype=dtype)[:, :, 3 : VOCAB + 3]
+        wide.copy_(torch.stack((z, r)))
+        batch = Batch(wide[0], wide[1], torch.arange(4), weights, {"method": method})
+        check(batch.with_options(negative_ids=negative_ids), f"{method} {size}", inplace=True)
+        assert not left.pop().any(), (method, size, shift)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -168,9 +168,9 @@ def _is_kl_call(call: RowCall) -> bool:
         return False
     if call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing:
         return False
-    return all(x.data_ptr() % x.element_size() == 0 for x in (call.logits, t.ref_logits)) and _alike(
-        call.logits, t.ref_logits, 16 // call.logits.element_size()
-    )
+    return all(
+        x.data_ptr() % x.element_size() == 0 for x in (call.logits, t.ref_logits)
+    ) and _alike(call.logits, t.ref_logits, 16 // call.logits.element_size())
 
 
 def _alike(x: Tensor, y: Tensor, group: int) -> bool:
@@ -212,7 +212,11 @@ def _launch_kl(
         )  # fmt: skip
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
     group = 16 // logits.element_size()
-    even = logits.data_ptr() % 16 == 0 and (rows == 1 or logits.stride(0) % group == 0) and vocab % group == 0
+    even = (
+        logits.data_ptr() % 16 == 0
+        and (rows == 1 or logits.stride(0) % group == 0)
+        and vocab % group == 0
+    )
     bits = _bits(logits, ids)
     _kernels().kl_kernel[(rows,)](
         logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
@@ -245,9 +249,7 @@ def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
     begin, step = logits.data_ptr() // logits.element_size() % group, logits.stride(0) % group
     if ids.stride == 0:
         rows, begin, step = group, 0, 1
-    bits = torch.zeros(
-        rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device
-    )
+    bits = torch.zeros(rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device)
     chunk = _chunk(ids.length, _IDS_MARKED)
     _kernels().mark_kernel[(rows, -(-ids.length // chunk))](
         ids.ascending, ids.stride, ids.length, begin, step, bits, bits.stride(0), vocab, GROUP=group, CHUNK=chunk,

@@ -17,7 +17,9 @@ class RowConfig(NamedTuple):
     block: int  # columns of a tile
     warps: int  # of 32 lanes
     stages: int  # depth of the software pipeline of the loops' loads
-    registers: int = 0  # a lane may have, on NVIDIA's GPUs; 0: as many as leave room for one program
+    registers: int = (
+        0  # a lane may have, on NVIDIA's GPUs; 0: as many as leave room for one program
+    )
 
 
 # Measured on an H100, in bfloat16 with both logits read; benchmarks/CUDA_NOTES.md has the figures. Eight columns a lane

@@ -798,9 +798,9 @@ def _run(
 @triton.jit
 def _row(
     index, logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
-    ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-    gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t,
+    ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics,
+    gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
@@ -920,16 +920,17 @@ def row_kernel(
 ):  # fmt: skip
     """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
 
-    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left. A program then looks at many.
+    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left. A program then looks at
+    many rows, of which few are.
     """
     if left is None:
         _row(
             tl.program_id(0).to(tl.int64),
-            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-            ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-            losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND,
-            GRADIENT, BLOCK, STAGES, SHARDS,
+            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
+            ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale,
+            inverse_t, ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride,
+            statistics, gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS,
+            KIND, GRADIENT, BLOCK, STAGES, SHARDS,
         )  # fmt: skip
     else:
         program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -941,11 +942,12 @@ def row_kernel(
                     if tl.load(left + index, mask=index < rows, other=0) > 0:
                         _row(
                             index,
-                            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-                            ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-                            losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-                            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND,
-                            GRADIENT, BLOCK, STAGES, SHARDS,
+                            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride,
+                            alpha_value, ids, ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset,
+                            vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
+                            gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
+                            shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, BLOCK,
+                            STAGES, SHARDS,
                         )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class Sums(NamedTuple):
     m: tl.tensor  # M / ln 2
     phi: tl.tensor  # Φ
     a: tl.tensor  # A
-    l: tl.tensor  # L
+    log_ratio: tl.tensor  # L
     kl: tl.tensor  # over the kept entries
 
 
@@ -151,7 +151,7 @@ def _line(at, before):
 
 
 @triton.jit
-def _first(w, ELEMENT: tl.constexpr):
+def _low(w, ELEMENT: tl.constexpr):
     """The first column of words of two."""
     if ELEMENT == tl.bfloat16:
         return (w << 16).to(tl.float32, bitcast=True)
@@ -159,7 +159,7 @@ def _first(w, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _second(w, ELEMENT: tl.constexpr):
+def _high(w, ELEMENT: tl.constexpr):
     if ELEMENT == tl.bfloat16:
         return (w & -65536).to(tl.float32, bitcast=True)
     return (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -324,15 +324,15 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
     biased = Shift(shift.c - BIAS, shift.a, shift.distance)
     s = tl.zeros(u.shape, tl.float32)
     m, f = s, s
-    for start in tl.range(
-        row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL
-    ):
+    for start in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
         at = start // PAIRS
         x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
         bits = _bits(row, start, BLOCK, IDS)
         if PAIRS == 2:
-            s, m, f = _add(_first(x, ELEMENT), _first(o, ELEMENT), bits, s, m, f, row, biased, IDS)
-            s, m, f = _add(_second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, s, m, f, row, biased, IDS)
+            s, m, f = _add(_low(x, ELEMENT), _low(o, ELEMENT), bits, s, m, f, row, biased, IDS)
+            s, m, f = _add(
+                _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, s, m, f, row, biased, IDS
+            )
         else:
             s, m, f = _add(x, o, bits, s, m, f, row, biased, IDS)
     for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
@@ -340,9 +340,9 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
         v = start + u * PAIRS
         if PAIRS == 2:
-            x0, o0 = _inside(_first(x, ELEMENT), v, row), _inside(_first(o, ELEMENT), v, row)
+            x0, o0 = _inside(_low(x, ELEMENT), v, row), _inside(_low(o, ELEMENT), v, row)
             s, m, f = _add(x0, o0, bits, s, m, f, row, biased, IDS)
-            x1, o1 = _inside(_second(x, ELEMENT), v + 1, row), _inside(_second(o, ELEMENT), v + 1, row)
+            x1, o1 = _inside(_high(x, ELEMENT), v + 1, row), _inside(_high(o, ELEMENT), v + 1, row)
             s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, biased, IDS)
         else:
             s, m, f = _add(_inside(x, v, row), _inside(o, v, row), bits, s, m, f, row, biased, IDS)
@@ -381,7 +381,12 @@ def _excess(log_ratio, ratio):
 def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
     """GOOD, LEFT or AGAIN, and whether it takes the row's maxima."""
     usable = (sums.s > 2.0**-40) & (sums.s < 2.0**52)
-    finite = usable & (sums.s + sums.a < 2.0**52) & (sums.phi < float("inf")) & (tl.abs(sums.l) < 100.0)
+    finite = (
+        usable
+        & (sums.s + sums.a < 2.0**52)
+        & (sums.phi < float("inf"))
+        & (tl.abs(sums.log_ratio) < 100.0)
+    )
     # o - x is rounded to 2^-24 of the distance of the levels, where logits have that many digits: KL is off by this
     # over √(KL/2), which is to be less than 2e-6.
     apart = tl.abs(shift.distance)
@@ -390,7 +395,7 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
         near = near & ((apart <= 1.0) | (sums.kl > 0.0018 * apart * apart))
     fit = finite & near
     # Below -3, S + A has lost its digits, as it has where A is the small difference of large numbers.
-    exact = (sums.l > -3.0) & (tl.abs(sums.m) + sums.phi < 32.0 * (sums.s + sums.a))
+    exact = (sums.log_ratio > -3.0) & (tl.abs(sums.m) + sums.phi < 32.0 * (sums.s + sums.a))
     # Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
     excess = sums.phi / sums.s - sums.kl
     good = fit & exact & (excess <= 0.5 * tl.abs(sums.kl))
@@ -402,7 +407,9 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _fit_sums(row, LOSS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+def _fit_sums(
+    row, LOSS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr
+):
     """First passes until the sums are fit for use, or until the row is given up."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     shift = _shift_of_samples(row, LOSS)
@@ -411,7 +418,7 @@ def _fit_sums(row, LOSS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
     attempt, verdict = 0, AGAIN + 0
     while verdict == AGAIN:
         sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL, IDS)
-        s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.l, sums.kl
+        s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.log_ratio, sums.kl
         verdict, by_maxima = _verdict(sums, Shift(c, a, distance), attempt, ELEMENT)
         if verdict == AGAIN:
             if by_maxima:
@@ -484,7 +491,7 @@ def _forward(sums, shift, removed, factor):
     k1 = kept * tl.exp2(-lost) / (1.0 + sums.a / sums.s)
     # The gradient of a removed entry is factor p_s.
     return sums.kl - log_kept, Gradient(
-        shift.c, shift.a + (sums.l - log_kept) * LOG2_E, -h, h, -k1, level, h * k1, 0.0 * h
+        shift.c, shift.a + (sums.log_ratio - log_kept) * LOG2_E, -h, h, -k1, level, h * k1, 0.0 * h
     )  # fmt: skip
 
 
@@ -602,8 +609,10 @@ def _tile_gradient(
     WIDE: tl.constexpr = 4 * PAIRS
     bits = _bits(row, start, BLOCK, IDS)
     if PAIRS == 2:
-        d0 = _gradient(_first(x, ELEMENT), _first(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
-        d1 = _gradient(_second(x, ELEMENT), _second(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS)
+        d0 = _gradient(_low(x, ELEMENT), _low(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
+        d1 = _gradient(
+            _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
+        )
         if IDS:
             d = tl.join(d0, d1).reshape([BLOCK // WIDE, WIDE])
         else:
@@ -638,7 +647,7 @@ def _chunk(ids, count, at, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _removed(row, ids, count, level, lost, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr):
+def _removed(row, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr):
     """The set's sums, and whether a logit of it, in either row, is none."""
     has_label = row.label >= 0
     at = tl.fma(row.z_label, row.scale, -level)
@@ -662,8 +671,8 @@ def _removed(row, ids, count, level, lost, LOSS: tl.constexpr, CHUNK: tl.constex
             totals += weights
             moments += tl.where(weights == 0.0, 0.0, weights * exponents)
             numbers += tl.where(counts, 1.0, 0.0)
-            # -inf times a weight of 0 would be NaN in the second pass.
-            fine = (tl.abs(z) < float("inf")) & (tl.abs(x) + tl.abs(o) >= 0.0) & (x < float("inf")) & (o < float("inf"))
+            # A policy's -inf, times its weight of 0, would be NaN in the second pass.
+            fine = (x < float("inf")) & (o < float("inf")) & (z > -float("inf"))
             worst += tl.where(counts & (fine == 0), 1.0, 0.0)
         total += tl.sum(totals, 0)
         moment += tl.sum(moments, 0)
@@ -683,8 +692,8 @@ def _run(
     """Returns whether the row is left to the other kernel."""
     FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
     shift, sums, good = _fit_sums(row, LOSS, BLOCK, UNROLL, IDS)
-    level, lost = _policy_level(shift, LOSS)
-    removed, broken = _removed(row, ids, count, level, lost, LOSS, CHUNK, IDS)
+    level, _ = _policy_level(shift, LOSS)
+    removed, broken = _removed(row, ids, count, level, LOSS, CHUNK, IDS)
     good = good & (broken == 0) & (removed.sum < 2.0**100)
     if LOSS == REVERSE_KL:
         good = good & ((removed.count == 0.0) | (eps > 1e-30))
@@ -771,7 +780,9 @@ def kl_kernel(
     gives_up = False
     if (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
-            nothing = Row(z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, samples, scale, inverse_t)
+            nothing = Row(
+                z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, samples, scale, inverse_t
+            )
             _zero(nothing, BLOCK)
         if losses is not None:
             tl.store(loss_at, 0.0)
@@ -781,7 +792,9 @@ def kl_kernel(
         bit_row = left
         if IDS != NO_IDS:
             bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
-            pushed = pushed & ((tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0)
+            pushed = pushed & (
+                (tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0
+            )
         row_weight = tl.where(negative, alpha_weight, weight)
         factor *= row_weight
         served = valid & ((pushed == 0) | (weight <= -1.0))
@@ -819,7 +832,9 @@ def kl_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "ids_stride", "begin", "step", "bits_stride"])
-def mark_kernel(ids, ids_stride, count, begin, step, bits, bits_stride, vocab, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+def mark_kernel(
+    ids, ids_stride, count, begin, step, bits, bits_stride, vocab, GROUP: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     """Sets the bits of ids, those of columns counted as ``kl_kernel`` counts them.
 
     A program marks some ids of a row, whose first column is begin + row step, modulo a vector's GROUP.
