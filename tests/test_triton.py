@@ -336,10 +336,10 @@ def test_usual_rows_are_served_by_the_kernel_of_kl_rows(
     ):
         r = 3 * torch.randn(4, VOCAB, generator=generator, dtype=F64)
         z = r + shift + size * torch.randn(r.shape, generator=generator, dtype=F64)
-        wide = torch.zeros(2, 4, VOCAB + 9, dtype=dtype)[:, :, 3 : VOCAB + 3]
+        wide = torch.zeros(2, 4, VOCAB + 12, dtype=dtype)[:, :, 3 : VOCAB + 3]
         wide.copy_(torch.stack((z, r)))
         batch = Batch(wide[0], wide[1], torch.arange(4), weights, {"method": method})
-        check(batch.with_options(negative_ids=negative_ids), f"{method} {size}", inplace=True)
+        check(batch.with_options(negative_ids=negative_ids), f"{method} {size}")
         assert not left.pop().any(), (method, size, shift)
 
 
