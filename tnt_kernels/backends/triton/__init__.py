@@ -224,6 +224,7 @@ def _launch_kl(
         ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), factor, vocab,
         float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
+        rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
         UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=_chunk(ids.length, _IDS_AT_ONCE),
         EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group), **options(config, target),
@@ -256,6 +257,13 @@ def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
         num_warps=1,
     )  # fmt: skip
     return bits.view(torch.uint8)
+
+
+def _has_room(x: Tensor) -> bool:
+    """Whether the vector of 16 bytes in which the last row ends lies in the memory that the tensor has."""
+    storage = x.untyped_storage()
+    end = x.data_ptr() + ((len(x) - 1) * x.stride(0) + x.size(1)) * x.element_size()
+    return -(-end // 16) * 16 <= storage.data_ptr() + storage.nbytes()
 
 
 def _near_kl(dtype: torch.dtype) -> float:

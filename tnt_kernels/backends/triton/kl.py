@@ -722,18 +722,22 @@ def _run(
 
 
 @triton.jit(
-    do_not_specialize=["logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index",
-        "ids_stride", "ids_count", "bits_stride"],
+    do_not_specialize=[
+        "logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index", "ids_stride",
+        "ids_count", "bits_stride", "readable",
+    ],
     do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
 )  # fmt: skip
 def kl_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
     ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
-    gradient_stride, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
-    ALIKE: tl.constexpr,
+    gradient_stride, left, readable, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
+
+    So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
 
     EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: so many columns after one as in the logits' rows
     begin those of the gradient.
@@ -778,7 +782,9 @@ def kl_kernel(
     if losses is not None:
         loss_at = losses + index
     gives_up = False
-    if (weight == 0.0) | (label == ignore_index):
+    if index >= readable:
+        gives_up = True
+    elif (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
             nothing = Row(
                 z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, samples, scale, inverse_t
