@@ -16,7 +16,7 @@ from typing import NamedTuple
 class RowConfig(NamedTuple):
     block: int  # columns of a tile
     warps: int  # of 32 lanes
-    stages: int  # depth of the software pipeline of the loops' loads
+    stages: int  # depth of the software pipeline of the loops' loads; of KL rows, tiles a turn of a loop
     registers: int = (
         0  # a lane may have, on NVIDIA's GPUs; 0: as many as leave room for one program
     )
