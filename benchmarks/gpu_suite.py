@@ -154,7 +154,8 @@ def _tests(a: argparse.Namespace) -> list[Command]:
         return [Command([*tests, "--collect-only", "-qq", "tests/test_gpu.py"])]
     # A test that waits for the GPU for ever takes its worker with it, and xdist starts another.
     limit = ["--timeout", "60", "--timeout-method", "thread"]
-    return [Command([*tests, "-n", "6", *limit, "tests"])]
+    # Most of a test's time is the oracle's, on a core of its own.
+    return [Command([*tests, "-n", str(max(2, (os.cpu_count() or 2) - 2)), *limit, "tests"])]
 
 
 def _alone(stage: str, *words: object) -> Callable[[argparse.Namespace], list[Command]]:

@@ -13,7 +13,7 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-constexpr int KL_STEPS = 16;  // of a block at most: each has a barrier for its copies, and a bit
+constexpr int KL_STEPS = 32;  // of a block at most: each has a barrier for its copies, and a bit
 constexpr int KL_ATTEMPTS = 3;
 
 struct KlLaunch {
@@ -41,7 +41,7 @@ struct KlShared {
   float scale, eps;  // 1/normaliser/T
   KlVerdict verdict;
   float loss;
-  bool far;  // the short form of the gradient does not hold
+  KlForm form;
   ForwardGradient forward;
   ReverseGradient reverse;
   SetGradient set;
@@ -60,6 +60,7 @@ template <class Logit, class Gradient, bool DIAGNOSTICS>
 class KlBlock {
  public:
   static constexpr int GROUP = Stored<Logit>::GROUP;
+  static constexpr bool DIRECT = sizeof(Logit) == 2;  // whether a gradient's direct form is good enough
   // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
   template <bool SET>
   static constexpr int VECTORS = 1 + SET + DIAGNOSTICS;
@@ -478,9 +479,21 @@ class KlBlock {
     if (p_.gradient) {
       const KlShift k = s_.shifts[REVERSE];
       const auto g = s_.template gradient<REVERSE>();
-      if (s_.far) far = ~0u;
+      const KlForm form = s_.form;
       if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
-      write([&](int s) { return gradient<REVERSE, SET>(g, k, s, z + s * step_bytes(), far >> s & 1); });
+      const auto near_or_far = [&](int s, bool near) {
+        return near ? gradient<REVERSE, SET>(s, z, [&](float x, float o) { return near_gradient(g, k, x, o); })
+                    : gradient<REVERSE, SET>(s, z, [&](float x, float o) { return far_gradient(g, k, x, o); });
+      };
+      // A forward KL's direct form serves any logits, a reverse KL's none that are infinite.
+      if (DIRECT && form == KL_DIRECT && (!REVERSE || far == 0)) {
+        write([&](int s) {
+          return gradient<REVERSE, SET>(s, z, [&](float x, float o) { return direct_gradient(g, k, x, o); });
+        });
+      } else {
+        if (form == KL_FAR) far = ~0u;
+        write([&](int s) { return near_or_far(s, !(far >> s & 1)); });
+      }
     }
     if (leader()) write_loss(double(s_.factors[SET]) * double(s_.loss));
   }
@@ -522,8 +535,8 @@ class KlBlock {
     if (good && !again) {
       s_.verdict = REVERSE && SET && !(s_.eps > 1e-30f) ? KL_LEFT : KL_GOOD;
       sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
-      s_.far = kl_coefficients<SET>(k, sums, s_.factors[SET] * s_.scale, s_.eps, s_.template gradient<REVERSE>(),
-                                    s_.set, s_.loss);
+      s_.form = kl_coefficients<SET, DIRECT>(k, sums, s_.factors[SET] * s_.scale, s_.eps,
+                                             s_.template gradient<REVERSE>(), s_.set, s_.loss);
       if (DIAGNOSTICS && rank_ == 0 && s_.verdict == KL_GOOD)
         write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
     } else if ((usable && sums.phi == INFINITY) || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) {
@@ -635,17 +648,13 @@ class KlBlock {
     }
   };
 
-  template <bool REVERSE, bool SET, class KlGradient>
-  TNT_DEVICE Output gradient(const KlGradient& g, const KlShift& k, int s, const char* z, bool far) const {
-    const Group pairs = load<REVERSE>(z, true);
+  // Of this thread's group in a step; `element` is the gradient of a kept entry.
+  template <bool REVERSE, bool SET, class Element>
+  TNT_DEVICE Output gradient(int s, const char* z, Element element) const {
+    const Group pairs = load<REVERSE>(z + s * step_bytes(), true);
     Output out;
-    if (!far) {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) out.x[i] = near_gradient(g, k, pairs.x[i], pairs.o[i] - pairs.x[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < GROUP; ++i) out.x[i] = far_gradient(g, k, pairs.x[i], pairs.o[i]);
-    }
+    for (int i = 0; i < GROUP; ++i) out.x[i] = element(pairs.x[i], pairs.o[i]);
     if (SET) {
       const uint32_t bits = set_bits(s);
       if (bits) {

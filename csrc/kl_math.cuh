@@ -170,30 +170,40 @@ struct KlSetSums {  // over removed entries: of 2^((z - max) scale), their momen
 
 // ------------------------------------------------------------------------------------------------------ second pass
 
-struct ForwardGradient {   // factor (p - q*) = e y* (h0 + h1 y*^2 + h2 y*^4), e at the geometric mean of p and q*
-  float y_scale, y_shift;  // y* = log p - log q* = (o - x) y_scale - y_shift
-  float h0, h1, h2;        // 2 sinh(y/2)/y times factor/S
-  float x_ref, p_shift, q_shift, sign;  // else sign (2^((o - o_ref) scale + p_shift) - 2^((x - x_ref) scale + q_shift))
+enum KlForm { KL_NEAR, KL_DIRECT, KL_FAR };  // which form of a gradient holds for a row
+
+struct ForwardGradient {     // factor (p - q*)
+  float y_scale, y_shift;    // near: e y* (h0 + h1 y*^2 + h2 y*^4), e at the geometric mean of p and q*,
+  float h0, h1, h2;          //   where y* = log p - log q* = (o - x) y_scale - y_shift, and h are of 2 sinh(y/2)/y
+  float p_direct, q_direct;  // direct: 2^(o scale + p_direct) - 2^(x scale + q_direct)
+  float x_ref, p_shift, q_shift, sign;  // far: sign (2^((o - o_ref) scale + p_shift) - 2^((x - x_ref) scale + q_shift))
 };
-struct ReverseGradient {  // factor p (M/S - y + p(R) (D_K - D_R)) = e (k1 Y + k0)
-  float k1, k0;
+struct ReverseGradient {  // factor p (M/S - y + p(R) (D_K - D_R))
+  float k1, k0;           // near: e (k1 Y + k0)
+  float slope, level;     // direct: e ((o - x) slope + level)
 };
 // Of removed entries: at = (z - ref) scale + shift = log2 p, gradient p (k0 + k1 at).
 struct SetGradient {
   float ref, shift, k0, k1;
 };
 
-TNT_DEVICE float near_gradient(const ForwardGradient& g, const KlShift& k, float x, float d) {
-  const float y = fmaf(d, g.y_scale, -g.y_shift), square = y * y;
+TNT_DEVICE float near_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
+  const float y = fmaf(o - x, g.y_scale, -g.y_shift), square = y * y;
   const float e = power(fmaf(y, 0.5f * LOG2_E_F, fmaf(x, k.scale, -k.c)));
   return (e * y) * fmaf(fmaf(g.h2, square, g.h1), square, g.h0);
+}
+TNT_DEVICE float direct_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
+  return power(fmaf(o, k.scale, g.p_direct)) - power(fmaf(x, k.scale, g.q_direct));
 }
 TNT_DEVICE float far_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
   return g.sign * (power(fmaf(o - k.o_ref, k.scale, g.p_shift)) - power(fmaf(x - g.x_ref, k.scale, g.q_shift)));
 }
-TNT_DEVICE float near_gradient(const ReverseGradient& g, const KlShift& k, float x, float d) {
-  const float y2 = fmaf(d, k.y_scale, -k.y_shift);
+TNT_DEVICE float near_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
+  const float y2 = fmaf(o - x, k.y_scale, -k.y_shift);
   return power(fmaf(x, k.scale, -k.c)) * fmaf(y2, g.k1, g.k0);
+}
+TNT_DEVICE float direct_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
+  return power(fmaf(x, k.scale, -k.c)) * fmaf(o - x, g.slope, g.level);
 }
 TNT_DEVICE float far_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
   const float e = power(fmaf(x, k.scale, -k.c)), y = fmaf(o - x, k.inverse_t, -k.a);
@@ -241,10 +251,11 @@ TNT_DEVICE float log2_odds(const KlShift& k, const KlRow& row, bool policy) {
 }
 
 // `factor` is that on the gradient, not 0. The forward loss is KL(q* || p) = KL over the kept entries - log p(K).
-// Returns whether the short form of the gradient does not hold.
-template <bool SET>
-TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor, float, ForwardGradient& g,
-                                SetGradient& sg, float& loss) {
+// Returns the form of the gradient. In the direct one p and q* are off by up to 2^-18 of their size: good enough for 16
+// bits, unless they are almost equal.
+template <bool SET, bool DIRECT>
+TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float factor, float, ForwardGradient& g,
+                                  SetGradient& sg, float& loss) {
   const float own = fmaf(k.x_ref, k.scale, -k.c);
   float log2_kept = 0.0f;
   loss = row.kl;
@@ -264,14 +275,17 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
   g.sign = factor < 0.0f ? -1.0f : 1.0f;
   g.q_shift = own + log2f(fabsf(h));
   g.p_shift = g.q_shift + (k.rho - own) - (row.l * LOG2_E_F - log2_kept);
-  return fabsf(up) > 0.25f;  // |y*| <= 1.25 elsewhere
+  g.p_direct = fmaf(-k.o_ref, k.scale, g.p_shift), g.q_direct = fmaf(-k.x_ref, k.scale, g.q_shift);
+  const bool apart = row.kl > 0x1p-16f || fabsf(up) > 0x1p-7f;
+  if (DIRECT && apart && factor > 0.0f && fabsf(g.p_direct) < 64.0f && fabsf(g.q_direct) < 64.0f) return KL_DIRECT;
+  return fabsf(up) > 0.25f ? KL_FAR : KL_NEAR;  // |y*| <= 1.25 elsewhere
 }
 
 // The reverse loss is p(K) KL + log(1 + eps n) - H(p(R)) - p(R) (H_R + log eps); its gradient takes
 // D_K - D_R = KL - o + H_R + log eps, where o are the log-odds of R and H_R the entropy of p within R.
-template <bool SET>
-TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor, float eps, ReverseGradient& g,
-                                SetGradient& sg, float& loss) {
+template <bool SET, bool DIRECT>
+TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float factor, float eps, ReverseGradient& g,
+                                  SetGradient& sg, float& loss) {
   float kept = 1.0f, extra = 0.0f;
   loss = SET ? row.kl + log1pf(eps * row.set.n) : row.kl;
   sg = {0.0f, -INFINITY, 0.0f, 0.0f};  // a set without mass
@@ -293,7 +307,8 @@ TNT_DEVICE bool kl_coefficients(const KlShift& k, const KlRow& row, float factor
   const float h = factor * kept * row.inverse;
   g.k1 = -0.5f * h;
   g.k0 = h * (row.a_or_m * row.inverse + extra);
-  return false;
+  g.slope = g.k1 * k.y_scale, g.level = fmaf(-g.k1, k.y_shift, g.k0);
+  return DIRECT && fabsf(k.y_shift) < 4.0f ? KL_DIRECT : KL_NEAR;
 }
 
 // Of LL and UL, whose only row is the policy's. LL's set is y: loss -log p(R), gradient p - 1 there, p elsewhere.

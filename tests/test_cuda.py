@@ -35,27 +35,31 @@ pytestmark = [
 ]
 
 
+PARTS = 16  # of the random calls: most of their time is the oracle's, on the CPU
+
+
 def gpu_run(batch: Batch, **keywords: object) -> Result:
     return on_cpu(run(on_gpu(batch), "cuda", **keywords))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("vocab", [17, 32003, 128256, 262144])
-def test_agreement(vocab: int, dtype: torch.dtype) -> None:
-    for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES):
+def test_agreement(vocab: int, dtype: torch.dtype, smoothing: str) -> None:
+    for objective in OBJECTIVES:
         batch = mixed_batch(vocab, dtype).with_options(method=objective, smoothing=smoothing)
         result = gpu_run(batch)
-        assert_agrees(result, truth(batch), batch, label=f"{objective} {smoothing}")
+        assert_agrees(result, truth(batch), batch, label=f"{objective}")
         again = gpu_run(batch)
         assert torch.equal(result.loss, again.loss)
         assert torch.equal(result.gradient.nan_to_num(7.0), again.gradient.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls(part: int) -> None:
     """Against the oracle that shares no code with the library."""
     failures = []
-    for index in range(part, 800, 8):
+    for index in range(part, 800, PARTS):
         if index in (1, 748):  # off by 1.03 and 1.5 times the bound, by the kernel before kl_kernel
             continue
         try:
