@@ -360,7 +360,7 @@ class Stages:
     def triton_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
         """The usual columns and warps, then others."""
         rows = {
-            "vocab": self.size(MAIN._replace(vocab=vocab)).vocab, "itemsize": 2, "pair": True, "gradient": True,
+            "vocab": self.size(MAIN._replace(vocab=vocab)).vocab, "itemsize": 2, "kind": "KL", "gradient": True,
             "ids": False, "architecture": triton.architecture(self.device),
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:

@@ -72,9 +72,14 @@ KL_VARIANTS = (
     *(Variant(method=method) for method in ("tnff", "tnrr", "tnrf")),
     *(Variant(method="tnrf", ids=ids) for ids in (1, 2)),
     Variant(method="tnrf", aligned=False),
-    Variant(method="tnrf", gradient=False),
+    *(
+        Variant(method="tnrf", gradient=False, vocab=vocab, ids=ids)
+        for vocab in (32000, 128256)
+        for ids in (0, 1)
+    ),
     Variant(method="tnrf", dtype="fp16"),
     Variant(method="tnrf", dtype="fp32"),
+    Variant(method="tnrf", dtype="fp32", gradient=False),
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
     *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
 )
@@ -89,7 +94,8 @@ def compiled(architecture: str, variant: Variant) -> Any:
     objective, kind, logits = METHODS[variant.method], variant.kind, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
     config = row_config(
-        variant.vocab, itemsize, pair=objective.reads_reference, gradient=variant.gradient, ids=variant.ids > 0,
+        variant.vocab, itemsize, kind="two rows" if objective.reads_reference else "one row",
+        gradient=variant.gradient, ids=variant.ids > 0,
         architecture=architecture,
     )  # fmt: skip
     sharded = kind in (Kind.PARTIAL_SUMS, Kind.FINISH)
@@ -148,13 +154,13 @@ def compiled(architecture: str, variant: Variant) -> Any:
     return build(row_kernel, signature, constants, attributes, config, architecture)
 
 
-def compiled_kl(architecture: str, variant: Variant) -> Any:
+def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
     from tnt_kernels.backends.triton.kernels import kl_kernel
 
     objective, logits = METHODS[variant.method], f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
     config = row_config(
-        variant.vocab, itemsize, pair=True, gradient=variant.gradient, ids=variant.ids > 0,
+        variant.vocab, itemsize, kind="KL", gradient=variant.gradient, ids=variant.ids > 0,
         architecture=architecture,
     )  # fmt: skip
     constants: dict[str, Any] = {
@@ -192,7 +198,7 @@ def compiled_kl(architecture: str, variant: Variant) -> Any:
         for i, name in enumerate(kl_kernel.arg_names)
         if signature[name].startswith("*") and name not in ("logits", "ref_logits", "gradient")
     }
-    return build(kl_kernel, signature, constants, attributes, config, architecture)
+    return build(kl_kernel, signature, constants, attributes, config, architecture), config
 
 
 def build(
@@ -266,6 +272,10 @@ def disassembled(kernel: Any) -> list[str]:
     return [found[1] or found[2] for found in lines if found]
 
 
+def vectors(code: list[str]) -> int:
+    return sum(bool(re.search(r"\bLDG\S*\.128", line)) for line in code)
+
+
 def innermost_loops(code: list[str]) -> list[list[str]]:
     places = {line: i for i, line in enumerate(code) if line.startswith(".L_x_")}
     jumps = ((re.search(r"BRA.*`\((\.L_x_\w+)\)", line), i) for i, line in enumerate(code))
@@ -282,24 +292,26 @@ def innermost_loops(code: list[str]) -> list[list[str]]:
 def test_no_spills_in_kl_rows(
     architecture: str, variant: Variant, record_property: Callable[[str, object], None]
 ) -> None:
-    """None in the loops over full tiles; a few of the numbers that are used between them may have no register."""
-    kernel = compiled_kl(architecture, variant)
+    """None in sm_90's loops over full tiles; what is used between them may lie in memory on NVIDIA's GPUs."""
+    kernel, config = compiled_kl(architecture, variant)
     used = resources(kernel)
     record_property("resources", f"{architecture} KL {variant}: {used}")
     assert used["spills"] == 0
-    assert used["stack"] <= 16
-    if architecture.startswith("sm_"):
-        loops = innermost_loops(disassembled(kernel))
-        hot = [loop for loop in loops if any(".EF" in line for line in loop)]
-        assert hot or not variant.gradient
-        assert not any(re.search(r"\b(LDL|STL)\b", line) for loop in hot for line in loop)
+    if not architecture.startswith("sm_"):
+        assert used["stack"] == 0
+    if architecture == "sm_90":
+        turn = 2 * config.stages  # loads of 16 bytes; a tile that the row does not fill takes 2
+        loops = [loop for loop in innermost_loops(disassembled(kernel)) if vectors(loop) >= turn]
+        assert loops or variant.vocab == 100  # a lane has less than 16 bytes of a tile
+        assert not any(re.search(r"\b(LDL|STL)\b", line) for loop in loops for line in loop)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_full_tiles_of_kl_rows_are_read_and_written_by_vectors(dtype: str, aligned: bool) -> None:
     """At any address: of 16 bytes, without a mask."""
-    ptx = compiled_kl("sm_90", Variant(method="tnrf", dtype=dtype, aligned=aligned)).asm["ptx"]
+    kernel, _ = compiled_kl("sm_90", Variant(method="tnrf", dtype=dtype, aligned=aligned))
+    ptx = kernel.asm["ptx"]
     loads = re.findall(r"^\s*ld\.global\.L1::evict_first\S*", ptx, re.M)
     stores = re.findall(r"^\s*st\.global\.L1::evict_first\S*", ptx, re.M)
     assert loads

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
-from tnt_kernels.backends.triton.config import RowConfig, measured_config, row_config
+from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, row_config
 from tnt_kernels.objectives import RowLoss
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,13 +183,21 @@ def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
 ) -> None:
     ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
-    if not _is_kl_call(call):
-        return _launch_row_kernel(call, ids, row_losses, factor, config)
-    left = _launch_kl(call, ids, row_losses, factor, config)
-    usual = measured_config(
-        call.logits.size(1), call.logits.element_size(), gradient=call.gradient is not None, ids=True
-    )  # fmt: skip
-    _launch_row_kernel(call, ids, row_losses, factor, usual, left)
+    is_kl_call = _is_kl_call(call)
+    kind: RowKind = "two rows" if call.tensors.ref_logits is not None else "one row"
+    columns, itemsize = call.logits.size(1), call.logits.element_size()
+    gradient = call.gradient is not None
+    if config is None:
+        config = row_config(
+            columns, itemsize, kind="KL" if is_kl_call else kind, gradient=gradient, ids=ids.length > 0,
+            architecture=architecture(call.logits.device),
+        )  # fmt: skip
+    left = None
+    if is_kl_call:
+        left = _launch_kl(call, ids, row_losses, factor, config)
+        # The search for rows that were left takes registers, as ids do.
+        config = measured_config(columns, itemsize, kind=kind, gradient=gradient, ids=True)
+    _launch_row_kernel(call, ids, row_losses, factor, config, left)
 
 
 def _launch_kl(
@@ -197,19 +205,13 @@ def _launch_kl(
     ids: _NegativeIds,
     row_losses: Tensor | None,
     factor: Tensor | None,
-    config: RowConfig | None,
+    config: RowConfig,
 ) -> Tensor:
     """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
     ref_logits, alpha, gradient = t.ref_logits, t.alpha, call.gradient
     assert ref_logits is not None
-    target = architecture(logits.device)
-    if config is None:
-        config = row_config(
-            vocab, logits.element_size(), pair=True, gradient=gradient is not None, ids=ids.length > 0,
-            architecture=target,
-        )  # fmt: skip
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
     group = 16 // logits.element_size()
     even = (
@@ -227,7 +229,8 @@ def _launch_kl(
         rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
         UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=_chunk(ids.length, _IDS_AT_ONCE),
-        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group), **options(config, target),
+        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group),
+        **options(config, architecture(logits.device)),
     )  # fmt: skip
     return left
 
@@ -281,20 +284,14 @@ def _launch_row_kernel(
     ids: _NegativeIds,
     row_losses: Tensor | None,
     factor: Tensor | None,
-    config: RowConfig | None,
-    left: Tensor | None = None,
+    config: RowConfig,
+    left: Tensor | None,
 ) -> None:
     """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
     ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
     writes_gradient = call.gradient is not None
-    target = architecture(logits.device)
-    if config is None:
-        config = row_config(
-            vocab, logits.element_size(), pair=ref_logits is not None, gradient=writes_gradient, ids=ids.length > 0,
-            architecture=target,
-        )  # fmt: skip
     _kernels().row_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
         alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
@@ -310,5 +307,5 @@ def _launch_row_kernel(
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.uniform_smoothing and s.eps > 0, IDS=ids.kind,
         KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
         SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
-        **options(config, target),
+        **options(config, architecture(logits.device)),
     )  # fmt: skip
