@@ -20,9 +20,12 @@ from tnt_kernels.backends.triton.row_math import (
     FORWARD_KL,
     LOG_LIKELIHOOD,
     NEGATIVE_LIKELIHOOD,
+    NO_IDS,
     NONE,
     NOTHING,
     REVERSE_KL,
+    ROW_IDS,
+    SHARED_IDS,
     UNLIKELIHOOD,
     Coefficients,
     ExpSum,
@@ -32,6 +35,7 @@ from tnt_kernels.backends.triton.row_math import (
     _moved,
     _phi,
     _softplus,
+    _some_ids,
     coefficients,
     difference_of,
     empty_sum,
@@ -50,11 +54,6 @@ BACKWARD = tl.constexpr(int(Kind.BACKWARD))
 STATISTICS = tl.constexpr(int(Kind.STATISTICS))
 PARTIAL_SUMS = tl.constexpr(int(Kind.PARTIAL_SUMS))
 FINISH = tl.constexpr(int(Kind.FINISH))
-
-# How negative ids come.
-NO_IDS = tl.constexpr(0)
-ROW_IDS = tl.constexpr(1)  # ascending in every row
-SHARED_IDS = tl.constexpr(2)  # one ascending list, and a map of the vocabulary
 
 GATHER = tl.constexpr(64)  # ids at a time
 LOOK = tl.constexpr(64)  # rows at a time, for one that was left
@@ -241,10 +240,7 @@ def _sums(
 @triton.jit
 def _set_chunk(row, at):
     """Some of the ids: their columns, which of them count, as no duplicates, and which of those lie here."""
-    k = at + tl.arange(0, GATHER)
-    ids = tl.load(row.ids + k, mask=k < row.count, other=-1)
-    before = tl.load(row.ids + k - 1, mask=(k > 0) & (k < row.count), other=-1)
-    counts = (ids >= 0) & (ids != before)
+    ids, counts = _some_ids(row.ids, row.count, at, GATHER)
     columns = ids - row.offset
     return columns, counts, counts & (columns >= 0) & (columns < row.vocab)
 

@@ -22,7 +22,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tnt_kernels.backends.triton.row_math import FORWARD_KL, REVERSE_KL, _log1p, _phi
+from tnt_kernels.backends.triton.row_math import (
+    FORWARD_KL,
+    NO_IDS,
+    REVERSE_KL,
+    ROW_IDS,
+    _log1p,
+    _phi,
+    _softplus,
+    _some_ids,
+    _two_sum,
+)
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -63,14 +73,9 @@ ATTEMPTS = tl.constexpr(3)
 SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
 GATHER = tl.constexpr(32)  # tiles at a time
 
-# How negative ids come, as in kernels.py.
-NO_IDS = tl.constexpr(0)
-ROW_IDS = tl.constexpr(1)
-SHARED_IDS = tl.constexpr(2)
-
 
 class Line(NamedTuple):
-    """A row of logits or of the gradient, from the boundary before it."""
+    """A row of logits, from the boundary before it."""
 
     elements: tl.tensor  # pointers
     words: tl.tensor
@@ -90,8 +95,6 @@ class Row(NamedTuple):
     gradient: tl.tensor  # pointer
     begin: tl.tensor  # the row's first column
     end: tl.tensor  # the column past its last
-    first: tl.tensor  # where the full tiles begin
-    whole: tl.tensor  # where they end
     label: tl.tensor  # column of y where it is removed, else -1
     z_label: tl.tensor  # its logits
     r_label: tl.tensor
@@ -99,6 +102,18 @@ class Row(NamedTuple):
     samples: Samples
     scale: tl.tensor  # log2(e)/T
     inverse_t: tl.tensor
+
+
+class Tiles(NamedTuple):
+    """The full ones go from ``first`` to ``whole``, those that the row does not fill from ``edge`` by ``step``.
+
+    The latter are tile 0, where the row begins after its boundary, and the one at ``whole``, where it ends early.
+    """
+
+    first: tl.tensor
+    whole: tl.tensor
+    edge: tl.tensor
+    step: tl.tensor
 
 
 class Shift(NamedTuple):
@@ -151,6 +166,15 @@ def _line(at, before):
 
 
 @triton.jit
+def _tiles(begin, end, BLOCK: tl.constexpr):
+    whole = end // BLOCK * BLOCK
+    late = begin > 0
+    return Tiles(
+        tl.where(late, BLOCK, 0), whole, tl.where(late, 0, whole), tl.maximum(whole, BLOCK)
+    )
+
+
+@triton.jit
 def _low(w, ELEMENT: tl.constexpr):
     """The first column of words of two."""
     if ELEMENT == tl.bfloat16:
@@ -187,13 +211,12 @@ def _edge(at, v, inside):
 
 
 @triton.jit
-def _places(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
-    """The words of a tile; with ids in rows of a vector each, whose columns have their bits in one byte."""
-    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+def _places(COUNT: tl.constexpr, VECTOR: tl.constexpr, IDS: tl.constexpr):
+    """Those of a tile; with ids in rows of a vector each, whose columns have their bits in one byte."""
     if IDS:
-        places = tl.arange(0, BLOCK // (4 * PAIRS))[:, None] * 4 + tl.arange(0, 4)[None, :]
+        places = tl.arange(0, COUNT // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     else:
-        places = tl.arange(0, BLOCK // PAIRS)
+        places = tl.arange(0, COUNT)
     return places
 
 
@@ -300,7 +323,7 @@ def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
     lane = row.label % BLOCK // PAIRS
-    hit = _places(row, BLOCK, IDS) == lane
+    hit = _places(BLOCK // PAIRS, 4, IDS) == lane
     s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
     t = tl.zeros([GATHER], tl.float32)
     n = t
@@ -317,35 +340,43 @@ def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
 
 
 @triton.jit
-def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+def _add_words(
+    x, o, start, s, m, f, row, shift, EDGE: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):
+    """A tile's pairs, where it is an edge without those outside the row."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    u = _places(row, BLOCK, IDS)
+    bits = _bits(row, start, BLOCK, IDS)
+    v = start + _places(BLOCK // PAIRS, 4, IDS) * PAIRS
+    x0, o0 = x, o
+    if PAIRS == 2:
+        x0, o0 = _low(x, ELEMENT), _low(o, ELEMENT)
+    if EDGE:
+        x0, o0 = _inside(x0, v, row), _inside(o0, v, row)
+    s, m, f = _add(x0, o0, bits, s, m, f, row, shift, IDS)
+    if PAIRS == 2:
+        x1, o1 = _high(x, ELEMENT), _high(o, ELEMENT)
+        if EDGE:
+            x1, o1 = _inside(x1, v + 1, row), _inside(o1, v + 1, row)
+        s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, shift, IDS)
+    return s, m, f
+
+
+@triton.jit
+def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    u = _places(BLOCK // PAIRS, 4, IDS)
+    tiles = _tiles(row.begin, row.end, BLOCK)
     biased = Shift(shift.c - BIAS, shift.a, shift.distance)
     s = tl.zeros(u.shape, tl.float32)
     m, f = s, s
-    for start in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
+    for start in tl.range(tiles.first, tiles.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
         at = start // PAIRS
         x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
-        bits = _bits(row, start, BLOCK, IDS)
-        if PAIRS == 2:
-            s, m, f = _add(_low(x, ELEMENT), _low(o, ELEMENT), bits, s, m, f, row, biased, IDS)
-            s, m, f = _add(
-                _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, s, m, f, row, biased, IDS
-            )
-        else:
-            s, m, f = _add(x, o, bits, s, m, f, row, biased, IDS)
-    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
-        bits = _bits(row, start, BLOCK, IDS)
+        s, m, f = _add_words(x, o, start, s, m, f, row, biased, False, BLOCK, IDS)
+    for start in range(tiles.edge, row.end, tiles.step):
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
-        v = start + u * PAIRS
-        if PAIRS == 2:
-            x0, o0 = _inside(_low(x, ELEMENT), v, row), _inside(_low(o, ELEMENT), v, row)
-            s, m, f = _add(x0, o0, bits, s, m, f, row, biased, IDS)
-            x1, o1 = _inside(_high(x, ELEMENT), v + 1, row), _inside(_high(o, ELEMENT), v + 1, row)
-            s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, biased, IDS)
-        else:
-            s, m, f = _add(_inside(x, v, row), _inside(o, v, row), bits, s, m, f, row, biased, IDS)
+        s, m, f = _add_words(x, o, start, s, m, f, row, biased, True, BLOCK, IDS)
     t, n, g = 0.0, 0.0, 0.0
     if row.label >= 0:
         s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
@@ -354,12 +385,6 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
         s, m, f = tl.reduce((s, m, f), 1, _plus)
     s, m, f = tl.reduce((s, m, f), 0, _plus)
     return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
-
-
-@triton.jit
-def _first_edge(row):
-    """The edges are tile 0, where the row begins after its boundary, and the one at ``whole``, where it ends early."""
-    return tl.where(row.begin > 0, 0, row.whole)
 
 
 @triton.jit
@@ -439,9 +464,7 @@ def _fit_sums(
 class Odds(NamedTuple):
     """p(R) and p(K) = 1 - p(R), each with all its digits; the entropy of that choice, in nats."""
 
-    log_odds: tl.tensor
     log_kept: tl.tensor
-    log_removed: tl.tensor
     kept: tl.tensor
     removed: tl.tensor
     entropy: tl.tensor
@@ -449,26 +472,16 @@ class Odds(NamedTuple):
 
 @triton.jit
 def _odds(log_odds):
-    ratio = tl.exp(-tl.abs(log_odds))
+    distance = tl.abs(log_odds)
+    ratio = tl.exp(-distance)
     small = ratio / (1.0 + ratio)
-    soft = _log1p(ratio)
     positive = log_odds > 0.0
     return Odds(
-        log_odds,
-        -soft - tl.maximum(log_odds, 0.0),
-        -soft - tl.maximum(-log_odds, 0.0),
+        -_softplus(log_odds),
         tl.where(positive, small, 1.0 - small),
         tl.where(positive, 1.0 - small, small),
-        soft + tl.where(small > 0.0, small * tl.abs(log_odds), 0.0),
+        _log1p(ratio) + tl.where(small > 0.0, small * distance, 0.0),
     )
-
-
-@triton.jit
-def _two_sum(a, b):
-    """a + b, and what rounding took from it."""
-    total = a + b
-    back = total - a
-    return total, (a - (total - back)) + (b - back)
 
 
 @triton.jit
@@ -509,9 +522,10 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
         if removed.sum > 0.0:
             log_eps = tl.log(eps)
             log_sum = tl.log(removed.sum)
-            odds = _odds(tl.log(removed.sum / sums.s))
+            log_odds = tl.log(removed.sum / sums.s)
+            odds = _odds(log_odds)
             mean = removed.moment / removed.sum * LN_2 - log_sum  # of log p_R within R, -H_R
-            delta = sums.kl - (odds.log_odds + mean - log_eps)
+            delta = sums.kl - (log_odds + mean - log_eps)
             kept = odds.kept
             extra = tl.where(odds.removed > 0.0, odds.removed * delta, 0.0)
             # p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
@@ -564,86 +578,61 @@ def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, ID
 
 
 @triton.jit
+def _gradients(
+    x, o, start, row, g, shape, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):  # fmt: skip
+    """A tile's."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    bits = _bits(row, start, BLOCK, IDS)
+    if ELEMENT == tl.float32:
+        d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
+    else:
+        d0 = _gradient(_low(x, ELEMENT), _low(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
+        d1 = _gradient(
+            _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
+        )
+        d = tl.join(d0, d1).reshape(shape)
+    return d.to(row.gradient.dtype.element_ty)
+
+
+@triton.jit
 def _second_pass(
     row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
     IDS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
-    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    STORED: tl.constexpr = row.gradient.dtype.element_ty
-    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    u = _places(row, BLOCK, IDS)
-    v = _stored_places(row, BLOCK, IDS)
-    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    u = _places(BLOCK // PAIRS, 4, IDS)
+    v = _places(BLOCK, 4 * PAIRS, IDS)
+    tiles = _tiles(row.begin, row.end, BLOCK)
+    for start in range(tiles.edge, row.end, tiles.step):
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
-        d = _tile_gradient(row, x, o, start, g, FORM, FOLDED, BLOCK, IDS)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, FOLDED, BLOCK, IDS)
         inside = start + v < row.end
         if not EVEN:
             inside = inside & (start + v >= row.begin)
-        tl.store(row.gradient + start + v, d.to(STORED), mask=inside)
-    for i in tl.range(row.first, row.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
-        start = row.whole - BLOCK + row.first - i
+        tl.store(row.gradient + start + v, d, mask=inside)
+    for i in tl.range(tiles.first, tiles.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
+        start = tiles.whole - BLOCK + tiles.first - i
         x = tl.load(row.x.words + start // PAIRS + u, eviction_policy="evict_first")
         o = tl.load(row.o.words + start // PAIRS + u, eviction_policy="evict_first")
-        d = _tile_gradient(row, x, o, start, g, FORM, FOLDED, BLOCK, IDS)
-        tl.store(row.gradient + start + v, d.to(STORED), eviction_policy="evict_first")
+        d = _gradients(x, o, start, row, g, v.shape, FORM, FOLDED, BLOCK, IDS)
+        tl.store(row.gradient + start + v, d, eviction_policy="evict_first")
 
 
 @triton.jit
-def _stored_places(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
-    """The columns of a tile, in the shape in which ``_tile_gradient`` returns them."""
-    WIDE: tl.constexpr = 128 // row.x.elements.dtype.element_ty.primitive_bitwidth
-    if IDS:
-        places = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    else:
-        places = tl.arange(0, BLOCK)
-    return places
-
-
-@triton.jit
-def _tile_gradient(
-    row, x, o, start, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
-):  # fmt: skip
-    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    WIDE: tl.constexpr = 4 * PAIRS
-    bits = _bits(row, start, BLOCK, IDS)
-    if PAIRS == 2:
-        d0 = _gradient(_low(x, ELEMENT), _low(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
-        d1 = _gradient(
-            _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
-        )
-        if IDS:
-            d = tl.join(d0, d1).reshape([BLOCK // WIDE, WIDE])
-        else:
-            d = tl.join(d0, d1).reshape([BLOCK])
-    else:
-        d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
-    return d
-
-
-@triton.jit
-def _zero(row, BLOCK: tl.constexpr):
-    STORED: tl.constexpr = row.gradient.dtype.element_ty
+def _zero(gradient, begin, end, BLOCK: tl.constexpr):
     v = tl.arange(0, BLOCK)
-    nothing = tl.zeros([BLOCK], STORED)
-    for start in range(_first_edge(row), row.end, tl.maximum(row.whole, BLOCK)):
-        inside = (start + v >= row.begin) & (start + v < row.end)
-        tl.store(row.gradient + start + v, nothing, mask=inside)
-    for start in range(row.first, row.whole, BLOCK):
-        tl.store(row.gradient + start + v, nothing, eviction_policy="evict_first")
+    nothing = tl.zeros([BLOCK], gradient.dtype.element_ty)
+    tiles = _tiles(begin, end, BLOCK)
+    for start in range(tiles.edge, end, tiles.step):
+        inside = (start + v >= begin) & (start + v < end)
+        tl.store(gradient + start + v, nothing, mask=inside)
+    for start in range(tiles.first, tiles.whole, BLOCK):
+        tl.store(gradient + start + v, nothing, eviction_policy="evict_first")
 
 
 # ---------------------------------------------------------------------------------------------------------- the set
-
-
-@triton.jit
-def _chunk(ids, count, at, CHUNK: tl.constexpr):
-    """Some of a row's ids, in ascending order, and which of them count: no padding and no duplicates."""
-    k = at + tl.arange(0, CHUNK)
-    some = tl.load(ids + k, mask=k < count, other=-1)
-    before = tl.load(ids + k - 1, mask=(k > 0) & (k < count), other=-1)
-    return some, (some >= 0) & (some != before)
 
 
 @triton.jit
@@ -661,7 +650,7 @@ def _removed(row, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, ID
         numbers = totals
         worst = totals
         for start in range(0, count, CHUNK):
-            some, counts = _chunk(ids, count, start, CHUNK)
+            some, counts = _some_ids(ids, count, start, CHUNK)
             v = row.begin + some
             x = tl.load(row.x.elements + v, mask=counts, other=AWAY).to(tl.float32)
             o = tl.load(row.o.elements + v, mask=counts, other=AWAY).to(tl.float32)
@@ -689,7 +678,12 @@ def _run(
     row, ids, count, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """Returns whether the row is left to the other kernel."""
+    """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
+    if LOSS == FORWARD_KL:
+        row = Row(
+            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.z_label, row.r_label, row.bits, row.samples,
+            row.scale, row.inverse_t,
+        )  # fmt: skip
     FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
     shift, sums, good = _fit_sums(row, LOSS, BLOCK, UNROLL, IDS)
     level, _ = _policy_level(shift, LOSS)
@@ -776,8 +770,6 @@ def kl_kernel(
     end = begin + vocab
     if EVEN:
         end = tl.multiple_of(end, GROUP)
-    whole = end // BLOCK * BLOCK
-    first = tl.where(begin > 0, BLOCK, 0)
     loss_at = losses
     if losses is not None:
         loss_at = losses + index
@@ -786,10 +778,7 @@ def kl_kernel(
         gives_up = True
     elif (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
-            nothing = Row(
-                z, r, g_row, begin, end, first, whole, -1, 0.0, 0.0, left, samples, scale, inverse_t
-            )
-            _zero(nothing, BLOCK)
+            _zero(g_row, begin, end, BLOCK)
         if losses is not None:
             tl.store(loss_at, 0.0)
     else:
@@ -810,26 +799,26 @@ def kl_kernel(
             z_label = tl.load(z.elements + column, mask=pushed, other=0.0).to(tl.float32)
             r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
             column = tl.where(pushed, column, -1)
-            forward = Row(
-                r, z, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, samples, scale, inverse_t
-            )  # fmt: skip
-            reverse = Row(
-                z, r, g_row, begin, end, first, whole, column, z_label, r_label, bit_row, samples, scale, inverse_t
-            )  # fmt: skip
-            if POSITIVE == NEGATIVE:
-                row = reverse if POSITIVE == REVERSE_KL else forward
-                gives_up = _run(
-                    row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, EVEN, IDS,
-                )  # fmt: skip
-            elif negative:
-                row = reverse if NEGATIVE == REVERSE_KL else forward
+            row = Row(
+                z,
+                r,
+                g_row,
+                begin,
+                end,
+                column,
+                z_label,
+                r_label,
+                bit_row,
+                samples,
+                scale,
+                inverse_t,
+            )
+            if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
                     NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
             else:
-                row = reverse if POSITIVE == REVERSE_KL else forward
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
                     NEAR_KL, CHUNK, EVEN, IDS,
