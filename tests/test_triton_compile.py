@@ -38,6 +38,7 @@ class Variant(NamedTuple):
     gradient: bool = True
     aligned: bool = True
     vocab: int = 128256
+    left: bool = False  # the rows that kl_kernel left
 
     def __str__(self) -> str:
         changed = (
@@ -65,6 +66,7 @@ VARIANTS = (
     Variant(method="tnff", kind=Kind.PARTIAL_SUMS),
     Variant(method="tnrr", kind=Kind.FINISH, uniform=True, diagnostics=True),
     *(Variant(method="tnrf", vocab=vocab, ids=1) for vocab in (100, 4000, 16000)),
+    *(Variant(method="tnrf", ids=1, gradient=gradient, left=True) for gradient in (True, False)),
 )
 EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", dtype="fp32"))
 #: Of the kernel of KL rows.
@@ -124,13 +126,13 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "gathered": sharded,
         "partial_sums": kind == Kind.PARTIAL_SUMS,
         "total_sums": kind == Kind.FINISH,
-        "left": False,
+        "left": variant.left,
     }
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),
         "gradient": f"*{variant.gradient_dtype or variant.dtype}",
         "labels": "*i64",
-        "ids": "*i32",
+        **dict.fromkeys(("ids", "left"), "*i32"),
         "id_map": "*i8",
         **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(

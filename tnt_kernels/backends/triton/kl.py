@@ -82,10 +82,10 @@ class Line(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Of a few entries all along the row: the maxima, and how far z lies above r on average."""
+    """Of a few entries all along the row: the maxima, and how far o lies above x on average."""
 
-    z_top: tl.tensor
-    r_top: tl.tensor
+    x_top: tl.tensor
+    o_top: tl.tensor
     above: tl.tensor
 
 
@@ -96,8 +96,8 @@ class Row(NamedTuple):
     begin: tl.tensor  # the row's first column
     end: tl.tensor  # the column past its last
     label: tl.tensor  # column of y where it is removed, else -1
-    z_label: tl.tensor  # its logits
-    r_label: tl.tensor
+    x_label: tl.tensor  # its logits
+    o_label: tl.tensor
     bits: tl.tensor  # pointer to bytes: a bit for every column, 1 where it is among the removed ids
     samples: Samples
     scale: tl.tensor  # log2(e)/T
@@ -205,15 +205,21 @@ def _inside(x, v, row):
 
 
 @triton.jit
-def _edge(at, v, inside):
-    """Columns of a tile that the row does not fill."""
-    return tl.load(at + v, mask=inside, other=AWAY).to(tl.float32)
+def _kept(row, v, IDS: tl.constexpr):
+    """Both logits of columns; those outside the row, and the removed ones, weigh nothing."""
+    kept = (v >= row.begin) & (v < row.end) & (v != row.label)
+    if IDS != NO_IDS:
+        bits = tl.load(row.bits + v // 8, mask=kept, other=0).to(tl.int32) >> (v % 8)
+        kept = kept & ((bits & 1) == 0)
+    x = tl.load(row.x.elements + v, mask=kept, other=AWAY).to(tl.float32)
+    o = tl.load(row.o.elements + v, mask=kept, other=AWAY).to(tl.float32)
+    return x, o
 
 
 @triton.jit
 def _places(COUNT: tl.constexpr, VECTOR: tl.constexpr, IDS: tl.constexpr):
-    """Those of a tile; with ids in rows of a vector each, whose columns have their bits in one byte."""
-    if IDS:
+    """Numbers of a tile's columns or words; with ids in rows of a vector each, whose bits are in one byte."""
+    if IDS != NO_IDS:
         places = tl.arange(0, COUNT // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     else:
         places = tl.arange(0, COUNT)
@@ -223,7 +229,7 @@ def _places(COUNT: tl.constexpr, VECTOR: tl.constexpr, IDS: tl.constexpr):
 @triton.jit
 def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
     """Of a tile's columns, so shifted that each word's first column has bit 0."""
-    if IDS:
+    if IDS != NO_IDS:
         PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
         v = start + tl.arange(0, BLOCK // (4 * PAIRS)) * (4 * PAIRS)
         some = tl.load(row.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
@@ -235,11 +241,6 @@ def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
     return bits
 
 
-@triton.jit
-def _marked(row, v, inside):
-    return (tl.load(row.bits + v // 8, mask=inside, other=0).to(tl.int32) >> (v % 8)) & 1
-
-
 # ------------------------------------------------------------------------------------------------------- first pass
 
 
@@ -247,7 +248,7 @@ def _marked(row, v, inside):
 def _add(x, o, bits, s, m, f, row, shift, IDS: tl.constexpr):
     """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
     e = tl.exp2(tl.fma(x, row.scale, -shift.c))
-    if IDS:
+    if IDS != NO_IDS:
         e = tl.where((bits & 1) != 0, 0.0, e)
     y = tl.fma(o - x, row.scale, -shift.a)
     p = tl.fma(y, M3, M2)
@@ -278,28 +279,18 @@ def _shift(x_top, o_top, mean, row):
 
 
 @triton.jit
-def _samples(z, r, begin, vocab):
+def _samples(x, o, begin, vocab):
     """Every warp reads the same entries: none waits for another."""
-    GROUP: tl.constexpr = 128 // z.elements.dtype.element_ty.primitive_bitwidth
+    GROUP: tl.constexpr = 128 // x.elements.dtype.element_ty.primitive_bitwidth
     lead = tl.where(begin > 0, GROUP - begin, 0)
     step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
     v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
     v = begin + tl.minimum(v, vocab - 1)
-    z_some = tl.load(z.elements + v).to(tl.float32)
-    r_some = tl.load(r.elements + v).to(tl.float32)
-    z_top, r_top, above = tl.reduce((z_some, r_some, z_some - r_some), 1, _level)
-    z_top, r_top, above = tl.reduce((z_top, r_top, above), 0, _level)
-    return Samples(z_top, r_top, above * (1.0 / (SAMPLES * GROUP)))
-
-
-@triton.jit
-def _shift_of_samples(row, LOSS: tl.constexpr):
-    s = row.samples
-    if LOSS == REVERSE_KL:
-        shift = _shift(s.z_top, s.r_top, -s.above, row)
-    else:
-        shift = _shift(s.r_top, s.z_top, s.above, row)
-    return shift
+    x_some = tl.load(x.elements + v).to(tl.float32)
+    o_some = tl.load(o.elements + v).to(tl.float32)
+    x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
+    x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)
+    return Samples(x_top, o_top, above * (1.0 / (SAMPLES * GROUP)))
 
 
 @triton.jit
@@ -307,12 +298,8 @@ def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
     x_top = tl.full([BLOCK], AWAY, tl.float32)
     o_top = x_top
     for start in range(0, row.end, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        inside = (v >= row.begin) & (v < row.end) & (v != row.label)
-        if IDS:
-            inside = inside & (_marked(row, v, inside) == 0)
-        x_top = tl.maximum(x_top, _edge(row.x.elements, v, inside))
-        o_top = tl.maximum(o_top, _edge(row.o.elements, v, inside))
+        x, o = _kept(row, start + tl.arange(0, BLOCK), IDS)
+        x_top, o_top = tl.maximum(x_top, x), tl.maximum(o_top, o)
     x, o = tl.max(x_top, 0), tl.max(o_top, 0)
     return _shift(x, o, o - x, row)
 
@@ -320,8 +307,7 @@ def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
 @triton.jit
 def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
     """The sums without the label. Its lane has summed a column of every tile: they are summed anew."""
-    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
     lane = row.label % BLOCK // PAIRS
     hit = _places(BLOCK // PAIRS, 4, IDS) == lane
     s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
@@ -330,12 +316,8 @@ def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
     g = t
     for start in range(0, row.end, GATHER * BLOCK):
         for i in tl.static_range(PAIRS):
-            v = start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i)
-            inside = (v >= row.begin) & (v < row.end) & (v != row.label)
-            if IDS:
-                inside = inside & (_marked(row, v, inside) == 0)
-            x, o = _edge(row.x.elements, v, inside), _edge(row.o.elements, v, inside)
-            t, n, g = _add(x, o, 0, t, n, g, row, shift, False)
+            x, o = _kept(row, start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i), IDS)
+            t, n, g = _add(x, o, 0, t, n, g, row, shift, NO_IDS)
     return s, m, f, t, n, g
 
 
@@ -381,7 +363,7 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
     if row.label >= 0:
         s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
         t, n, g = tl.reduce((ts, ns, gs), 0, _plus)
-    if IDS:
+    if IDS != NO_IDS:
         s, m, f = tl.reduce((s, m, f), 1, _plus)
     s, m, f = tl.reduce((s, m, f), 0, _plus)
     return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
@@ -392,14 +374,8 @@ def _sums(s, m, phi):
     a = tl.fma(m, LN_2, phi)
     ratio = a / s
     log_ratio = _log1p(ratio)
-    kl = phi / s - _excess(log_ratio, ratio)
-    return Sums(s, m, phi, a, log_ratio, kl)
-
-
-@triton.jit
-def _excess(log_ratio, ratio):
-    """φ(L), given e^L - 1 too."""
-    return tl.where(tl.abs(log_ratio) < 0.5, _phi(log_ratio), ratio - log_ratio)
+    excess = tl.where(tl.abs(log_ratio) < 0.5, _phi(log_ratio), ratio - log_ratio)  # φ(L)
+    return Sums(s, m, phi, a, log_ratio, phi / s - excess)
 
 
 @triton.jit
@@ -432,12 +408,10 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _fit_sums(
-    row, LOSS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr
-):
+def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
     """First passes until the sums are fit for use, or until the row is given up."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    shift = _shift_of_samples(row, LOSS)
+    shift = _shift(row.samples.x_top, row.samples.o_top, row.samples.above, row)
     c, a, distance = shift.c, shift.a, shift.distance
     s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     attempt, verdict = 0, AGAIN + 0
@@ -485,17 +459,8 @@ def _odds(log_odds):
 
 
 @triton.jit
-def _policy_level(shift, LOSS: tl.constexpr):
-    """log2 of the policy's weights, relative to its sum's, is z scale - level - lost."""
-    if LOSS == REVERSE_KL:
-        return shift.c, 0.0 * shift.c
-    return _two_sum(shift.c, shift.a)
-
-
-@triton.jit
-def _forward(sums, shift, removed, factor):
+def _forward(sums, shift, level, lost, removed, factor):
     """Of KL(q*‖p) = KL over the kept entries - log p(K): the loss, and the coefficients of its gradient."""
-    level, lost = _policy_level(shift, FORWARD_KL)
     log_kept, kept = 0.0, 1.0
     if removed.sum > 0.0:
         odds = _odds(tl.log(removed.sum / (sums.s + sums.a)) - lost * LN_2)
@@ -513,6 +478,7 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
     """Of KL(p‖q̃) = p(K) KL + log(1 + ε n) - H(p(R)) - p(R) (H_R + log ε), H_R the entropy of p within R.
 
     The gradient takes the difference of the means within K and R, Δ = KL - o + H_R + log ε, o the log-odds of R.
+    FOLDED: y's multiplication is folded into the next one, which is fine for logits of 16 bits.
     """
     kept, extra, loss = 1.0, 0.0, sums.kl
     s0, s1 = 0.0, 0.0
@@ -558,10 +524,10 @@ def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, ID
             k = tl.fma(o - x, g.k1, g.k0)
         else:
             k = tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
-        if IDS:
+        if IDS != NO_IDS:
             k = tl.where((bits & 1) != 0, tl.fma(at, g.s1, g.s0), k)
         return e * k
-    if IDS:  # whose q* is 0
+    if IDS != NO_IDS:  # whose q* is 0
         e = tl.where((bits & 1) != 0, 0.0, e)
     # factor (p - q*), as -h (e - p'): both factors are negated here, or each pair would negate one.
     direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, e) * g.h
@@ -572,34 +538,38 @@ def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, ID
     mean = tl.exp2(tl.fma(y, 0.5, at))
     near = (mean * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
     fits = tl.abs(y) < NEAR
-    if IDS:
+    if IDS != NO_IDS:
         fits = fits & ((bits & 1) == 0)
     return tl.where(fits, near, direct)
 
 
 @triton.jit
 def _gradients(
-    x, o, start, row, g, shape, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+    x, o, start, row, g, shape, FORM: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
 ):  # fmt: skip
-    """A tile's."""
+    """A tile's, as they are stored."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     bits = _bits(row, start, BLOCK, IDS)
     if ELEMENT == tl.float32:
-        d = _gradient(x, o, bits, g, row.scale, FORM, FOLDED, IDS)
+        d = _gradient(x, o, bits, g, row.scale, FORM, False, IDS)
     else:
-        d0 = _gradient(_low(x, ELEMENT), _low(o, ELEMENT), bits, g, row.scale, FORM, FOLDED, IDS)
-        d1 = _gradient(
-            _high(x, ELEMENT), _high(o, ELEMENT), bits >> 1, g, row.scale, FORM, FOLDED, IDS
-        )
+        x0, o0, x1, o1 = _low(x, ELEMENT), _low(o, ELEMENT), _high(x, ELEMENT), _high(o, ELEMENT)
+        d0 = _gradient(x0, o0, bits, g, row.scale, FORM, True, IDS)
+        d1 = _gradient(x1, o1, bits >> 1, g, row.scale, FORM, True, IDS)
         d = tl.join(d0, d1).reshape(shape)
     return d.to(row.gradient.dtype.element_ty)
 
 
 @triton.jit
 def _second_pass(
-    row, g, FORM: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    row,
+    g,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
     IDS: tl.constexpr,
-):  # fmt: skip
+):
     """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
     PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
     u = _places(BLOCK // PAIRS, 4, IDS)
@@ -607,7 +577,7 @@ def _second_pass(
     tiles = _tiles(row.begin, row.end, BLOCK)
     for start in range(tiles.edge, row.end, tiles.step):
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
-        d = _gradients(x, o, start, row, g, v.shape, FORM, FOLDED, BLOCK, IDS)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
         inside = start + v < row.end
         if not EVEN:
             inside = inside & (start + v >= row.begin)
@@ -616,7 +586,7 @@ def _second_pass(
         start = tiles.whole - BLOCK + tiles.first - i
         x = tl.load(row.x.words + start // PAIRS + u, eviction_policy="evict_first")
         o = tl.load(row.o.words + start // PAIRS + u, eviction_policy="evict_first")
-        d = _gradients(x, o, start, row, g, v.shape, FORM, FOLDED, BLOCK, IDS)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
         tl.store(row.gradient + start + v, d, eviction_policy="evict_first")
 
 
@@ -636,15 +606,16 @@ def _zero(gradient, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _removed(row, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr):
-    """The set's sums, and whether a logit of it, in either row, is none."""
+def _removed(
+    row, at, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr
+):
+    """The set's sums, and whether a logit of it, in either row, is none. ``at``: of the label."""
     has_label = row.label >= 0
-    at = tl.fma(row.z_label, row.scale, -level)
     weight = tl.where(has_label, tl.exp2(at), 0.0)
     total, moment = weight, tl.where(weight == 0.0, 0.0, weight * at)
     number = tl.where(has_label, 1.0, 0.0)
-    broken = has_label & (((row.z_label < float("inf")) & (row.r_label < float("inf"))) == 0)
-    if IDS:
+    broken = has_label & (((row.x_label < float("inf")) & (row.o_label < float("inf"))) == 0)
+    if IDS != NO_IDS:
         totals = tl.zeros([CHUNK], tl.float32)
         moments = totals
         numbers = totals
@@ -680,20 +651,26 @@ def _run(
 ):  # fmt: skip
     """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
     if LOSS == FORWARD_KL:
+        samples = Samples(row.samples.o_top, row.samples.x_top, -row.samples.above)
         row = Row(
-            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.z_label, row.r_label, row.bits, row.samples,
+            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.o_label, row.x_label, row.bits, samples,
             row.scale, row.inverse_t,
         )  # fmt: skip
-    FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
-    shift, sums, good = _fit_sums(row, LOSS, BLOCK, UNROLL, IDS)
-    level, _ = _policy_level(shift, LOSS)
-    removed, broken = _removed(row, ids, count, level, LOSS, CHUNK, IDS)
+    shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
+    # log2 of the policy's weights, relative to its sum's, is z scale - level, less what rounding took from the level.
+    level, z_label = shift.c, row.x_label
+    if LOSS == FORWARD_KL:
+        level, lost = _two_sum(shift.c, shift.a)
+        z_label = row.o_label
+    at = tl.fma(z_label, row.scale, -level)
+    removed, broken = _removed(row, at, ids, count, level, LOSS, CHUNK, IDS)
     good = good & (broken == 0) & (removed.sum < 2.0**100)
     if LOSS == REVERSE_KL:
+        FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
         good = good & ((removed.count == 0.0) | (eps > 1e-30))
         loss, g = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
     else:
-        loss, g = _forward(sums, shift, removed, factor)
+        loss, g = _forward(sums, shift, level, lost, removed, factor)
     if good:
         if loss_at is not None:
             tl.store(loss_at, row_weight * loss)
@@ -701,13 +678,12 @@ def _run(
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
             if LOSS == REVERSE_KL:
-                _second_pass(row, g, REVERSE, FOLDED, BLOCK, UNROLL, EVEN, IDS)
+                _second_pass(row, g, REVERSE, BLOCK, UNROLL, EVEN, IDS)
             elif loss < NEAR_KL:
-                _second_pass(row, g, SINH, FOLDED, BLOCK, 1, EVEN, IDS)
+                _second_pass(row, g, SINH, BLOCK, 1, EVEN, IDS)
             else:
-                _second_pass(row, g, DIRECT, FOLDED, BLOCK, UNROLL, EVEN, IDS)
+                _second_pass(row, g, DIRECT, BLOCK, UNROLL, EVEN, IDS)
             if row.label >= 0:
-                at = tl.fma(row.z_label, row.scale, -level)
                 weight = tl.exp2(at)
                 own = tl.where(weight == 0.0, 0.0, weight * tl.fma(at, g.s1, g.s0))
                 tl.debug_barrier()
@@ -800,19 +776,8 @@ def kl_kernel(
             r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
             column = tl.where(pushed, column, -1)
             row = Row(
-                z,
-                r,
-                g_row,
-                begin,
-                end,
-                column,
-                z_label,
-                r_label,
-                bit_row,
-                samples,
-                scale,
-                inverse_t,
-            )
+                z, r, g_row, begin, end, column, z_label, r_label, bit_row, samples, scale, inverse_t,
+            )  # fmt: skip
             if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
                     row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
