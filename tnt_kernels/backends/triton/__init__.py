@@ -1,4 +1,4 @@
-"""The Triton kernels (``kernels.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
+"""The Triton kernels (``kernels.py``, ``kl.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
 
 from __future__ import annotations
 
@@ -159,16 +159,17 @@ def _mean_factor(call: RowCall) -> Tensor | None:
     return factor
 
 
-def _is_kl_call(call: RowCall) -> bool:
-    """Whether ``kl_kernel`` serves the call: loss and gradient at once, or the loss alone, by KLs."""
-    t, s = call.tensors, call.scalars
-    if call.kind is not Kind.FUSED or t.ref_logits is None:
-        return False
+def _kind(call: RowCall) -> RowKind:
+    """Which kernel serves the call. That of KL rows: loss and gradient at once, or the loss alone, of KLs."""
+    logits, ref_logits, s = call.logits, call.tensors.ref_logits, call.scalars
+    if ref_logits is None:
+        return "one row"
+    asked = call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing
+    if call.kind is not Kind.FUSED or asked:
+        return "two rows"
     if not all(side in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL) for side in s.sides):
-        return False
-    if call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing:
-        return False
-    return _alike(call.logits, t.ref_logits, 16 // call.logits.element_size())
+        return "two rows"
+    return "KL" if _alike(logits, ref_logits, 16 // logits.element_size()) else "two rows"
 
 
 def _alike(x: Tensor, y: Tensor, group: int) -> bool:
@@ -181,20 +182,18 @@ def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
 ) -> None:
     ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
-    is_kl_call = _is_kl_call(call)
-    kind: RowKind = "two rows" if call.tensors.ref_logits is not None else "one row"
+    kind, gradient = _kind(call), call.gradient is not None
     columns, itemsize = call.logits.size(1), call.logits.element_size()
-    gradient = call.gradient is not None
     if config is None:
         config = row_config(
-            columns, itemsize, kind="KL" if is_kl_call else kind, gradient=gradient, ids=ids.length > 0,
+            columns, itemsize, kind=kind, gradient=gradient, ids=ids.length > 0,
             architecture=architecture(call.logits.device),
         )  # fmt: skip
     left = None
-    if is_kl_call:
+    if kind == "KL":
         left = _launch_kl(call, ids, row_losses, factor, config)
         # The search for rows that were left takes registers, as ids do.
-        config = measured_config(columns, itemsize, kind=kind, gradient=gradient, ids=True)
+        config = measured_config(columns, itemsize, kind="two rows", gradient=gradient, ids=True)
     _launch_row_kernel(call, ids, row_losses, factor, config, left)
 
 
