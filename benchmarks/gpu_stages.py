@@ -360,7 +360,7 @@ class Stages:
     def triton_settings(self, vocab: int) -> Iterator[dict[str, Any]]:
         """The usual columns and warps, then others."""
         rows = {
-            "vocab": self.size(MAIN._replace(vocab=vocab)).vocab, "itemsize": 2, "pair": True, "gradient": True,
+            "vocab": self.size(MAIN._replace(vocab=vocab)).vocab, "itemsize": 2, "kind": "KL", "gradient": True,
             "ids": False, "architecture": triton.architecture(self.device),
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
@@ -541,10 +541,12 @@ def profiles(raw: str) -> Iterator[dict[str, Any]]:
 
 
 SETTINGS_VOCABULARIES = (128256, 32000, 262144)
+#: The last number is how many registers a lane may have: with fewer, more programs share a multiprocessor.
 SETTINGS = (
-    RowConfig(4096, 16, 1), RowConfig(8192, 32, 1), RowConfig(2048, 8, 1),
-    RowConfig(8192, 16, 1), RowConfig(1024, 4, 1), RowConfig(2048, 4, 1),
-    RowConfig(4096, 8, 1), RowConfig(4096, 16, 2),
+    RowConfig(8192, 32, 1), RowConfig(4096, 16, 1, 64), RowConfig(4096, 16, 2, 64),
+    RowConfig(4096, 16, 1, 40), RowConfig(8192, 16, 1, 64), RowConfig(2048, 8, 1, 64),
+    RowConfig(8192, 32, 2), RowConfig(16384, 32, 1), RowConfig(4096, 8, 1, 64),
+    RowConfig(1024, 4, 1, 64), RowConfig(2048, 4, 1, 64),
 )  # fmt: skip
 #: Blocks of half the threads: as many warps in twice the blocks, or half of them with twice the work.
 CUDA_SETTINGS: dict[int, tuple[dict[str, int], ...]] = {

@@ -50,6 +50,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return RowConfig(128 if vocab < 2000 else 1024, 4, 1)
 
     monkeypatch.setattr(triton, "row_config", small)
+    monkeypatch.setattr(triton, "measured_config", small)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import hard_rows
@@ -18,6 +19,7 @@ from oracle import (
     BF16,
     F16,
     F32,
+    F64,
     INF,
     INTERPRETED,
     NAN,
@@ -43,7 +45,7 @@ from tnt_kernels._call import (
     RowTensors,
 )
 from tnt_kernels._scalars import Scalars
-from tnt_kernels.backends import BACKENDS
+from tnt_kernels.backends import BACKENDS, triton
 from tnt_kernels.objectives import METHODS, resolve_method
 
 pytestmark = [
@@ -298,21 +300,49 @@ def test_ignored_rows_are_not_read_and_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
-    """The same bits, wherever rows lie and whatever else is asked for; runs repeat to the last bit."""
+    """Rows may lie anywhere, and runs repeat to the last bit, whatever else is asked for."""
     batch = on_device(mixed_batch(VOCAB, dtype).with_options(method="tnrf"))
     want = run(batch, "triton")
     assert identical(run(batch, "triton"), want)
     assert identical(run(batch, "triton", inplace=True), want)
-    wide = torch.full((len(batch.labels), VOCAB + 9), NAN, dtype=dtype, device=DEVICE)
-    wide[:, 1 : VOCAB + 1] = batch.logits
-    moved = Batch(
-        wide[:, 1 : VOCAB + 1], batch.ref_logits, batch.labels, batch.weights, batch.options
-    )
-    assert identical(run(moved, "triton"), want)
+    for z_at, r_at in ((1, 1), (1, 0), (8, 3)):
+        moved = batch
+        for name, at in (("logits", z_at), ("ref_logits", r_at)):
+            wide = torch.full((len(batch.labels), VOCAB + 9), NAN, dtype=dtype, device=DEVICE)
+            wide[:, at : at + VOCAB] = getattr(batch, name)
+            moved = replace(moved, **{name: wide[:, at : at + VOCAB]})
+        check(moved, f"at {z_at}, {r_at}")
+        check(moved, f"at {z_at}, {r_at}", inplace=True)
     scaled = run(batch, "triton", upstream=torch.tensor(2.0, device=DEVICE), inplace=True)
     if dtype != F16:  # whose subnormals round
         assert torch.equal(scaled.gradient, 2 * want.gradient) or dtype == BF16
         torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", [F32, BF16], ids=str
+)  # the gradient of float16 waits for backward
+def test_usual_rows_are_served_by_the_kernel_of_kl_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether logits are near or far apart, on one level or not, with a set or without; at any address."""
+    left: list[Tensor] = []
+    launch = triton._launch_kl
+    monkeypatch.setattr(triton, "_launch_kl", lambda *x: left.append(launch(*x)) or left[-1])
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.tensor([1.0, -1.0, 0.0, -3.0])
+    ids = torch.randint(VOCAB, (4, 7), generator=generator)
+    sets = (("tnff", None), ("tnrr", ids), ("tnrf", ids[0]))
+    for size, shift, (method, negative_ids) in itertools.product(
+        (1e-3, 0.3, 1.0), (0.0, 0.75), sets
+    ):
+        r = 3 * torch.randn(4, VOCAB, generator=generator, dtype=F64)
+        z = r + shift + size * torch.randn(r.shape, generator=generator, dtype=F64)
+        wide = torch.zeros(2, 4, VOCAB + 10, dtype=dtype)[:, :, 3 : VOCAB + 3]
+        wide.copy_(torch.stack((z, r)))
+        batch = Batch(wide[0], wide[1], torch.arange(4), weights, {"method": method})
+        check(batch.with_options(negative_ids=negative_ids), f"{method} {size}")
+        assert not left.pop().any(), (method, size, shift)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -17,7 +17,7 @@ from oracle import INTERPRETED
 
 from tnt_kernels._call import Kind
 from tnt_kernels.backends import triton as backend
-from tnt_kernels.backends.triton.config import row_config
+from tnt_kernels.backends.triton.config import RowConfig, row_config
 from tnt_kernels.objectives import METHODS
 
 triton = pytest.importorskip("triton")
@@ -38,6 +38,7 @@ class Variant(NamedTuple):
     gradient: bool = True
     aligned: bool = True
     vocab: int = 128256
+    left: bool = False  # the rows that kl_kernel left
 
     def __str__(self) -> str:
         changed = (
@@ -65,21 +66,38 @@ VARIANTS = (
     Variant(method="tnff", kind=Kind.PARTIAL_SUMS),
     Variant(method="tnrr", kind=Kind.FINISH, uniform=True, diagnostics=True),
     *(Variant(method="tnrf", vocab=vocab, ids=1) for vocab in (100, 4000, 16000)),
+    *(Variant(method="tnrf", ids=1, gradient=gradient, left=True) for gradient in (True, False)),
 )
 EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", dtype="fp32"))
+#: Of the kernel of KL rows.
+KL_VARIANTS = (
+    *(Variant(method=method) for method in ("tnff", "tnrr", "tnrf")),
+    *(Variant(method="tnrf", ids=ids) for ids in (1, 2)),
+    Variant(method="tnrf", aligned=False),
+    *(
+        Variant(method="tnrf", gradient=False, vocab=vocab, ids=ids)
+        for vocab in (32000, 128256)
+        for ids in (0, 1)
+    ),
+    Variant(method="tnrf", dtype="fp16"),
+    Variant(method="tnrf", dtype="fp32"),
+    Variant(method="tnrf", dtype="fp32", gradient=False),
+    Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
+    *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
+)
+KL_EVERYWHERE = (Variant(method="tnrf"), Variant(method="tnrf", ids=1))
+KL_CASES = [(a, v) for a in ARCHITECTURES for v in (KL_VARIANTS if a == "sm_90" else KL_EVERYWHERE)]
 CASES = [(a, v) for a in ARCHITECTURES for v in (VARIANTS if a == "sm_90" else EVERYWHERE)]
 
 
 def compiled(architecture: str, variant: Variant) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from tnt_kernels.backends.triton.kernels import row_kernel
 
     objective, kind, logits = METHODS[variant.method], variant.kind, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
     config = row_config(
-        variant.vocab, itemsize, pair=objective.reads_reference, gradient=variant.gradient, ids=variant.ids > 0,
+        variant.vocab, itemsize, kind="two rows" if objective.reads_reference else "one row",
+        gradient=variant.gradient, ids=variant.ids > 0,
         architecture=architecture,
     )  # fmt: skip
     sharded = kind in (Kind.PARTIAL_SUMS, Kind.FINISH)
@@ -108,12 +126,13 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "gathered": sharded,
         "partial_sums": kind == Kind.PARTIAL_SUMS,
         "total_sums": kind == Kind.FINISH,
+        "left": variant.left,
     }
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),
         "gradient": f"*{variant.gradient_dtype or variant.dtype}",
         "labels": "*i64",
-        "ids": "*i32",
+        **dict.fromkeys(("ids", "left"), "*i32"),
         "id_map": "*i8",
         **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
@@ -134,11 +153,72 @@ def compiled(architecture: str, variant: Variant) -> Any:
         signature[name] = "constexpr" if name in constants else types.get(name, "i32")
         if signature[name].startswith("*") or name in divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    return build(row_kernel, signature, constants, attributes, config, architecture)
+
+
+def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
+    from tnt_kernels.backends.triton.kernels import kl_kernel
+
+    objective, logits = METHODS[variant.method], f"*{variant.dtype}"
+    itemsize = 4 if variant.dtype == "fp32" else 2
+    config = row_config(
+        variant.vocab, itemsize, kind="KL", gradient=variant.gradient, ids=variant.ids > 0,
+        architecture=architecture,
+    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "POSITIVE": int(objective.positive_loss),
+        "NEGATIVE": int(objective.negative_loss),
+        "GRADIENT": variant.gradient,
+        "BLOCK": config.block,
+        "UNROLL": config.stages,
+        "NEAR_KL": 1e-6,
+        "IDS": variant.ids,
+        "CHUNK": 64,
+        "EVEN": variant.aligned,
+        "ALIKE": True,
+        "alpha": None,
+    }
+    if not variant.gradient:
+        constants["gradient"] = None
+    if variant.ids == 0:
+        constants |= {"ids": None, "bits": None}
+    types = {
+        **dict.fromkeys(("logits", "ref_logits"), logits),
+        "gradient": f"*{variant.gradient_dtype or variant.dtype}",
+        "labels": "*i64",
+        "bits": "*u8",
+        **dict.fromkeys(("ids", "left"), "*i32"),
+        **dict.fromkeys(("alpha_value", "eps", "scale", "inverse_t"), "fp32"),
+        **dict.fromkeys(("weights", "factors", "losses"), "*fp32"),
+    }
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kl_kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kl_kernel.arg_names)
+        if signature[name].startswith("*") and name not in ("logits", "ref_logits", "gradient")
+    }
+    return build(kl_kernel, signature, constants, attributes, config, architecture), config
+
+
+def build(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[tuple[int], list[list[Any]]],
+    config: RowConfig,
+    architecture: str,
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     amd = architecture.startswith("gfx")
     target = (
         GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     )
-    source = ASTSource(row_kernel, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=backend.options(config, architecture))
 
 
@@ -178,6 +258,68 @@ def test_no_spills(
     record_property("resources", f"{architecture} {variant}: {used}")  # conftest.py prints them
     assert used["stack"] == 0
     assert used["spills"] == 0
+
+
+def disassembled(kernel: Any) -> list[str]:
+    """Instructions and labels of NVIDIA's code."""
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [nvdisasm, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = (
+        re.match(r"\s*(?:/\*[0-9a-f]+\*/\s+(.*?);|(\.L_x_\w+):)", x) for x in text.splitlines()
+    )
+    return [found[1] or found[2] for found in lines if found]
+
+
+def vectors(code: list[str]) -> int:
+    return sum(bool(re.search(r"\bLDG\S*\.128", line)) for line in code)
+
+
+def innermost_loops(code: list[str]) -> list[list[str]]:
+    places = {line: i for i, line in enumerate(code) if line.startswith(".L_x_")}
+    jumps = ((re.search(r"BRA.*`\((\.L_x_\w+)\)", line), i) for i, line in enumerate(code))
+    loops = [(places[to[1]], i) for to, i in jumps if to and places.get(to[1], i) < i]
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]
+    return [code[a:b] for a, b in inner]
+
+
+@pytest.mark.parametrize(("architecture", "variant"), KL_CASES, ids=str)
+def test_no_spills_in_kl_rows(
+    architecture: str, variant: Variant, record_property: Callable[[str, object], None]
+) -> None:
+    """None in sm_90's loops over full tiles; what is used between them may lie in memory on NVIDIA's GPUs."""
+    kernel, config = compiled_kl(architecture, variant)
+    used = resources(kernel)
+    record_property("resources", f"{architecture} KL {variant}: {used}")
+    assert used["spills"] == 0
+    if not architecture.startswith("sm_"):
+        assert used["stack"] == 0
+    if architecture == "sm_90":
+        turn = 2 * config.stages  # loads of 16 bytes; a tile that the row does not fill takes 2
+        loops = [loop for loop in innermost_loops(disassembled(kernel)) if vectors(loop) >= turn]
+        assert loops or variant.vocab == 100  # a lane has less than 16 bytes of a tile
+        assert not any(re.search(r"\b(LDL|STL)\b", line) for loop in loops for line in loop)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_full_tiles_of_kl_rows_are_read_and_written_by_vectors(dtype: str, aligned: bool) -> None:
+    """At any address: of 16 bytes, without a mask."""
+    kernel, _ = compiled_kl("sm_90", Variant(method="tnrf", dtype=dtype, aligned=aligned))
+    ptx = kernel.asm["ptx"]
+    loads = re.findall(r"^\s*ld\.global\.L1::evict_first\S*", ptx, re.M)
+    stores = re.findall(r"^\s*st\.global\.L1::evict_first\S*", ptx, re.M)
+    assert loads
+    assert all(x.endswith(".v4.b32") for x in loads)
+    assert stores
+    assert all(x.endswith(".v4.b32") for x in stores)
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])

@@ -17,15 +17,19 @@ import torch
 import tnt_kernels.backends.triton as triton
 from tnt_kernels._call import Kind, RowCall, RowTensors
 from tnt_kernels._scalars import Scalars
-from tnt_kernels.backends.triton.config import RowConfig, measured_config, table_key
+from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, table_key
 from tnt_kernels.objectives import METHODS
 
-CANDIDATES = tuple(
-    RowConfig(block, warps, stages)
-    for warps in (4, 8, 16, 32)
-    for block in (warps * 128, warps * 256, warps * 512)
-    for stages in (1, 2, 3)
-)
+_TILES = [(warps * columns, warps) for warps in (4, 8, 16, 32) for columns in (128, 256, 512)]
+CANDIDATES: dict[RowKind, tuple[RowConfig, ...]] = {
+    "KL": tuple(
+        RowConfig(*tile, stages, registers)
+        for tile in _TILES
+        for stages in (1, 2)
+        for registers in (0, 64, 40)
+    ),
+    "one row": tuple(RowConfig(*tile, stages) for tile in _TILES for stages in (1, 2, 3)),
+}
 
 
 def example(
@@ -59,20 +63,21 @@ def search(
     """An entry of the table: the fastest of ``CANDIDATES`` for loss and gradient in place, or for the loss alone."""
     from triton.testing import do_bench  # not above: --help is for machines without Triton, too
 
+    kind: RowKind = "KL" if pair else "one row"
     call = example(vocab, dtype, pair, gradient, rows, device)
     times: dict[RowConfig, float] = {
         config: do_bench(lambda config=config: triton.launch(call, config), return_mode="median")
-        for config in CANDIDATES
+        for config in CANDIDATES[kind]
     }
     best = min(times, key=times.__getitem__)
     itemsize = call.logits.element_size()
-    usual = measured_config(vocab, itemsize, gradient=gradient, ids=False)
+    usual = measured_config(vocab, itemsize, kind=kind, gradient=gradient, ids=False)
     print(
         f"V = {vocab}, {dtype}: {best}, {times[best]:.3f} ms; {usual}, {times.get(usual, math.nan):.3f} ms"
     )
     architecture = triton.architecture(call.logits.device)
     key = table_key(
-        vocab, itemsize, pair=pair, gradient=gradient, ids=False, architecture=architecture
+        vocab, itemsize, kind=kind, gradient=gradient, ids=False, architecture=architecture
     )
     return {key: best}
 

@@ -1,4 +1,4 @@
-"""The Triton kernels (``kernels.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
+"""The Triton kernels (``kernels.py``, ``kl.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from torch import Tensor
 
 from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
-from tnt_kernels.backends.triton.config import RowConfig, row_config
+from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, row_config
+from tnt_kernels.objectives import RowLoss
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
+_LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
+_IDS_AT_ONCE = 1024  # of a row, by the program that works on it
+_IDS_MARKED = 128  # by a program
 _SCALE_PROGRAMS = 2048  # more than are resident at a time, few enough to return at once where there is nothing to do
 
 
@@ -77,7 +81,8 @@ def options(config: RowConfig, architecture: str) -> dict[str, int]:
         return {"num_warps": max(1, config.warps // 2)}  # AMD's large GPUs have 64 lanes
     if architecture.startswith("sm_"):
         # Without a limit of its own, NVIDIA's assembler spills to reach the next occupancy. Others know no such option.
-        return {"num_warps": config.warps, "maxnreg": min(255, 65536 // (32 * config.warps))}
+        registers = config.registers or min(255, 65536 // (32 * config.warps))
+        return {"num_warps": config.warps, "maxnreg": registers}
     return {"num_warps": config.warps}
 
 
@@ -95,7 +100,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 class _NegativeIds(NamedTuple):
     """Negative ids as the kernels read them: in the order in which they meet them along a row."""
 
-    kind: int  # NO_IDS, ROW_IDS or SHARED_IDS of kernels.py
+    kind: int  # NO_IDS, ROW_IDS or SHARED_IDS of row_math.py
     ascending: Tensor | None = None  # (N, K) or (K,) int32
     stride: int = 0  # from a row's ids to the next one's
     length: int = 0  # K
@@ -154,21 +159,137 @@ def _mean_factor(call: RowCall) -> Tensor | None:
     return factor
 
 
+def _kind(call: RowCall) -> RowKind:
+    """Which kernel serves the call. That of KL rows: loss and gradient at once, or the loss alone, of KLs."""
+    logits, ref_logits, s = call.logits, call.tensors.ref_logits, call.scalars
+    if ref_logits is None:
+        return "one row"
+    asked = call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing
+    if call.kind is not Kind.FUSED or asked:
+        return "two rows"
+    if not all(side in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL) for side in s.sides):
+        return "two rows"
+    return "KL" if _alike(logits, ref_logits, 16 // logits.element_size()) else "two rows"
+
+
+def _alike(x: Tensor, y: Tensor, group: int) -> bool:
+    """Whether the rows of both begin at as many columns after a boundary of ``group`` columns."""
+    begins = [rows.data_ptr() // rows.element_size() % group for rows in (x, y)]
+    return begins[0] == begins[1] and (len(x) == 1 or (x.stride(0) - y.stride(0)) % group == 0)
+
+
 def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
 ) -> None:
+    ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
+    kind, gradient = _kind(call), call.gradient is not None
+    columns, itemsize = call.logits.size(1), call.logits.element_size()
+    if config is None:
+        config = row_config(
+            columns, itemsize, kind=kind, gradient=gradient, ids=ids.length > 0,
+            architecture=architecture(call.logits.device),
+        )  # fmt: skip
+    left = None
+    if kind == "KL":
+        left = _launch_kl(call, ids, row_losses, factor, config)
+        # The search for rows that were left takes registers, as ids do.
+        config = measured_config(columns, itemsize, kind="two rows", gradient=gradient, ids=True)
+    _launch_row_kernel(call, ids, row_losses, factor, config, left)
+
+
+def _launch_kl(
+    call: RowCall,
+    ids: _NegativeIds,
+    row_losses: Tensor | None,
+    factor: Tensor | None,
+    config: RowConfig,
+) -> Tensor:
+    """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
+    logits, t, s = call.logits, call.tensors, call.scalars
+    rows, vocab = logits.shape
+    ref_logits, alpha, gradient = t.ref_logits, t.alpha, call.gradient
+    assert ref_logits is not None
+    left = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    group = 16 // logits.element_size()
+    even = (
+        logits.data_ptr() % 16 == 0
+        and (rows == 1 or logits.stride(0) % group == 0)
+        and vocab % group == 0
+    )
+    bits = _bits(logits, ids)
+    _kernels().kl_kernel[(rows,)](
+        logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
+        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
+        ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), factor, vocab,
+        float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
+        row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
+        rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
+        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
+        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=_chunk(ids.length, _IDS_AT_ONCE),
+        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group),
+        **options(config, architecture(logits.device)),
+    )  # fmt: skip
+    return left
+
+
+def _chunk(length: int, most: int) -> int:
+    """A power of two that holds as many ids, or the most that are looked at together."""
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
+    """A bit for each column of the vocabulary, 1 where it is among the ids: (N, bytes) uint8.
+
+    Rows begin anywhere between two boundaries of 16 bytes, from which ``kl_kernel`` counts: shared ids have a row of
+    bits for each of these places.
+    """
+    if ids.ascending is None:
+        return None
+    rows, vocab = logits.shape
+    group = 16 // logits.element_size()
+    begin, step = logits.data_ptr() // logits.element_size() % group, logits.stride(0) % group
+    if ids.stride == 0:
+        rows, begin, step = group, 0, 1
+    bits = torch.zeros(rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device)
+    chunk = _chunk(ids.length, _IDS_MARKED)
+    _kernels().mark_kernel[(rows, -(-ids.length // chunk))](
+        ids.ascending, ids.stride, ids.length, begin, step, bits, bits.stride(0), vocab, GROUP=group, CHUNK=chunk,
+        num_warps=1,
+    )  # fmt: skip
+    return bits.view(torch.uint8)
+
+
+def _has_room(x: Tensor) -> bool:
+    """Whether the vector of 16 bytes in which the last row ends lies in the memory that the tensor has."""
+    storage = x.untyped_storage()
+    end = x.data_ptr() + ((len(x) - 1) * x.stride(0) + x.size(1)) * x.element_size()
+    return -(-end // 16) * 16 <= storage.data_ptr() + storage.nbytes()
+
+
+def _near_kl(dtype: torch.dtype) -> float:
+    """Up to which KL the gradient of a forward KL is computed by the form for p next to q.
+
+    The other form, p - q, has a relative error of 1.5e-7/√(2 KL). It is to be a sixteenth of a rounding of ``dtype``,
+    or 2e-6, as the short form's own error is 4e-7.
+    """
+    error = max(2e-6, torch.finfo(dtype).eps / 32)
+    return (1.5e-7 / error) ** 2 / 2
+
+
+def _launch_row_kernel(
+    call: RowCall,
+    ids: _NegativeIds,
+    row_losses: Tensor | None,
+    factor: Tensor | None,
+    config: RowConfig,
+    left: Tensor | None,
+) -> None:
+    """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
     ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
     writes_gradient = call.gradient is not None
-    ids = _negative_ids(t.negative_ids, call.vocab_size)
-    target = architecture(logits.device)
-    if config is None:
-        config = row_config(
-            vocab, logits.element_size(), pair=ref_logits is not None, gradient=writes_gradient, ids=ids.length > 0,
-            architecture=target,
-        )  # fmt: skip
-    _kernels().row_kernel[(rows,)](
+    _kernels().row_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
         alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
         ids.ascending, ids.stride, ids.length, ids.id_map,
@@ -179,9 +300,9 @@ def _launch_rows(
         call.gradient, 0 if call.gradient is None else call.gradient.stride(0),
         upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
         call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
-        0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums,
+        0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums, left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.uniform_smoothing and s.eps > 0, IDS=ids.kind,
         KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
         SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
-        **options(config, target),
+        **options(config, architecture(logits.device)),
     )  # fmt: skip

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class RowConfig(NamedTuple):
     block: int  # columns of a tile
     warps: int  # of 32 lanes
-    stages: int  # depth of the software pipeline of the loops' loads
+    stages: int  # of row_kernel: depth of the software pipeline of a loop's loads; of kl_kernel: tiles a turn of a loop
+    registers: int = 0  # for a lane, on NVIDIA's GPUs; 0: as many as leave room for one program
 
 
-# Measured on an H100, in bfloat16 with both logits read; benchmarks/CUDA_NOTES.md has the figures. Eight columns a lane
-# are 16 bytes of a 16-bit row: one load instruction for z and one for r.
+#: What is launched: ``kl_kernel``, or ``row_kernel`` for the policy's logits alone, or for both rows of logits.
+RowKind = Literal["KL", "one row", "two rows"]
+
+# Measured in bfloat16, row_kernel on an H100, kl_kernel on an H200; benchmarks/CUDA_NOTES.md has the figures.
+
+# Of row_kernel. Eight columns a lane are 16 bytes of a 16-bit row: one load instruction for z and one for r.
 
 #: (the most bytes of a row of logits, warps, columns a lane). Narrow rows are read fastest when many are in flight,
 #: hence few warps each. The second pass hits the L2 cache while the rows in flight fit into it, so wide rows get many.
@@ -32,13 +38,23 @@ WIDEST = 16, 8
 #: Sixteen columns a lane leave fewer rows in flight. With ids, or for the loss alone, their registers would spill.
 WIDEST_WITHOUT_IDS = 16, 16
 
+# Of kl_kernel. A tile has 16 bytes of either row for each lane. 64 registers leave room for two programs of 16 warps or
+# four of 8, 40 for three of 16.
+
+#: (the most bytes of a row of logits, warps, tiles a turn, registers)
+KL_WITH_GRADIENT = ((8 << 10, 4, 1, 0), (math.inf, 16, 2, 64))
+#: That 128 KiB divide them is a guess: rows of 64 KiB are fastest one way, rows of 256 KiB the other.
+KL_FORWARD_ALONE = ((8 << 10, 4, 1, 0), (128 << 10, 8, 1, 64), (math.inf, 16, 1, 40))
+#: Where registers are limited, rows with ids get as many, or they would spill in the loops over tiles.
+KL_REGISTERS_WITH_IDS = 64
+
 
 def table_key(
-    vocab: int, itemsize: int, *, pair: bool, gradient: bool, ids: bool, architecture: str
+    vocab: int, itemsize: int, *, kind: RowKind, gradient: bool, ids: bool, architecture: str
 ) -> str:
     """Under which the table of ``TNT_KERNELS_TUNING`` has the settings of such rows; see ``row_config``."""
-    kind = f"{'KL' if pair else 'one row'}{'' if gradient else ' forward'}{' ids' if ids else ''}"
-    return f"{architecture} {itemsize} bytes {kind} {1 << (vocab - 1).bit_length()}"
+    what = f"{kind}{'' if gradient else ' forward'}{' ids' if ids else ''}"
+    return f"{architecture} {itemsize} bytes {what} {1 << (vocab - 1).bit_length()}"
 
 
 @functools.cache
@@ -46,23 +62,33 @@ def _table(path: str) -> dict[str, RowConfig]:
     return {key: RowConfig(*value) for key, value in json.loads(Path(path).read_text()).items()}
 
 
-def measured_config(vocab: int, itemsize: int, *, gradient: bool, ids: bool) -> RowConfig:
-    limits = WITH_GRADIENT if gradient else FORWARD_ALONE
-    widest = WIDEST_WITHOUT_IDS if gradient and not ids else WIDEST
-    warps, columns = next((x for limit, *x in limits if vocab * itemsize <= limit), widest)
+def measured_config(
+    vocab: int, itemsize: int, *, kind: RowKind, gradient: bool, ids: bool
+) -> RowConfig:
+    if kind == "KL":
+        kl_limits = KL_WITH_GRADIENT if gradient else KL_FORWARD_ALONE
+        warps, stages, registers = next(x for limit, *x in kl_limits if vocab * itemsize <= limit)
+        columns = 16 // itemsize
+        if ids and registers:
+            registers = KL_REGISTERS_WITH_IDS
+    else:
+        limits = WITH_GRADIENT if gradient else FORWARD_ALONE
+        widest = WIDEST_WITHOUT_IDS if gradient and not ids else WIDEST
+        warps, columns = next((x for limit, *x in limits if vocab * itemsize <= limit), widest)
+        stages, registers = 1, 0
     block = warps * 32 * columns
     while block // 2 >= max(vocab, warps * 32):  # a tile need not be wider than the row
         block //= 2
-    return RowConfig(block, warps, 1)
+    return RowConfig(block, warps, stages, registers)
 
 
 def row_config(
-    vocab: int, itemsize: int, *, pair: bool, gradient: bool, ids: bool, architecture: str
+    vocab: int, itemsize: int, *, kind: RowKind, gradient: bool, ids: bool, architecture: str
 ) -> RowConfig:
     """The settings for rows of ``vocab`` columns of ``itemsize`` bytes: the table's, else the measured ones.
 
     Args:
-        pair: the reference's logits are read too.
+        kind: the kernel, and what it reads.
         gradient: it is written.
         ids: there are negative ids.
         architecture: of the GPU, as ``tnt_kernels.backends.triton.architecture`` names it.
@@ -70,9 +96,9 @@ def row_config(
     path = os.environ.get("TNT_KERNELS_TUNING")
     if path:
         key = table_key(
-            vocab, itemsize, pair=pair, gradient=gradient, ids=ids, architecture=architecture
+            vocab, itemsize, kind=kind, gradient=gradient, ids=ids, architecture=architecture
         )
         found = _table(path).get(key)
         if found:
             return found
-    return measured_config(vocab, itemsize, gradient=gradient, ids=ids)
+    return measured_config(vocab, itemsize, kind=kind, gradient=gradient, ids=ids)

@@ -14,13 +14,18 @@ import triton
 import triton.language as tl
 
 from tnt_kernels._call import Kind
+from tnt_kernels.backends.triton.kl import kl_kernel as kl_kernel
+from tnt_kernels.backends.triton.kl import mark_kernel as mark_kernel
 from tnt_kernels.backends.triton.row_math import (
     FORWARD_KL,
     LOG_LIKELIHOOD,
     NEGATIVE_LIKELIHOOD,
+    NO_IDS,
     NONE,
     NOTHING,
     REVERSE_KL,
+    ROW_IDS,
+    SHARED_IDS,
     UNLIKELIHOOD,
     Coefficients,
     ExpSum,
@@ -30,6 +35,7 @@ from tnt_kernels.backends.triton.row_math import (
     _moved,
     _phi,
     _softplus,
+    _some_ids,
     coefficients,
     difference_of,
     empty_sum,
@@ -49,12 +55,8 @@ STATISTICS = tl.constexpr(int(Kind.STATISTICS))
 PARTIAL_SUMS = tl.constexpr(int(Kind.PARTIAL_SUMS))
 FINISH = tl.constexpr(int(Kind.FINISH))
 
-# How negative ids come.
-NO_IDS = tl.constexpr(0)
-ROW_IDS = tl.constexpr(1)  # ascending in every row
-SHARED_IDS = tl.constexpr(2)  # one ascending list, and a map of the vocabulary
-
 GATHER = tl.constexpr(64)  # ids at a time
+LOOK = tl.constexpr(64)  # rows at a time, for one that was left
 
 
 class Row(NamedTuple):
@@ -238,10 +240,7 @@ def _sums(
 @triton.jit
 def _set_chunk(row, at):
     """Some of the ids: their columns, which of them count, as no duplicates, and which of those lie here."""
-    k = at + tl.arange(0, GATHER)
-    ids = tl.load(row.ids + k, mask=k < row.count, other=-1)
-    before = tl.load(row.ids + k - 1, mask=(k > 0) & (k < row.count), other=-1)
-    counts = (ids >= 0) & (ids != before)
+    ids, counts = _some_ids(row.ids, row.count, at, GATHER)
     columns = ids - row.offset
     return columns, counts, counts & (columns >= 0) & (columns < row.vocab)
 
@@ -792,27 +791,15 @@ def _run(
                     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "alpha_stride",
-        "ids_stride",
-        "ids_count",
-        "ignore_index",
-        "upstream_stride",
-        "shards",
-    ]
-)
-def row_kernel(
-    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-    ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-    gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+@triton.jit
+def _row(
+    index, logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
+    ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t,
+    ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics,
+    gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T."""
-    index = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + index)
     weight = 1.0
     if weights is not None:
@@ -906,6 +893,58 @@ def row_kernel(
                 losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards,
                 partial_sums, total_sums, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "alpha_stride",
+        "ids_stride",
+        "ids_count",
+        "ignore_index",
+        "upstream_stride",
+        "shards",
+    ]
+)
+def row_kernel(
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+    ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
+    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+    gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, SHARDS: tl.constexpr,
+):  # fmt: skip
+    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
+
+    ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left. A program then looks at
+    many rows, of which few are.
+    """
+    if left is None:
+        _row(
+            tl.program_id(0).to(tl.int64),
+            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
+            ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale,
+            inverse_t, ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride,
+            statistics, gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS,
+            KIND, GRADIENT, BLOCK, STAGES, SHARDS,
+        )  # fmt: skip
+    else:
+        program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        for first in range(0, rows, step * LOOK):
+            some = program + first + tl.arange(0, LOOK) * step
+            if tl.max(tl.load(left + some, mask=some < rows, other=0), 0) > 0:
+                for i in range(LOOK):
+                    index = program + first + i * step
+                    if tl.load(left + index, mask=index < rows, other=0) > 0:
+                        _row(
+                            index,
+                            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride,
+                            alpha_value, ids, ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset,
+                            vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
+                            gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
+                            shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, BLOCK,
+                            STAGES, SHARDS,
+                        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- around the rows

@@ -28,6 +28,20 @@ LOG_LIKELIHOOD = tl.constexpr(int(RowLoss.LOG_LIKELIHOOD))
 UNLIKELIHOOD = tl.constexpr(int(RowLoss.UNLIKELIHOOD))
 NEGATIVE_LIKELIHOOD = tl.constexpr(int(RowLoss.NEGATIVE_LIKELIHOOD))
 
+# How negative ids come.
+NO_IDS = tl.constexpr(0)
+ROW_IDS = tl.constexpr(1)  # ascending in every row
+SHARED_IDS = tl.constexpr(2)  # one ascending list
+
+
+@triton.jit
+def _some_ids(ids, count, at, SOME: tl.constexpr):
+    """Of a row's ascending ids, and which of them count: no padding, no duplicates."""
+    k = at + tl.arange(0, SOME)
+    some = tl.load(ids + k, mask=k < count, other=-1)
+    before = tl.load(ids + k - 1, mask=(k > 0) & (k < count), other=-1)
+    return some, (some >= 0) & (some != before)
+
 
 @triton.jit
 def _log1p(x):
@@ -63,6 +77,14 @@ def _phi(d):
     return y * d * d
 
 
+@triton.jit
+def _two_sum(a, b):
+    """a + b, and what rounding took from it (Knuth's)."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
 # ------------------------------------------------------------------------------ the difference of two rows' logits
 
 
@@ -77,10 +99,8 @@ class Difference(NamedTuple):
 
 @triton.jit
 def difference_of(z_max, r_max):
-    distance = z_max - r_max
+    distance, lost = _two_sum(z_max, -r_max)
     close = tl.abs(distance) <= CLOSE
-    back = distance - z_max  # Knuth's TwoSum
-    lost = (z_max - (distance - back)) - (r_max + back)
     return Difference(
         tl.where(close, 0.0, z_max), tl.where(close, 0.0, r_max), tl.where(close, distance, 0.0),
         tl.where(close, lost, 0.0),

@@ -1,0 +1,807 @@
+"""The Triton kernel of the usual KL rows: each logit is read once for the loss, with one exponential or two a pair.
+
+The mathematics is MATH's "One read, one exponential", names and steps are those of ``csrc/kl_math.cuh``. x is the base
+row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. Exponents are in base 2:
+
+    e = 2^(x scale - c)    y = (o - x) scale - a    φ(y) = 2^y - 1 - y ln 2
+    S = Σ e    M = Σ e y ln 2    Φ = Σ e φ(y)    A = Σ e (2^y - 1) = M + Φ
+    L = log1p(A/S)    KL(base‖other) over the kept entries = Φ/S - φ(L)
+
+so p = q gives exactly 0. One program works on one row. The first pass asks nothing of a pair: what it cannot do shows
+in the sums. Rows whose sums are not fit, and those that are broken, infinite or pushed down in part, are flagged for
+``row_kernel``, which runs over them afterwards.
+
+Columns count from the 16-byte boundary before the row, so that full tiles are loaded by vectors at any address. Logits
+of 16 bits are loaded as words of two columns: the sums of both share a register.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from tnt_kernels.backends.triton.row_math import (
+    FORWARD_KL,
+    NO_IDS,
+    REVERSE_KL,
+    ROW_IDS,
+    _log1p,
+    _phi,
+    _softplus,
+    _some_ids,
+    _two_sum,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: Stands in for removed tokens and past the ends of a row: it weighs nothing, and its differences are finite.
+AWAY = tl.constexpr(-1e30)
+#: The weight of the reference level in the first pass is 2^48. Where e^y overflows to infinity beside a weight that is
+#: flushed to 0, their product is NaN; below that, what flushing loses is at most 2^-46 of the reference's weight.
+BIAS = tl.constexpr(48.0)
+UNBIAS = tl.constexpr(2.0**-48)
+#: Levels are whole numbers of powers of two, so that the bias is added without rounding. Larger ones are not served.
+HIGHEST_LEVEL = tl.constexpr(2.0**22)
+
+# φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/kl_math.cuh (of Y = 2y) for y in units of log 2.
+_MIDDLE = ("0x1.ffffd2p-4", "0x1.55557cp-6", "0x1.560b70p-9", "0x1.1133b0p-12")
+_TWO_LN_2 = 2 * 0.6931471805599453
+M0, M1, M2, M3 = (
+    tl.constexpr(float.fromhex(x) * _TWO_LN_2 ** (k + 2)) for k, x in enumerate(_MIDDLE)
+)
+MIDDLE = tl.constexpr(0.25 * 1.4426950408889634)
+# 2 sinh(y/2) = y (H0 + H1 y² + H2 y⁴), relative error 4e-7 for |y| <= 1.25, y in units of log 2.
+_SINH = ("0x1.000006p+0", "0x1.554c74p-5", "0x1.14e172p-11")
+H0, H1, H2 = (
+    tl.constexpr(float.fromhex(x) * 0.6931471805599453 ** (2 * k + 1)) for k, x in enumerate(_SINH)
+)
+NEAR = tl.constexpr(1.25 * 1.4426950408889634)
+
+# How a second pass computes the gradient.
+DIRECT = tl.constexpr(0)  # forward: p - q*, an exponential each
+SINH = tl.constexpr(1)  # forward, next to p = q: by one exponential of the mean of log p and log q*
+REVERSE = tl.constexpr(2)  # reverse: one exponential
+
+# What the sums of a first pass say.
+GOOD = tl.constexpr(0)
+LEFT = tl.constexpr(1)  # to the other kernel
+AGAIN = tl.constexpr(2)  # with another shift
+
+ATTEMPTS = tl.constexpr(3)
+SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
+GATHER = tl.constexpr(32)  # tiles at a time
+
+
+class Line(NamedTuple):
+    """A row of logits, from the boundary before it."""
+
+    elements: tl.tensor  # pointers
+    words: tl.tensor
+
+
+class Samples(NamedTuple):
+    """Of a few entries all along the row: the maxima, and how far o lies above x on average."""
+
+    x_top: tl.tensor
+    o_top: tl.tensor
+    above: tl.tensor
+
+
+class Row(NamedTuple):
+    x: Line
+    o: Line
+    gradient: tl.tensor  # pointer
+    begin: tl.tensor  # the row's first column
+    end: tl.tensor  # the column past its last
+    label: tl.tensor  # column of y where it is removed, else -1
+    x_label: tl.tensor  # its logits
+    o_label: tl.tensor
+    bits: tl.tensor  # pointer to bytes: a bit for every column, 1 where it is among the removed ids
+    samples: Samples
+    scale: tl.tensor  # log2(e)/T
+    inverse_t: tl.tensor
+
+
+class Tiles(NamedTuple):
+    """The full ones go from ``first`` to ``whole``, those that the row does not fill from ``edge`` by ``step``.
+
+    The latter are tile 0, where the row begins after its boundary, and the one at ``whole``, where it ends early.
+    """
+
+    first: tl.tensor
+    whole: tl.tensor
+    edge: tl.tensor
+    step: tl.tensor
+
+
+class Shift(NamedTuple):
+    c: tl.tensor  # a whole number: the base's level in units of log 2
+    a: tl.tensor  # how far o lies above x, in the same units
+    distance: tl.tensor  # of the levels, in nats times T
+
+
+class Sums(NamedTuple):
+    s: tl.tensor  # S
+    m: tl.tensor  # M / ln 2
+    phi: tl.tensor  # Φ
+    a: tl.tensor  # A
+    log_ratio: tl.tensor  # L
+    kl: tl.tensor  # over the kept entries
+
+
+class Set(NamedTuple):
+    """The policy's removed entries. Their weights are 2^at, at = log2 p relative to the row's level, as in its sums."""
+
+    sum: tl.tensor  # of the weights
+    moment: tl.tensor  # Σ 2^at at
+    count: tl.tensor
+
+
+class Gradient(NamedTuple):
+    """The coefficients of a second pass; see ``_gradient``."""
+
+    c: tl.tensor
+    a: tl.tensor
+    h: tl.tensor
+    k0: tl.tensor
+    k1: tl.tensor
+    shift: tl.tensor
+    s0: tl.tensor
+    s1: tl.tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@triton.jit
+def _line(at, before):
+    GROUP: tl.constexpr = 128 // at.dtype.element_ty.primitive_bitwidth
+    elements = at - before
+    words = elements
+    if GROUP == 8:
+        words = elements.to(tl.pointer_type(tl.int32), bitcast=True)
+    return Line(tl.multiple_of(elements, 16), tl.multiple_of(words, 16))
+
+
+@triton.jit
+def _tiles(begin, end, BLOCK: tl.constexpr):
+    whole = end // BLOCK * BLOCK
+    late = begin > 0
+    return Tiles(
+        tl.where(late, BLOCK, 0), whole, tl.where(late, 0, whole), tl.maximum(whole, BLOCK)
+    )
+
+
+@triton.jit
+def _low(w, ELEMENT: tl.constexpr):
+    """The first column of words of two."""
+    if ELEMENT == tl.bfloat16:
+        return (w << 16).to(tl.float32, bitcast=True)
+    return w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high(w, ELEMENT: tl.constexpr):
+    if ELEMENT == tl.bfloat16:
+        return (w & -65536).to(tl.float32, bitcast=True)
+    return (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _some_words(at, row, start, u):
+    """Words of a tile that the row does not fill: whole vectors, whose columns outside the row are for the caller."""
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    vectors = (row.end + 4 * PAIRS - 1) // (4 * PAIRS)
+    # In words, and known to the compiler as whole vectors.
+    return tl.load(at + start // PAIRS + u, mask=start // PAIRS + u < vectors * 4, other=0)
+
+
+@triton.jit
+def _inside(x, v, row):
+    """Columns outside the row weigh nothing."""
+    return tl.where((v >= row.begin) & (v < row.end), x, AWAY)
+
+
+@triton.jit
+def _kept(row, v, IDS: tl.constexpr):
+    """Both logits of columns; those outside the row, and the removed ones, weigh nothing."""
+    kept = (v >= row.begin) & (v < row.end) & (v != row.label)
+    if IDS != NO_IDS:
+        bits = tl.load(row.bits + v // 8, mask=kept, other=0).to(tl.int32) >> (v % 8)
+        kept = kept & ((bits & 1) == 0)
+    x = tl.load(row.x.elements + v, mask=kept, other=AWAY).to(tl.float32)
+    o = tl.load(row.o.elements + v, mask=kept, other=AWAY).to(tl.float32)
+    return x, o
+
+
+@triton.jit
+def _places(COUNT: tl.constexpr, VECTOR: tl.constexpr, IDS: tl.constexpr):
+    """Numbers of a tile's columns or words; with ids in rows of a vector each, whose bits are in one byte."""
+    if IDS != NO_IDS:
+        places = tl.arange(0, COUNT // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    else:
+        places = tl.arange(0, COUNT)
+    return places
+
+
+@triton.jit
+def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    """Of a tile's columns, so shifted that each word's first column has bit 0."""
+    if IDS != NO_IDS:
+        PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+        v = start + tl.arange(0, BLOCK // (4 * PAIRS)) * (4 * PAIRS)
+        some = tl.load(row.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
+        if PAIRS == 1:
+            some = some >> (v % 8)
+        bits = some[:, None] >> (tl.arange(0, 4) * PAIRS)[None, :]
+    else:
+        bits = 0
+    return bits
+
+
+# ------------------------------------------------------------------------------------------------------- first pass
+
+
+@triton.jit
+def _add(x, o, bits, s, m, f, row, shift, IDS: tl.constexpr):
+    """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
+    e = tl.exp2(tl.fma(x, row.scale, -shift.c))
+    if IDS != NO_IDS:
+        e = tl.where((bits & 1) != 0, 0.0, e)
+    y = tl.fma(o - x, row.scale, -shift.a)
+    p = tl.fma(y, M3, M2)
+    p = tl.fma(p, y, M1)
+    p = tl.fma(p, y, M0)
+    phi = tl.where(tl.abs(y) < MIDDLE, (p * y) * y, tl.fma(y, -LN_2, tl.exp2(y) - 1.0))
+    return s + e, tl.fma(e, y, m), tl.fma(e, phi, f)
+
+
+@triton.jit
+def _plus(s0, m0, f0, s1, m1, f1):
+    return s0 + s1, m0 + m1, f0 + f1
+
+
+@triton.jit
+def _level(x0, o0, d0, x1, o1, d1):
+    return tl.maximum(x0, x1), tl.maximum(o0, o1), d0 + d1
+
+
+@triton.jit
+def _shift(x_top, o_top, mean, row):
+    """``mean``: how far o lies above x on average, which is nearer to L than the distance of the maxima."""
+    x_top = tl.where(tl.abs(x_top) < 1e29, x_top, 0.0)
+    o_top = tl.where(tl.abs(o_top) < 1e29, o_top, 0.0)
+    distance = o_top - x_top
+    a = tl.where(tl.abs(mean - distance) * row.inverse_t < 16.0, mean, distance)
+    return Shift(tl.floor(x_top * row.scale), a * row.scale, distance)
+
+
+@triton.jit
+def _samples(x, o, begin, vocab):
+    """Every warp reads the same entries: none waits for another."""
+    GROUP: tl.constexpr = 128 // x.elements.dtype.element_ty.primitive_bitwidth
+    lead = tl.where(begin > 0, GROUP - begin, 0)
+    step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
+    v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
+    v = begin + tl.minimum(v, vocab - 1)
+    x_some = tl.load(x.elements + v).to(tl.float32)
+    o_some = tl.load(o.elements + v).to(tl.float32)
+    x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
+    x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)
+    return Samples(x_top, o_top, above * (1.0 / (SAMPLES * GROUP)))
+
+
+@triton.jit
+def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    x_top = tl.full([BLOCK], AWAY, tl.float32)
+    o_top = x_top
+    for start in range(0, row.end, BLOCK):
+        x, o = _kept(row, start + tl.arange(0, BLOCK), IDS)
+        x_top, o_top = tl.maximum(x_top, x), tl.maximum(o_top, o)
+    x, o = tl.max(x_top, 0), tl.max(o_top, 0)
+    return _shift(x, o, o - x, row)
+
+
+@triton.jit
+def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
+    """The sums without the label. Its lane has summed a column of every tile: they are summed anew."""
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    lane = row.label % BLOCK // PAIRS
+    hit = _places(BLOCK // PAIRS, 4, IDS) == lane
+    s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
+    t = tl.zeros([GATHER], tl.float32)
+    n = t
+    g = t
+    for start in range(0, row.end, GATHER * BLOCK):
+        for i in tl.static_range(PAIRS):
+            x, o = _kept(row, start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i), IDS)
+            t, n, g = _add(x, o, 0, t, n, g, row, shift, NO_IDS)
+    return s, m, f, t, n, g
+
+
+@triton.jit
+def _add_words(
+    x, o, start, s, m, f, row, shift, EDGE: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):
+    """A tile's pairs, where it is an edge without those outside the row."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
+    bits = _bits(row, start, BLOCK, IDS)
+    v = start + _places(BLOCK // PAIRS, 4, IDS) * PAIRS
+    x0, o0 = x, o
+    if PAIRS == 2:
+        x0, o0 = _low(x, ELEMENT), _low(o, ELEMENT)
+    if EDGE:
+        x0, o0 = _inside(x0, v, row), _inside(o0, v, row)
+    s, m, f = _add(x0, o0, bits, s, m, f, row, shift, IDS)
+    if PAIRS == 2:
+        x1, o1 = _high(x, ELEMENT), _high(o, ELEMENT)
+        if EDGE:
+            x1, o1 = _inside(x1, v + 1, row), _inside(o1, v + 1, row)
+        s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, shift, IDS)
+    return s, m, f
+
+
+@triton.jit
+def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    u = _places(BLOCK // PAIRS, 4, IDS)
+    tiles = _tiles(row.begin, row.end, BLOCK)
+    biased = Shift(shift.c - BIAS, shift.a, shift.distance)
+    s = tl.zeros(u.shape, tl.float32)
+    m, f = s, s
+    for start in tl.range(tiles.first, tiles.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
+        at = start // PAIRS
+        x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
+        s, m, f = _add_words(x, o, start, s, m, f, row, biased, False, BLOCK, IDS)
+    for start in range(tiles.edge, row.end, tiles.step):
+        x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
+        s, m, f = _add_words(x, o, start, s, m, f, row, biased, True, BLOCK, IDS)
+    t, n, g = 0.0, 0.0, 0.0
+    if row.label >= 0:
+        s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
+        t, n, g = tl.reduce((ts, ns, gs), 0, _plus)
+    if IDS != NO_IDS:
+        s, m, f = tl.reduce((s, m, f), 1, _plus)
+    s, m, f = tl.reduce((s, m, f), 0, _plus)
+    return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
+
+
+@triton.jit
+def _sums(s, m, phi):
+    a = tl.fma(m, LN_2, phi)
+    ratio = a / s
+    log_ratio = _log1p(ratio)
+    excess = tl.where(tl.abs(log_ratio) < 0.5, _phi(log_ratio), ratio - log_ratio)  # φ(L)
+    return Sums(s, m, phi, a, log_ratio, phi / s - excess)
+
+
+@triton.jit
+def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
+    """GOOD, LEFT or AGAIN, and whether it takes the row's maxima."""
+    usable = (sums.s > 2.0**-40) & (sums.s < 2.0**52)
+    finite = (
+        usable
+        & (sums.s + sums.a < 2.0**52)
+        & (sums.phi < float("inf"))
+        & (tl.abs(sums.log_ratio) < 100.0)
+    )
+    # o - x is rounded to 2^-24 of the distance of the levels, where logits have that many digits: KL is off by this
+    # over √(KL/2), which is to be less than 2e-6.
+    apart = tl.abs(shift.distance)
+    near = apart <= 64.0
+    if ELEMENT == tl.float32:
+        near = near & ((apart <= 1.0) | (sums.kl > 0.0018 * apart * apart))
+    fit = finite & near
+    # Below -3, S + A has lost its digits, as it has where A is the small difference of large numbers.
+    exact = (sums.log_ratio > -3.0) & (tl.abs(sums.m) + sums.phi < 32.0 * (sums.s + sums.a))
+    # Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
+    excess = sums.phi / sums.s - sums.kl
+    good = fit & exact & (excess <= 0.5 * tl.abs(sums.kl))
+    by_maxima = (attempt == 0) & (fit == 0)
+    hopeless = usable & ((sums.phi < float("inf")) == 0)
+    hopeless = hopeless | (attempt == ATTEMPTS - 1) | ((attempt > 0) & (fit == 0))
+    verdict = tl.where(good, GOOD, tl.where(hopeless, LEFT, AGAIN))
+    return verdict, by_maxima
+
+
+@triton.jit
+def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+    """First passes until the sums are fit for use, or until the row is given up."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    shift = _shift(row.samples.x_top, row.samples.o_top, row.samples.above, row)
+    c, a, distance = shift.c, shift.a, shift.distance
+    s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    attempt, verdict = 0, AGAIN + 0
+    while verdict == AGAIN:
+        sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL, IDS)
+        s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.log_ratio, sums.kl
+        verdict, by_maxima = _verdict(sums, Shift(c, a, distance), attempt, ELEMENT)
+        if verdict == AGAIN:
+            if by_maxima:
+                shift = _shift_of_maxima(row, BLOCK, IDS)
+                c, a, distance = shift.c, shift.a, shift.distance
+            else:
+                a += log_ratio * LOG2_E
+        attempt += 1
+    # What rounding leaves of 0.
+    kl = tl.where(kl > 0.0, kl, 0.0)
+    good = (verdict == GOOD) & (tl.abs(c) < HIGHEST_LEVEL)
+    return Shift(c, a, distance), Sums(s, m, phi, total, log_ratio, kl), good
+
+
+# ----------------------------------------------------------------------------------------------------- coefficients
+
+
+class Odds(NamedTuple):
+    """p(R) and p(K) = 1 - p(R), each with all its digits; the entropy of that choice, in nats."""
+
+    log_kept: tl.tensor
+    kept: tl.tensor
+    removed: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def _odds(log_odds):
+    distance = tl.abs(log_odds)
+    ratio = tl.exp(-distance)
+    small = ratio / (1.0 + ratio)
+    positive = log_odds > 0.0
+    return Odds(
+        -_softplus(log_odds),
+        tl.where(positive, small, 1.0 - small),
+        tl.where(positive, 1.0 - small, small),
+        _log1p(ratio) + tl.where(small > 0.0, small * distance, 0.0),
+    )
+
+
+@triton.jit
+def _forward(sums, shift, level, lost, removed, factor):
+    """Of KL(q*‖p) = KL over the kept entries - log p(K): the loss, and the coefficients of its gradient."""
+    log_kept, kept = 0.0, 1.0
+    if removed.sum > 0.0:
+        odds = _odds(tl.log(removed.sum / (sums.s + sums.a)) - lost * LN_2)
+        log_kept, kept = odds.log_kept, odds.kept
+    h = factor / sums.s
+    k1 = kept * tl.exp2(-lost) / (1.0 + sums.a / sums.s)
+    # The gradient of a removed entry is factor p_s.
+    return sums.kl - log_kept, Gradient(
+        shift.c, shift.a + (sums.log_ratio - log_kept) * LOG2_E, -h, h, -k1, level, h * k1, 0.0 * h
+    )  # fmt: skip
+
+
+@triton.jit
+def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
+    """Of KL(p‖q̃) = p(K) KL + log(1 + ε n) - H(p(R)) - p(R) (H_R + log ε), H_R the entropy of p within R.
+
+    The gradient takes the difference of the means within K and R, Δ = KL - o + H_R + log ε, o the log-odds of R.
+    FOLDED: y's multiplication is folded into the next one, which is fine for logits of 16 bits.
+    """
+    kept, extra, loss = 1.0, 0.0, sums.kl
+    s0, s1 = 0.0, 0.0
+    if removed.count > 0.0:
+        norm = _log1p(eps * removed.count)
+        loss = sums.kl + norm
+        if removed.sum > 0.0:
+            log_eps = tl.log(eps)
+            log_sum = tl.log(removed.sum)
+            log_odds = tl.log(removed.sum / sums.s)
+            odds = _odds(log_odds)
+            mean = removed.moment / removed.sum * LN_2 - log_sum  # of log p_R within R, -H_R
+            delta = sums.kl - (log_odds + mean - log_eps)
+            kept = odds.kept
+            extra = tl.where(odds.removed > 0.0, odds.removed * delta, 0.0)
+            # p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
+            loss = tl.fma(kept, sums.kl, (norm - odds.entropy) + odds.removed * (mean - log_eps))
+            # factor p_s (log p_R(s) + H_R - p(K) Δ)
+            s1 = factor * odds.removed / removed.sum
+            s0 = -s1 * (mean + kept * delta + log_sum)
+            s1 *= LN_2
+    h = factor * kept / sums.s
+    k1 = -h * LN_2
+    k0 = h * tl.fma(sums.m / sums.s, LN_2, extra)
+    shift_a = shift.a
+    if FOLDED:
+        k0 = tl.fma(-k1, shift.a, k0)
+        k1 *= scale
+        shift_a = 0.0 * shift_a
+    return loss, Gradient(shift.c, shift_a, h, k0, k1, shift.c, s0, s1)
+
+
+# ------------------------------------------------------------------------------------------------------ second pass
+
+
+@triton.jit
+def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, IDS: tl.constexpr):
+    at = tl.fma(x, scale, -g.c)
+    e = tl.exp2(at)
+    if FORM == REVERSE:
+        # factor p (M/S - y + p(R) Δ)
+        if FOLDED:
+            k = tl.fma(o - x, g.k1, g.k0)
+        else:
+            k = tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
+        if IDS != NO_IDS:
+            k = tl.where((bits & 1) != 0, tl.fma(at, g.s1, g.s0), k)
+        return e * k
+    if IDS != NO_IDS:  # whose q* is 0
+        e = tl.where((bits & 1) != 0, 0.0, e)
+    # factor (p - q*), as -h (e - p'): both factors are negated here, or each pair would negate one.
+    direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, e) * g.h
+    if FORM == DIRECT:
+        return direct
+    y = tl.fma(o - x, scale, -g.a)  # log p - log q*
+    square = y * y
+    mean = tl.exp2(tl.fma(y, 0.5, at))
+    near = (mean * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
+    fits = tl.abs(y) < NEAR
+    if IDS != NO_IDS:
+        fits = fits & ((bits & 1) == 0)
+    return tl.where(fits, near, direct)
+
+
+@triton.jit
+def _gradients(
+    x, o, start, row, g, shape, FORM: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):  # fmt: skip
+    """A tile's, as they are stored."""
+    ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
+    bits = _bits(row, start, BLOCK, IDS)
+    if ELEMENT == tl.float32:
+        d = _gradient(x, o, bits, g, row.scale, FORM, False, IDS)
+    else:
+        x0, o0, x1, o1 = _low(x, ELEMENT), _low(o, ELEMENT), _high(x, ELEMENT), _high(o, ELEMENT)
+        d0 = _gradient(x0, o0, bits, g, row.scale, FORM, True, IDS)
+        d1 = _gradient(x1, o1, bits >> 1, g, row.scale, FORM, True, IDS)
+        d = tl.join(d0, d1).reshape(shape)
+    return d.to(row.gradient.dtype.element_ty)
+
+
+@triton.jit
+def _second_pass(
+    row,
+    g,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """Writes the gradient, backwards: it begins with what the first pass left in the L2 cache, and evicts it."""
+    PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
+    u = _places(BLOCK // PAIRS, 4, IDS)
+    v = _places(BLOCK, 4 * PAIRS, IDS)
+    tiles = _tiles(row.begin, row.end, BLOCK)
+    for start in range(tiles.edge, row.end, tiles.step):
+        x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
+        inside = start + v < row.end
+        if not EVEN:
+            inside = inside & (start + v >= row.begin)
+        tl.store(row.gradient + start + v, d, mask=inside)
+    for i in tl.range(tiles.first, tiles.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
+        start = tiles.whole - BLOCK + tiles.first - i
+        x = tl.load(row.x.words + start // PAIRS + u, eviction_policy="evict_first")
+        o = tl.load(row.o.words + start // PAIRS + u, eviction_policy="evict_first")
+        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
+        tl.store(row.gradient + start + v, d, eviction_policy="evict_first")
+
+
+@triton.jit
+def _zero(gradient, begin, end, BLOCK: tl.constexpr):
+    v = tl.arange(0, BLOCK)
+    nothing = tl.zeros([BLOCK], gradient.dtype.element_ty)
+    tiles = _tiles(begin, end, BLOCK)
+    for start in range(tiles.edge, end, tiles.step):
+        inside = (start + v >= begin) & (start + v < end)
+        tl.store(gradient + start + v, nothing, mask=inside)
+    for start in range(tiles.first, tiles.whole, BLOCK):
+        tl.store(gradient + start + v, nothing, eviction_policy="evict_first")
+
+
+# ---------------------------------------------------------------------------------------------------------- the set
+
+
+@triton.jit
+def _removed(
+    row, at, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr
+):
+    """The set's sums, and whether a logit of it, in either row, is none. ``at``: of the label."""
+    has_label = row.label >= 0
+    weight = tl.where(has_label, tl.exp2(at), 0.0)
+    total, moment = weight, tl.where(weight == 0.0, 0.0, weight * at)
+    number = tl.where(has_label, 1.0, 0.0)
+    broken = has_label & (((row.x_label < float("inf")) & (row.o_label < float("inf"))) == 0)
+    if IDS != NO_IDS:
+        totals = tl.zeros([CHUNK], tl.float32)
+        moments = totals
+        numbers = totals
+        worst = totals
+        for start in range(0, count, CHUNK):
+            some, counts = _some_ids(ids, count, start, CHUNK)
+            v = row.begin + some
+            x = tl.load(row.x.elements + v, mask=counts, other=AWAY).to(tl.float32)
+            o = tl.load(row.o.elements + v, mask=counts, other=AWAY).to(tl.float32)
+            z = x if LOSS == REVERSE_KL else o
+            exponents = tl.fma(z, row.scale, -level)
+            weights = tl.where(counts, tl.exp2(exponents), 0.0)
+            totals += weights
+            moments += tl.where(weights == 0.0, 0.0, weights * exponents)
+            numbers += tl.where(counts, 1.0, 0.0)
+            # A policy's -inf, times its weight of 0, would be NaN in the second pass.
+            fine = (x < float("inf")) & (o < float("inf")) & (z > -float("inf"))
+            worst += tl.where(counts & (fine == 0), 1.0, 0.0)
+        total += tl.sum(totals, 0)
+        moment += tl.sum(moments, 0)
+        number += tl.sum(numbers, 0)
+        broken = broken | (tl.sum(worst, 0) > 0.0)
+    return Set(total, moment, number), broken
+
+
+# ------------------------------------------------------------------------------------------------------------ a row
+
+
+@triton.jit
+def _run(
+    row, ids, count, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
+    if LOSS == FORWARD_KL:
+        samples = Samples(row.samples.o_top, row.samples.x_top, -row.samples.above)
+        row = Row(
+            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.o_label, row.x_label, row.bits, samples,
+            row.scale, row.inverse_t,
+        )  # fmt: skip
+    shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
+    # log2 of the policy's weights, relative to its sum's, is z scale - level, less what rounding took from the level.
+    level, z_label = shift.c, row.x_label
+    if LOSS == FORWARD_KL:
+        level, lost = _two_sum(shift.c, shift.a)
+        z_label = row.o_label
+    at = tl.fma(z_label, row.scale, -level)
+    removed, broken = _removed(row, at, ids, count, level, LOSS, CHUNK, IDS)
+    good = good & (broken == 0) & (removed.sum < 2.0**100)
+    if LOSS == REVERSE_KL:
+        FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
+        good = good & ((removed.count == 0.0) | (eps > 1e-30))
+        loss, g = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
+    else:
+        loss, g = _forward(sums, shift, level, lost, removed, factor)
+    if good:
+        if loss_at is not None:
+            tl.store(loss_at, row_weight * loss)
+        if GRADIENT:
+            # It may lie where the logits do: no warp writes before all have read what is not their own.
+            tl.debug_barrier()
+            if LOSS == REVERSE_KL:
+                _second_pass(row, g, REVERSE, BLOCK, UNROLL, EVEN, IDS)
+            elif loss < NEAR_KL:
+                _second_pass(row, g, SINH, BLOCK, 1, EVEN, IDS)
+            else:
+                _second_pass(row, g, DIRECT, BLOCK, UNROLL, EVEN, IDS)
+            if row.label >= 0:
+                weight = tl.exp2(at)
+                own = tl.where(weight == 0.0, 0.0, weight * tl.fma(at, g.s1, g.s0))
+                tl.debug_barrier()
+                tl.store(row.gradient + row.label, own.to(row.gradient.dtype.element_ty))
+    return good == 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index", "ids_stride",
+        "ids_count", "bits_stride", "readable",
+    ],
+    do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
+)  # fmt: skip
+def kl_kernel(
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
+    ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
+    gradient_stride, left, readable, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
+
+    So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
+
+    EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: so many columns after one as in the logits' rows
+    begin those of the gradient.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    z_row = logits + index * logits_stride
+    r_row = ref_logits + index * ref_stride
+    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    # Also where it is known to be 0: the compiler loses what it is told of a pointer that nothing was added to.
+    begin = ((z_row.to(tl.int64) % 16) // (16 // GROUP)).to(tl.int32)
+    z, r = _line(z_row, begin), _line(r_row, begin)
+    g_row = z.elements
+    if GRADIENT:
+        g_row = gradient + index * gradient_stride - begin
+        if ALIKE:
+            ALIGNED: tl.constexpr = GROUP * gradient.dtype.element_ty.primitive_bitwidth // 8
+            g_row = tl.multiple_of(g_row, ALIGNED)
+    # All that needs no other answer first is asked for at once.
+    label = tl.load(labels + index)
+    weight, alpha_weight, factor = 1.0, alpha_value + 0.0, inverse_t + 0.0
+    if weights is not None:
+        weight = tl.load(weights + index)
+    if alpha is not None:
+        alpha_weight = tl.load(alpha + index * alpha_stride)
+    if factors is not None:
+        factor *= tl.load(factors)
+    negative = weight < 0.0
+    valid = (label >= 0) & (label < vocab)
+    id_row = labels
+    if IDS != NO_IDS:
+        id_row = ids + index * ids_stride
+        last = tl.load(id_row + ids_count - 1)
+        negative = negative | (last >= 0)
+        valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
+    samples = _samples(z, r, begin, vocab)
+    end = begin + vocab
+    if EVEN:
+        end = tl.multiple_of(end, GROUP)
+    loss_at = losses
+    if losses is not None:
+        loss_at = losses + index
+    gives_up = False
+    if index >= readable:
+        gives_up = True
+    elif (weight == 0.0) | (label == ignore_index):
+        if GRADIENT:
+            _zero(g_row, begin, end, BLOCK)
+        if losses is not None:
+            tl.store(loss_at, 0.0)
+    else:
+        column = begin + tl.where(valid, label, 0).to(tl.int32)
+        pushed = weight < 0.0
+        bit_row = left
+        if IDS != NO_IDS:
+            bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
+            pushed = pushed & (
+                (tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0
+            )
+        row_weight = tl.where(negative, alpha_weight, weight)
+        factor *= row_weight
+        served = valid & ((pushed == 0) | (weight <= -1.0))
+        served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
+        gives_up = served == 0
+        if served:
+            z_label = tl.load(z.elements + column, mask=pushed, other=0.0).to(tl.float32)
+            r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
+            column = tl.where(pushed, column, -1)
+            row = Row(
+                z, r, g_row, begin, end, column, z_label, r_label, bit_row, samples, scale, inverse_t,
+            )  # fmt: skip
+            if negative & (POSITIVE != NEGATIVE):
+                gives_up = _run(
+                    row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
+                    NEAR_KL, CHUNK, EVEN, IDS,
+                )  # fmt: skip
+            else:
+                gives_up = _run(
+                    row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
+                    NEAR_KL, CHUNK, EVEN, IDS,
+                )  # fmt: skip
+    tl.store(left + index, gives_up.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["count", "ids_stride", "begin", "step", "bits_stride"])
+def mark_kernel(
+    ids, ids_stride, count, begin, step, bits, bits_stride, vocab, GROUP: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Sets the bits of ids, those of columns counted as ``kl_kernel`` counts them.
+
+    A program marks some ids of a row, whose first column is begin + row step, modulo a vector's GROUP.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    some = tl.load(ids + row * ids_stride + k, mask=k < count, other=-1)
+    v = some + ((begin + row * step) % GROUP).to(tl.int32)
+    inside = (some >= 0) & (some < vocab)
+    tl.atomic_or(bits + row * bits_stride + v // 32, 1 << (v % 32), mask=inside, sem="relaxed")
