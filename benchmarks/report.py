@@ -202,7 +202,9 @@ def gpu_table(gpu: dict[str, Any] | None) -> str:
         for backend in ("cuda", "triton")
         if backend not in measured and not gpu["quick"]
     ]
-    rows += [[p["name"], p["missing"], *["–"] * 4] for p in gpu["peers"] if "missing" in p]
+    # Every process that measures peers has looked for them.
+    missing = {p["name"]: p["missing"] for p in gpu["peers"] if "missing" in p}
+    rows += [[name, why, *["–"] * 4] for name, why in missing.items()]
     return table(head, rows)
 
 

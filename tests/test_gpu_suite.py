@@ -452,7 +452,7 @@ def test_profiles_become_figures(
         assert set(archive.namelist()) == expected
     text = summary({**empty(), "profiles": [{**found[0], "stage": "ncu"}]})
     assert "| cuda, tnff, elements moved a pair | 3 |  |  | 3 |" in text
-    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 44–46 |" in text
+    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 37–39 |" in text
     assert "| cuda | tnff | 3.21 | 2.1 | 1.05 | 54.9 | 50.6 | 23.9 |  | barrier 1.80 |" in text
 
 
@@ -492,10 +492,10 @@ def test_verdicts() -> None:
     text = summary(results)
     for line in (
         "# NVIDIA H100 80GB HBM3, 2026-01-02T03:04, commit 0123456789",
-        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.8–0.9 |",
-        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.8–0.9 |",
+        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.85–0.95 |",
+        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.85–0.95 |",
         "| cuda, tnff forward, of the floor | 0.2 | ≥ 0.9 | **no** |  |",
-        "| triton, tnff in place, of the floor | 0.6 | ≥ 0.7 | **no** | 0.58–0.72 |",
+        "| triton, tnff in place, of the floor | 0.6 | ≥ 0.7 | **no** | 0.65–0.77 |",
         "| cuda, 10% active, of its floor | 0.76 | ≥ 0.75 | yes |  |",
         "| cuda, 64 a row ids, times none | 1.25 | ≤ 1.15 | **no** |  |",
         "| naive over cuda | 15 | ≥ 10 | yes |  |",
@@ -509,7 +509,7 @@ def test_verdicts() -> None:
     assert "cuda, V = 32000, of the floor" in missing
     assert "cuda, tnff in place" not in missing
     other = summary({**results, "machine": {"device": "NVIDIA H200"}})
-    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.65–0.7 |" in other
+    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.69–0.71 |" in other
     unknown = summary({**results, "machine": {"device": "A GPU"}})
     assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes |  |" in unknown
 

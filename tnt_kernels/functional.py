@@ -157,8 +157,8 @@ def tnt_loss(
             call (on a CPU, in every call) they also exchange checksums of what must be the same.
         shard_sizes: columns of every rank of ``group``. None: the group's first call asks for them, and they may not
             change.
-        backend: "cpu", "triton", "torch" or "cuda"; None: ``$TNT_KERNELS_BACKEND``, else the first of "cpu", "triton"
-            and "torch" that serves these tensors.
+        backend: "cpu", "cuda", "triton" or "torch"; None: ``$TNT_KERNELS_BACKEND``, else the fastest that serves the
+            call.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-dim, or (...) under "none". With ``return_stats``, also
