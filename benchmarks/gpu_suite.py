@@ -363,7 +363,7 @@ def gather(
     for record in records:
         # A figure that another stage has taken over, or another run, is there once.
         figure = json.dumps({k: v for k, v in record.items() if k not in ("stage", "process")})
-        if record["kind"] not in ("case", "distance", "linear") or figure not in seen:
+        if record["kind"] not in ("case", "distance", "linear", "peer") or figure not in seen:
             kinds[KINDS[record["kind"]]].append({k: v for k, v in record.items() if k != "kind"})
         seen.add(figure)
     return {"quick": run["tiny"], **where, "commit": run["commit"], "run": run, **kinds}

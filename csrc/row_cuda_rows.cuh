@@ -138,31 +138,27 @@ KlPlan choose_kl(int64_t vocab, bool pair, bool aligned, int device) {
     throw std::runtime_error("TNT_KERNELS_CUDA_THREADS is " + std::string(width) +
                              ", expected a multiple of 32 from 64 to " + std::to_string(device::KL_THREADS));
   using Block = KlBlock<Logit, Gradient, DIAGNOSTICS>;
-  // What counts is how many rows are in flight; of as many, more warps and then smaller clusters, which wait less.
-  // (A cluster lies within one of the device's groups of multiprocessors: what is left over there stays empty.)
+  // What counts is how many rows are in flight; of as many, more warps. (A cluster lies within one of the device's
+  // groups of multiprocessors: what is left over there stays empty.)
   int64_t most_rows = 0, most_warps = 0;
   for (int cluster = 1; cluster <= properties.largest_cluster; ++cluster) {
-    for (int blocks = 1; blocks <= 4; ++blocks) {  // on a multiprocessor
-      if (only > 0 && cluster != only) continue;
-      const int limit = blocks == 1 ? properties.shared_per_block
-                                    : properties.shared_per_multiprocessor / blocks - properties.shared_reserved;
-      KlPlan found;
-      KlLaunch& launch = found.launch;
-      launch.threads = only_threads ? only_threads : blocks == 4 ? device::KL_FEWER_THREADS : device::KL_THREADS;
-      launch.steps = uint32_t((int64_t(1) << 32) / (launch.threads * Block::GROUP) + 1);
-      const int64_t columns = vocab + (aligned ? 0 : Block::GROUP - 1);  // any row may begin behind a boundary
-      launch.slice = int(((columns + cluster - 1) / cluster + KL_SLICE - 1) / KL_SLICE * KL_SLICE);
-      launch.mask_bytes = Block::mask_bytes(launch.slice);
-      found.shared_bytes = Block::shared_bytes(launch.slice, cluster, launch.threads, pair);
-      if (launch.slice > KL_STEPS * launch.threads * Block::GROUP || found.shared_bytes > limit) continue;
-      const int active = device::active_clusters(kernel, cluster, launch.threads, found.shared_bytes);
-      const int64_t rows = cluster == 1 ? int64_t(active) * properties.multiprocessors : active;
-      const int64_t warps = rows * cluster * (launch.threads / device::WARP);
-      if (rows < most_rows || (rows == most_rows && warps <= most_warps)) continue;
-      most_rows = rows, most_warps = warps;
-      found.cluster = cluster;
-      plan = found;
-    }
+    if (only > 0 && cluster != only) continue;
+    KlPlan found;
+    KlLaunch& launch = found.launch;
+    launch.threads = only_threads ? only_threads : device::KL_THREADS;
+    launch.steps = uint32_t((int64_t(1) << 32) / (launch.threads * Block::GROUP) + 1);
+    const int64_t columns = vocab + (aligned ? 0 : Block::GROUP - 1);  // any row may begin behind a boundary
+    launch.slice = int(((columns + cluster - 1) / cluster + KL_SLICE - 1) / KL_SLICE * KL_SLICE);
+    launch.mask_bytes = Block::mask_bytes(launch.slice);
+    found.cluster = cluster;
+    found.shared_bytes = Block::shared_bytes(launch.slice, cluster, launch.threads, pair);
+    if (launch.slice > KL_STEPS * launch.threads * Block::GROUP || found.shared_bytes > properties.shared_per_block)
+      continue;
+    const int active = device::active_clusters(kernel, cluster, launch.threads, found.shared_bytes);
+    const int64_t rows = cluster == 1 ? int64_t(active) * properties.multiprocessors : active, warps = rows * cluster;
+    if (rows < most_rows || (rows == most_rows && warps <= most_warps)) continue;
+    most_rows = rows, most_warps = warps;
+    plan = found;
   }
   if (plan.cluster == 0) return plan;
   plan.left = choose<Logit, Gradient>(vocab, device, false);

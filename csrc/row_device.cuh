@@ -15,10 +15,9 @@ namespace tnt {
 namespace device {
 
 constexpr int WARP = 32;
-constexpr int ROW_THREADS = 256;       // of a block that holds its part of the row: two of them share a multiprocessor
-constexpr int STREAM_THREADS = 512;    // of one that reads its part twice
-constexpr int KL_THREADS = 256;        // of one of kl_kernel.cuh: three of them share a multiprocessor,
-constexpr int KL_FEWER_THREADS = 192;  // or four of these
+constexpr int ROW_THREADS = 256;     // of a block that holds its part of the row: two of them share a multiprocessor
+constexpr int STREAM_THREADS = 512;  // of one that reads its part twice
+constexpr int KL_THREADS = 256;      // of one of kl_kernel.cuh: three of them share a multiprocessor
 
 struct alignas(16) Vector {
   uint32_t words[4];

@@ -180,7 +180,7 @@ ERRORS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (
         {"backend": "gpu"},
         VALUE,
-        "backend is 'gpu', expected one of 'cpu', 'triton', 'cuda', 'torch'",
+        "backend is 'gpu', expected one of 'cpu', 'cuda', 'triton', 'torch'",
     ),
     ({"alhpa": 1.0}, TYPE, "alhpa"),
 )

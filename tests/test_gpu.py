@@ -232,7 +232,8 @@ def test_the_collectives_of_nccl(nccl: Any) -> None:
         tensors = RowTensors(batch.ref_logits, batch.labels, batch.weights, None, ids, None)
         uniform = smoothing == "uniform"
         scalars = Scalars(*map(int, sides), 1.0, 1e-6, uniform, None, 1.0, -100, "mean", None)
-        shard, backend = Shard(nccl.group_name, [1000]), backends.select(batch.logits, None)
+        shard = Shard(nccl.group_name, [1000])
+        backend = backends.select(batch.logits, None, scalars, True)
         call = LossCall(tensors, scalars, backend, False, False, shard)
         loss, gradient = row_losses.on(batch.logits)(batch.logits, call, True, False)
         options = {"method": method, "smoothing": smoothing, **batch.options}

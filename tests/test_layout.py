@@ -176,7 +176,7 @@ def test_signature() -> None:
 
 def test_all_backends_are_known() -> None:
     availability = backends.availability()
-    assert list(availability) == ["cpu", "triton", "cuda", "torch"]
+    assert list(availability) == ["cpu", "cuda", "triton", "torch"]
     assert availability["torch"] == ""
 
 

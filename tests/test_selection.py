@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ import torch
 
 from tnt_kernels import backends, tuning
 from tnt_kernels._call import RowCall
+from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends import cuda, triton
 from tnt_kernels.backends.triton.config import RowConfig, row_config
 from tnt_kernels.bench.steps import library_backends
+from tnt_kernels.objectives import resolve_method
 
 TOO_OLD = "CUDA: no device: CUDA driver version is insufficient for CUDA runtime version"
 
@@ -53,18 +56,80 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(cuda, "_missing", "")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: machine.capability)
-    cuda._reason.cache_clear()
+    caches = (cuda._reason, cuda._failure, cuda._warn_once)
+    for cache in caches:
+        cache.cache_clear()
     yield machine
-    cuda._reason.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_triton_serves_gpus_without_being_asked_for(machine: Machine) -> None:
-    """And nobody asks the CUDA kernels, which no GPU has run."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert backends.select(logits(dtype), None) == "triton"
-    assert backends.select(logits(torch.float64), None) == "torch"
-    assert backends.select(logits(device="xpu:0"), None) == "triton"
+def scalars(method: str = "tnff", **others: Any) -> Scalars:
+    objective = resolve_method(method)
+    return Scalars(int(objective.positive_loss), int(objective.negative_loss), **others)
+
+
+def select(
+    of: Any, requested: str | None = None, numbers: Scalars | None = None, sharded: bool = False
+) -> str:
+    return backends.select(of, requested, scalars() if numbers is None else numbers, sharded)
+
+
+def test_cuda_serves_what_it_reads_once(machine: Machine) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for method in ("tnff", "tnrr", "tnfll", "ul+ll"):
+            assert select(logits(dtype), None, scalars(method)) == "cuda"
+        assert select(logits(dtype), None, scalars(reduction="sum")) == "cuda"
+    assert machine.asked == 1
+
+
+def test_triton_serves_what_both_read_twice(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for case in (
+        (logits(torch.float16),),
+        (logits(), None, scalars(reduction="none")),
+        (logits(), None, scalars(uniform_smoothing=True)),
+        (logits(), None, scalars("nl+ll")),
+        (logits(), None, None, True),
+    ):
+        assert select(*case) == "triton"
+    machine.capability = (8, 9)  # without clusters
+    assert select(logits()) == "triton"
+    # CUDA serves them all the same, where there is no Triton or where it is asked for.
+    monkeypatch.setattr(triton, "why_not", lambda logits: "not installed")
+    assert select(logits()) == "cuda"
+    assert select(logits(torch.float16), "cuda") == "cuda"
+
+
+def test_what_cuda_does_not_serve_is_passed_on_without_a_word(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(logits(torch.float64)) == "torch"
+        assert select(logits(vocab=2**19 + 1)) == "triton"
+        assert select(logits(device="xpu:0")) == "triton"
+        machine.capability = (7, 5)
+        cuda._reason.cache_clear()
+        assert select(logits()) == "triton"
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert select(logits()) == "triton"
+        monkeypatch.setattr(cuda, "_missing", "no nvcc at installation")
+        assert select(logits()) == "triton"
     assert machine.asked == 0
+
+
+def test_a_driver_too_old_is_said_once(machine: Machine) -> None:
+    machine.failure = TOO_OLD
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert select(logits()) == "triton"
+    (warning,) = seen
+    assert "the CUDA kernels are built, but fail on cuda:0" in str(warning.message)
+    assert "driver version is insufficient" in str(warning.message)
+    assert machine.asked == 1
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
@@ -73,16 +138,16 @@ def test_cuda_by_name_is_asked_once(
 ) -> None:
     machine.capability = capability
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert backends.select(logits(dtype), "cuda") == "cuda"
+        assert select(logits(dtype), "cuda") == "cuda"
     monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
-    assert backends.select(logits(), None) == "cuda"
-    assert backends.select(logits(), "triton") == "triton"
+    assert select(logits()) == "cuda"
+    assert select(logits(), "triton") == "triton"
     assert machine.asked == 1
 
 
 def test_both_gpu_backends_are_measured(machine: Machine) -> None:
-    """By the benchmarks, in one run; Triton as the one that is taken."""
-    assert library_backends(logits()) == ["triton", "cuda"]
+    """By the benchmarks, in one run; CUDA first."""
+    assert library_backends(logits()) == ["cuda", "triton"]
 
 
 def test_cuda_by_name_fails_where_it_cannot_serve(
@@ -91,7 +156,7 @@ def test_cuda_by_name_fails_where_it_cannot_serve(
     def refused(why: str, **described: Any) -> None:
         cuda._reason.cache_clear()
         with pytest.raises(RuntimeError, match=rf"^backend='cuda' cannot serve .*{why}"):
-            backends.select(logits(**described), "cuda")
+            select(logits(**described), "cuda")
 
     refused("float32, bfloat16 and float16", dtype=torch.float64)
     refused("up to 524288 columns", vocab=2**19 + 1)
@@ -103,7 +168,7 @@ def test_cuda_by_name_fails_where_it_cannot_serve(
     refused("driver version is insufficient")
     monkeypatch.setenv("TNT_KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cuda' cannot serve"):
-        backends.select(logits(), None)
+        select(logits())
     monkeypatch.setattr(torch.version, "hip", "6.4")
     refused("NVIDIA")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,7 +13,7 @@ import torch
 
 from tnt_kernels import _build_info
 from tnt_kernels._version import __version__
-from tnt_kernels.backends import AUTOMATIC, availability
+from tnt_kernels.backends import availability
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +51,9 @@ def info() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("Triton", _installed("triton")),
         ("GPU", _gpu()),
-        *((f"backend {name}", why or _available(name)) for name, why in availability().items()),
+        *((f"backend {name}", why or "available") for name, why in availability().items()),
         *_native(),
     ]
-
-
-def _available(backend: str) -> str:
-    return "available" if backend in AUTOMATIC else f'available, as backend="{backend}" alone'
 
 
 def _native() -> list[tuple[str, str]]:

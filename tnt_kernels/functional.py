@@ -202,7 +202,7 @@ def tnt_loss(
         with_gradient = logits.requires_grad and torch.is_grad_enabled()
         if with_gradient and inplace:
             _check_overwritable(logits)
-        name = backends.select(logits, backend)
+        name = backends.select(logits, backend, scalars, shard is not None)
     except Exception:
         if shard is not None:
             report_error(shard, logits, with_statistics=True)

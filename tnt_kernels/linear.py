@@ -178,7 +178,7 @@ def linear_tnt_loss(
             "hidden", states, None, labels, weights, alpha, negative_ids, normalizer
         )
         chunk = states.new_empty((0, linear.vocab_size), dtype=real_dtype(states))
-        name = backends.select(chunk, backend)
+        name = backends.select(chunk, backend, scalars, shard is not None)
     except Exception:
         if shard is not None:
             report_error(shard, hidden)

@@ -29,7 +29,6 @@ constexpr int WARP = 32;
 constexpr int ROW_THREADS = 64;
 constexpr int STREAM_THREADS = 96;
 constexpr int KL_THREADS = 96;
-constexpr int KL_FEWER_THREADS = 64;
 
 struct alignas(16) Vector {
   uint32_t words[4];

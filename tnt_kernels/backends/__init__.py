@@ -10,12 +10,10 @@ import tnt_kernels.backends.cpu as cpu
 import tnt_kernels.backends.cuda as cuda
 import tnt_kernels.backends.torch as torch_backend
 import tnt_kernels.backends.triton as triton
+from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends.protocol import Backend
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_backend}
-#: Where none is asked for, the first of these that serves the tensors is taken. The CUDA kernels are not among them:
-#: the one that serves most calls has not been measured on the same GPU as Triton's, and the others are slower.
-AUTOMATIC = ("cpu", "triton", "torch")
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": torch_backend}
 #: ``os.environ`` takes 5 µs of a call to say that a variable is not there: its own dictionary is asked first.
 _ENVIRON = os.environ
 _ENVIRONMENT: dict[object, object] = _ENVIRON._data  # type: ignore[attr-defined]
@@ -27,8 +25,8 @@ def availability() -> dict[str, str]:
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
 
 
-def select(logits: Tensor, requested: str | None) -> str:
-    """The backend for these logits: the requested one, ``TNT_KERNELS_BACKEND``, or the first that serves them.
+def select(logits: Tensor, requested: str | None, scalars: Scalars, sharded: bool) -> str:
+    """The backend for a call: the requested one, ``TNT_KERNELS_BACKEND``, or the fastest that serves its logits.
 
     Raises:
         ValueError: a name that is not a backend's.
@@ -39,9 +37,13 @@ def select(logits: Tensor, requested: str | None) -> str:
         requested = os.environ.get("TNT_KERNELS_BACKEND") or None
         source = "TNT_KERNELS_BACKEND"
     if requested is None:
-        for name in AUTOMATIC:
-            if not BACKENDS[name].why_not(logits):
-                return name
+        for name, backend in BACKENDS.items():
+            if not backend.why_not(logits):
+                return (
+                    "triton" if name == "cuda" and _suits_triton(logits, scalars, sharded) else name
+                )
+            if name == "cuda":
+                cuda.warn_of_failure(logits)
     if requested is None or requested not in BACKENDS:
         raise ValueError(
             f"{source} is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}"
@@ -50,3 +52,8 @@ def select(logits: Tensor, requested: str | None) -> str:
     if reason:
         raise RuntimeError(f"{source}={requested!r} cannot serve these logits: {reason}")
     return requested
+
+
+def _suits_triton(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
+    """Calls that both GPU backends read twice are faster by Triton: benchmarks/CUDA_NOTES.md has the figures."""
+    return not cuda.reads_once(logits, scalars, sharded) and not triton.why_not(logits)
