@@ -364,7 +364,7 @@ class Stages:
             "ids": False, "architecture": triton.architecture(self.device),
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            for config in (row_config(**rows), *SETTINGS):
+            for config in dict.fromkeys((row_config(**rows), *SETTINGS)):
                 # A file of its own: the library reads each once.
                 table = Path(folder, "-".join(map(str, config)))
                 table.write_text(json.dumps({table_key(**rows): config}))

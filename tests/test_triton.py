@@ -319,13 +319,14 @@ def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
         torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "dtype", [F32, BF16], ids=str
-)  # the gradient of float16 waits for backward
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_usual_rows_are_served_by_the_kernel_of_kl_rows(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether logits are near or far apart, on one level or not, with a set or without; at any address."""
+    """Whether logits are near or far apart, on one level or not, with a set or without; at any address.
+
+    In float16 the gradient waits for backward, which is the other kernel's.
+    """
     left: list[Tensor] = []
     launch = triton._launch_kl
     monkeypatch.setattr(triton, "_launch_kl", lambda *x: left.append(launch(*x)) or left[-1])

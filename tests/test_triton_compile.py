@@ -119,7 +119,8 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "id_map": variant.ids == 2,
         "losses": kind in (Kind.FUSED, Kind.FINISH),
         "diagnostics": variant.diagnostics,
-        "saved": kind == Kind.BACKWARD or (kind == Kind.FUSED and not variant.gradient),
+        "saved": kind == Kind.BACKWARD
+        or (kind == Kind.FUSED and not variant.gradient and not variant.left),
         "gradient": variant.gradient,
         "upstream": kind == Kind.BACKWARD,
         "statistics": kind == Kind.STATISTICS,
