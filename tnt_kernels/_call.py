@@ -128,3 +128,9 @@ def active_rows(labels: Tensor, weights: Tensor | None, ignore_index: int) -> Te
     """(N,) bool: rows with a label and a weight other than 0. The others are not read."""
     active = labels != ignore_index
     return active if weights is None else active & (weights != 0)
+
+
+def negative_rows(labels: Tensor, weights: Tensor | None, negative_ids: Tensor | None) -> Tensor:
+    """(N,) bool: rows with something to remove, active or not. ``negative_ids`` are (N, K) or (K,)."""
+    negative = torch.zeros_like(labels, dtype=torch.bool) if weights is None else weights < 0
+    return negative if negative_ids is None else negative | (negative_ids >= 0).any(-1)

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels._call import LossCall, RowTensors, Shard, active_rows, real_dtype
+from tnt_kernels._call import (
+    LossCall,
+    RowTensors,
+    Shard,
+    active_rows,
+    negative_rows,
+    real_dtype,
+)
 from tnt_kernels._linear.matmul import (
     Gradients,
     Head,
@@ -95,9 +102,7 @@ def plan(
     positive, negative = (side.reads_reference for side in s.sides)
     reads = torch.full_like(active, positive)
     if positive != negative:
-        is_negative = torch.zeros_like(active) if rows.weights is None else rows.weights < 0
-        if rows.negative_ids is not None:
-            is_negative |= (rows.negative_ids >= 0).any(-1)
+        is_negative = negative_rows(rows.labels, rows.weights, rows.negative_ids)
         reads = is_negative if negative else ~is_negative
     count = active.sum()
     # 0: reads the reference, 1: does not, 2: nothing to do

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnt_kernels._call import active_rows, negative_rows
+
 IGNORED = -100
 #: The columns that ``CountedRows`` adds.
 ACTIVE_ROWS = "active_rows"
@@ -23,17 +25,11 @@ class Rows(NamedTuple):
 
     def active(self) -> Tensor:
         """(B, T) bool: the rows that count."""
-        active = self.labels != IGNORED
-        return active if self.weights is None else active & (self.weights != 0)
+        return active_rows(self.labels, self.weights, IGNORED)
 
     def negative(self) -> Tensor:
         """(B, T) bool: the active rows with something to remove."""
-        negative = torch.zeros_like(self.labels, dtype=torch.bool)
-        if self.weights is not None:
-            negative |= self.weights < 0
-        if self.negative_ids is not None and self.negative_ids.size(-1):
-            negative |= (self.negative_ids >= 0).any(dim=-1)
-        return negative & self.active()
+        return negative_rows(self.labels, self.weights, self.negative_ids) & self.active()
 
 
 def first_tokens(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
