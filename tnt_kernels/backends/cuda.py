@@ -101,13 +101,12 @@ def warn_of_failure(logits: Tensor) -> None:
 def reads_once(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
     """Whether ``kl_kernel`` computes such calls, gradient included: csrc/row_cuda_rows.cuh, ``is_kl_call``."""
     positive, negative = scalars.sides
-    kls = (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL)
     # Gradients of float16 wait for backward, and so do those of a loss a row.
     waits = logits.dtype == torch.float16 or scalars.reduction == "none"
     return (
         not (sharded or waits or scalars.uniform_smoothing)
-        and positive in (*kls, RowLoss.LOG_LIKELIHOOD)
-        and negative in (*kls, RowLoss.UNLIKELIHOOD)
+        and (positive.reads_reference or positive is RowLoss.LOG_LIKELIHOOD)
+        and (negative.reads_reference or negative is RowLoss.UNLIKELIHOOD)
         and _has_clusters(_device(logits))
     )
 

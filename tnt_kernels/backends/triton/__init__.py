@@ -17,7 +17,6 @@ from torch import Tensor
 from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
 from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, row_config
-from tnt_kernels.objectives import RowLoss
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTOR_BLOCK = 1024
@@ -167,7 +166,7 @@ def _kind(call: RowCall) -> RowKind:
     asked = call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing
     if call.kind is not Kind.FUSED or asked:
         return "two rows"
-    if not all(side in (RowLoss.FORWARD_KL, RowLoss.REVERSE_KL) for side in s.sides):
+    if not all(side.reads_reference for side in s.sides):
         return "two rows"
     return "KL" if _alike(logits, ref_logits, 16 // logits.element_size()) else "two rows"
 
