@@ -386,7 +386,7 @@ class KlBlock {
     float z_top = z[0], r_top = r[0], above = z[0] - r[0];
 #pragma unroll
     for (int i = 1; i < GROUP; ++i) z_top = fmaxf(z_top, z[i]), r_top = fmaxf(r_top, r[i]), above += z[i] - r[i];
-    z_top = from_ordered(device::max_of_warp(ordered(z_top))),
+    z_top = from_ordered(device::max_of_warp(ordered(z_top)));
     r_top = from_ordered(device::max_of_warp(ordered(r_top)));
     // The average difference is nearer to L than that of the maxima; infinities have none.
     float more = (sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_top - r_top)) * l_.inverse_temperature;
@@ -493,10 +493,6 @@ class KlBlock {
       const auto g = s_.template gradient<REVERSE>();
       const KlForm form = s_.form;
       if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
-      const auto near_or_far = [&](int s, bool near) {
-        return near ? gradient<REVERSE, SET>(s, z, [&](float x, float o) { return near_gradient(g, k, x, o); })
-                    : gradient<REVERSE, SET>(s, z, [&](float x, float o) { return far_gradient(g, k, x, o); });
-      };
       // A forward KL's direct form serves any logits, a reverse KL's none that are infinite.
       if (DIRECT && form == KL_DIRECT && (!REVERSE || far == 0)) {
         write([&](int s) {
@@ -504,7 +500,11 @@ class KlBlock {
         });
       } else {
         if (form == KL_FAR) far = ~0u;
-        write([&](int s) { return near_or_far(s, !(far >> s & 1)); });
+        write([&](int s) {
+          const bool near = !(far >> s & 1);
+          return near ? gradient<REVERSE, SET>(s, z, [&](float x, float o) { return near_gradient(g, k, x, o); })
+                      : gradient<REVERSE, SET>(s, z, [&](float x, float o) { return far_gradient(g, k, x, o); });
+        });
       }
     }
     if (leader()) write_loss(double(s_.factors[SET]) * double(s_.loss));

@@ -39,14 +39,7 @@ __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shf
 __device__ __forceinline__ uint32_t shuffle_up(uint32_t x) { return __shfl_up_sync(0xffffffffu, x, 1); }
 __device__ __forceinline__ bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
 __device__ __forceinline__ bool all_of_warp(bool x) { return __all_sync(0xffffffffu, x); }
-__device__ __forceinline__ int max_of_warp(int x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(0xffffffffu, x);
-#else
-  for (int mask = 16; mask > 0; mask >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, mask));
-  return x;
-#endif
-}
+__device__ __forceinline__ int max_of_warp(int x) { return __reduce_max_sync(0xffffffffu, x); }
 __device__ __forceinline__ int atomic_add(int* at, int by) { return atomicAdd(at, by); }
 __device__ __forceinline__ uint32_t atomic_or(uint32_t* at, uint32_t bits) { return atomicOr(at, bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
