@@ -104,6 +104,29 @@ void run_rows(py::handle call, int threads) {
   selected.run_rows(p, threads);
 }
 
+// tnt_kernels._rows.checks.are_usual
+bool are_usual(py::handle logits_, py::handle ref_logits_, py::handle labels_, py::handle weights_, py::handle alpha,
+               py::handle negative_ids, py::handle normalizer) {
+  if (!PyFloat_CheckExact(alpha.ptr()) || !negative_ids.is_none() || !normalizer.is_none()) return false;
+  try {
+    const Tensor logits(logits_), ref_logits(ref_logits_), labels(labels_), weights(weights_);
+    const auto is_dense = [](const Tensor& x, int dimensions) {
+      const int last = dimensions - 1;
+      return x.is_plain() && x.is_on_cpu() && x.dimensions() == dimensions &&
+             (x.size(last) <= 1 || x.stride(last) == 1);
+    };
+    const auto fits = [&](const Tensor& x, int dimensions, int dtype) {
+      return is_dense(x, dimensions) && x.dtype() == dtype && x.size(0) == logits.size(0) && !x.requires_grad();
+    };
+    const int dtype = logits.dtype();
+    return is_dense(logits, 2) && logits.size(1) > 0 && dtype >= 0 && dtype <= static_cast<int>(DType::FLOAT16) &&
+           (ref_logits.is_none() || (fits(ref_logits, 2, dtype) && ref_logits.size(1) == logits.size(1))) &&
+           fits(labels, 1, Tensor::INT64) && (weights.is_none() || fits(weights, 1, static_cast<int>(DType::FLOAT32)));
+  } catch (const py::error_already_set&) {  // not a tensor, or one without memory, as on the device "meta"
+    return false;
+  }
+}
+
 #define TNT_FIELD(type, name) #name,
 #define TNT_RECORD(name) #name,
 const std::vector<std::string> ROW_CALL_FIELDS{TNT_ROW_CALL(TNT_FIELD, TNT_RECORD)};
@@ -118,6 +141,7 @@ const std::vector<std::string> SCALARS_FIELDS{TNT_SCALARS(TNT_FIELD)};
 PYBIND11_MODULE(_C, m) {
   using namespace tnt;
   m.def("run_rows", &tnt::run_rows);
+  m.def("are_usual", &tnt::are_usual);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet& set : supported()) names.emplace_back(set.name);
@@ -138,7 +162,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ROW_CALL_FIELDS") = py::cast(ROW_CALL_FIELDS);
   m.attr("ROW_TENSORS_FIELDS") = py::cast(ROW_TENSORS_FIELDS);
   m.attr("SCALARS_FIELDS") = py::cast(SCALARS_FIELDS);
-  m.attr("INTERFACE") = 6;
+  m.attr("INTERFACE") = 7;
   m.attr("ROW_COEFFICIENTS") = ROW_COEFFICIENTS;
   m.attr("ROW_STATISTICS") = ROW_STATISTICS;
   m.attr("ROW_PARTIAL_SUMS") = ROW_PARTIAL_SUMS;

@@ -393,11 +393,15 @@ TNT_TILE void set_probabilities(const Real* z, Real* gradient, int64_t n, LoopCo
 // ------------------------------------------------------------------------------------------------------ the memory
 
 template <class Real>
-struct alignas(CACHE_LINE) Scratch {  // one per thread
-  explicit Scratch(int64_t vocab) { std::fill_n(mask, std::min<int64_t>(vocab, TILE), Real(0)); }
+struct alignas(CACHE_LINE) Scratch {
+  // One a thread, kept from call to call: to allocate it takes as long as a short row.
+  static Scratch& of_this_thread() {
+    static thread_local const auto scratch = std::make_unique<Scratch>();
+    return *scratch;
+  }
 
   alignas(CACHE_LINE) Real z[TILE], r[TILE], gradient[TILE];
-  alignas(CACHE_LINE) Real mask[TILE];           // all 0 between tiles, as far as there are columns
+  alignas(CACHE_LINE) Real mask[TILE] = {};      // all 0 between tiles
   std::vector<int32_t> ids;                      // the row's set, ascending
   std::vector<Real> set_z, set_r, set_gradient;  // their logits, gathered, and their gradients
 };
@@ -1034,15 +1038,19 @@ void run(const RowCall& p, int most_threads) {
   const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.vocab));
   const int threads = int(std::min<int64_t>(most_threads, (p.rows + block - 1) / block));
   std::atomic<int64_t> taken{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const auto scratch = std::make_unique<Scratch<Real>>(p.vocab);
-    Row<Logit, Gradient> row(p, shared_ids, *scratch);
+  const auto work = [&] {
+    Row<Logit, Gradient> row(p, shared_ids, Scratch<Real>::of_this_thread());
     for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
       next = taken.fetch_add(block);
       const int64_t end = std::min(begin + block, p.rows);
       for (int64_t i = begin; i < end; ++i) losses[size_t(i)] = row.run(i, i + 1 < end ? i + 1 : next, inverse);
     }
+  };
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    work();
+  } else {
+    work();  // a team of one takes as long to gather as a short row
   }
   if (p.reduction == Reduction::NONE || !p.loss) return;
   double total = 0;

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, F32, F64, MISSING, NAN, mixed_batch, run
+from oracle import BACKENDS, BF16, F16, F32, F64, MISSING, NAN, mixed_batch, run
 from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels import backends
+from tnt_kernels._rows.checks import are_usual, check_row_tensors
 
 N, V = 4, 9
 
@@ -295,6 +296,57 @@ def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cpu' cannot serve"):
         tnt.tnt_loss(**good())
     assert torch.equal(tnt.tnt_loss(**good(), backend="torch"), want)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_one_look_accepts_nothing_that_the_full_checks_would_refuse_or_change(cpu: str) -> None:
+    """Each argument in many forms beside good ones, and what most calls have is accepted."""
+    usual = {
+        "logits": [torch.randn(N, V, dtype=dtype) for dtype in (F32, BF16, F16)]
+        + [torch.randn(N, V, requires_grad=True), torch.randn(N, V + 3)[:, :V]],
+        "labels": [torch.arange(N), torch.arange(3 * N)[N : 2 * N]],
+        "weights": [None, torch.ones(N), torch.ones(2 * N)[N:]],
+    }
+    other: dict[str, list[Any]] = {
+        "logits": [
+            None, 1.0, [[1.0]], torch.randn(N, V).double(), torch.ones(N, V, dtype=torch.int64), torch.randn(V),
+            torch.randn(N, 1, V), torch.randn(V, N).T, torch.randn(N, 2 * V)[:, ::2], torch.randn(N, 0),
+            torch.randn(N, V).to(META), torch.randn(N, V).to_sparse(), torch.randn(N, V).as_subclass(Tagged),
+            torch.nn.Parameter(torch.randn(N, V)), torch.randn(N, V, dtype=torch.complex64),
+        ],
+        "labels": [
+            None, 3, torch.arange(N, dtype=torch.int32), torch.arange(N).float(), torch.arange(N + 1),
+            torch.arange(2 * N)[::2], torch.arange(N).to(META), torch.tensor(1), torch.arange(N)[:, None],
+            torch.arange(N).as_subclass(Tagged),
+        ],
+        "weights": [
+            1.0, torch.ones(N).double(), torch.ones(N, dtype=torch.int64), torch.ones(N, requires_grad=True),
+            torch.ones(2 * N)[::2], torch.ones(N + 1), torch.ones(N).to(META), torch.ones(N).as_subclass(Tagged),
+        ],
+    }  # fmt: skip
+    other["ref_logits"] = [*other["logits"][1:], torch.randn(N, V, requires_grad=True)]
+    plain: dict[str, Any] = {"alpha": 1.0, "negative_ids": None, "normalizer": None}
+
+    def look(**changed: Any) -> bool:
+        return are_usual(*{**tensors, **plain, **changed}.values())
+
+    for rows, labels, weights in itertools.product(*usual.values()):
+        reference = torch.randn_like(rows, requires_grad=False)
+        tensors = {"logits": rows, "ref_logits": reference, "labels": labels, "weights": weights}
+        assert look()
+        assert look(ref_logits=None)
+        for name in other:
+            for value in other[name]:
+                assert not look(**{name: value}), (name, value)
+        for name, value in itertools.product(plain, (1, torch.tensor(1.0), torch.arange(2))):
+            assert not look(**{name: value})
+        checked = check_row_tensors("logits", **tensors, **plain)
+        assert all(x is tensors.get(name) for name, x in checked._asdict().items())
+        for wrong in (reference[:, 1:], reference[1:], reference.to(F64)):
+            assert not look(ref_logits=wrong)
 
 
 def test_the_compiled_kernels_serve_cpu_tensors_only(cpu: str) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from oracle import DTYPES, identical, mixed_batch
+from shards import prepared
 from torch import nn
 
 import tnt_kernels as tnt
@@ -71,6 +75,42 @@ def test_the_fields_of_a_call_come_in_the_same_order_in_python_and_cpp(
 
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", record.__name__).upper()
     assert getattr(_C, f"{name}_FIELDS") == list(record._fields)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_are_read_alike_by_dlpack_and_by_attributes(
+    dtype: torch.dtype, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DLPack's exchange API, where PyTorch has it, tells of plain tensors; attributes tell of others."""
+    for shared, reduction in itertools.product((False, True), ("mean", "none")):
+        batch = mixed_batch(37, dtype)
+        ids = torch.tensor([3, 36, -1]) if shared else batch.options["negative_ids"]
+        batch = batch.with_options(negative_ids=ids, alpha=torch.tensor(2.0))
+        rows, real = len(batch.logits), _call.real_dtype(batch.logits)
+        logits = torch.zeros(rows, 50, dtype=dtype)[:, 5:42].copy_(batch.logits)
+        call = prepared(replace(batch, logits=logits), cpu, reduction)
+        shape = (rows,) if reduction == "none" else ()
+        results = []
+        for tagged in (False, True):
+
+            def read(x: Any, tagged: bool = tagged) -> Any:
+                return x.as_subclass(Tagged) if tagged and x is not None else x
+
+            loss, gradient = torch.empty(shape, dtype=real), torch.empty(rows, 41, dtype=dtype)
+            launch = _call.RowCall(
+                _call.Kind.FUSED, read(logits), _call.RowTensors(*map(read, call.tensors)), call.scalars, 0, 37,
+                loss=read(loss), gradient=read(gradient[:, :37]),
+            )  # fmt: skip
+            with monkeypatch.context() as patch:
+                if not tagged and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+                    patch.setattr(torch.Tensor, "data_ptr", None)
+                backends.BACKENDS[cpu].launch(launch)
+            results.append((loss, gradient[:, :37]))
+        assert identical(*results)
 
 
 def test_what_is_no_call_is_refused(cpu: str) -> None:

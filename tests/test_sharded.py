@@ -32,7 +32,13 @@ from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels._call import LossCall, RowTensors, Shard
-from tnt_kernels._operators import row_gradients, row_gradients_, row_losses, row_losses_
+from tnt_kernels._operators import (
+    new_losses,
+    row_gradients,
+    row_gradients_,
+    row_losses,
+    row_losses_,
+)
 from tnt_kernels._scalars import Scalars
 from tnt_kernels._sharded import agreement
 
@@ -374,7 +380,7 @@ def operators(rank: int, world: int) -> None:
         call = LossCall(tensors, scalars, "cpu", False, diagnostics, shard)
         for now, later in ((True, False), (False, True), (False, False)):
             check(row_losses, z, call, now, later)
-        check(row_losses_, z.clone(), call)
+        check(row_losses_, z.clone(), call, *new_losses(z, call))
         saved = row_losses.on(z)(z, call, False, True)[1 + diagnostics :]
         upstream = torch.rand(6 if reduction == "none" else ())
         check(row_gradients, z, call, saved, upstream)

@@ -11,7 +11,13 @@ from torch.autograd.function import once_differentiable
 from tnt_kernels._call import LossCall, RowTensors
 from tnt_kernels._linear.chunks import LinearScalars, LinearTensors
 from tnt_kernels._linear.operators import WantedGradients, linear_gradients, linear_losses
-from tnt_kernels._operators import row_gradients, row_gradients_, row_losses, row_losses_
+from tnt_kernels._operators import (
+    new_losses,
+    row_gradients,
+    row_gradients_,
+    row_losses,
+    row_losses_,
+)
 from tnt_kernels.backends import BACKENDS
 
 #: Whether the backward under way may come again (``retain_graph=True``).
@@ -47,27 +53,28 @@ class TNTLossFunction(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: LossCall) -> tuple[Tensor, ...]:
         deferred = call.scalars.reduction == "none" or logits.dtype is torch.float16
         if call.inplace and not deferred:
-            loss, *more = row_losses_.on(logits)(logits, call)
+            loss, diagnostics = new_losses(logits, call)
+            row_losses_.on(logits)(logits, call, loss, diagnostics)
             # A mutable schema leaves the counter as it was, for a compiler that traces this too. With it, autograd
             # raises where another operation had saved these logits for its own backward.
             torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits)
         else:
-            loss, *more = row_losses.on(logits)(logits, call, not deferred, deferred)
+            outputs = row_losses.on(logits)(logits, call, not deferred, deferred)
+            loss, diagnostics = outputs[0], outputs[1] if call.diagnostics else None
             if deferred:
-                saved = more[call.diagnostics :]
+                saved = outputs[1 + call.diagnostics :]
                 ctx.save_for_backward(logits, *_savable(*call.tensors), *saved)
                 ctx.scalars, ctx.shard = call.scalars, call.shard
             else:
-                gradient, *more = more
-                ctx.save_for_backward(gradient)
+                ctx.save_for_backward(outputs[-1])
         # Not the call itself, which would keep the reference's logits in memory.
         ctx.backend, ctx.inplace, ctx.deferred = call.backend, call.inplace, deferred
-        if not call.diagnostics:
+        if diagnostics is None:
             return (loss,)
-        ctx.mark_non_differentiable(more[0])
+        ctx.mark_non_differentiable(diagnostics)
         ctx.set_materialize_grads(False)
-        return loss, more[0]
+        return loss, diagnostics
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -121,7 +121,7 @@ def as_rows(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with dense rows: a view wherever one exists, else a copy."""
     if x.dim() != 2:
         x = x.flatten(0, -2) if x.dim() > 2 else x[None]
-    return x if x.stride(1) == 1 or x.size(1) <= 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 or x.size(1) <= 1 else x.contiguous()
 
 
 def active_rows(labels: Tensor, weights: Tensor | None, ignore_index: int) -> Tensor:

@@ -33,35 +33,42 @@ def _new_gradient(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _new_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
+def new_losses(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor | None]:
+    """Loss and, if they are wanted, diagnostics, with any values."""
     none, real = call.scalars.reduction == "none", real_dtype(logits)
-    outputs = [logits.new_empty(logits.shape[:-1] if none else (), dtype=real)]
+    loss = logits.new_empty(logits.shape[:-1] if none else (), dtype=real)
+    if not call.diagnostics:
+        return loss, None
+    return loss, logits.new_empty((ROW_DIAGNOSTICS, *logits.shape[:-1]), dtype=real)
+
+
+def _new_outputs(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
+    loss, diagnostics = new_losses(logits, call)
+    outputs = [loss] if diagnostics is None else [loss, diagnostics]
     if now:
         outputs.append(torch.empty_like(logits, memory_format=torch.contiguous_format))
-    if call.diagnostics:
-        outputs.append(logits.new_empty((ROW_DIAGNOSTICS, *logits.shape[:-1]), dtype=real))
-    if later and call.shard is not None:
+    elif later and call.shard is not None:
         outputs.extend(new_saved(logits, call, call.shard))
     elif later:
         shape = (call.tensors.labels.size(0), ROW_COEFFICIENTS)
-        outputs.append(logits.new_empty(shape, dtype=real))
+        outputs.append(loss.new_empty(shape))
     return outputs
 
 
-@operator(_new_losses)
+@operator(_new_outputs)
 def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
-    """[loss], the gradient if it is wanted now, diagnostics if they are wanted, and what a later gradient needs."""
+    """[loss], diagnostics if they are wanted, and the gradient ``now`` or what a ``later`` one needs, or neither."""
     shard = call.shard
-    outputs = _new_losses(logits, call, now, later and shard is None)
-    gradient = outputs[1] if now else None
-    diagnostics = outputs[1 + now] if call.diagnostics else None
+    outputs = _new_outputs(logits, call, now, later and shard is None)
+    diagnostics = outputs[1] if call.diagnostics else None
+    gradient = outputs[-1] if now else None
     if shard is not None:
         _agree(logits, call, shard)
         saved = write_losses(logits, call, shard, outputs[0], diagnostics, gradient)
         return [*outputs, *saved] if later else outputs
-    rows = logits
-    if logits.dim() != 2 or not logits.is_contiguous():
-        rows, gradient = as_rows(logits), None if gradient is None else as_rows(gradient)
+    rows = as_rows(logits)
+    if gradient is not None and rows is not logits:
+        gradient = as_rows(gradient)
     BACKENDS[call.backend].launch(
         RowCall(
             Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
@@ -71,18 +78,14 @@ def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[T
     return outputs
 
 
-def _new_losses_(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
-    # Two tensors in any case: a compiler takes no list from what writes to a tensor.
-    loss, *more = _new_losses(logits, call, now=False, later=False)
-    return loss, more[0] if more else loss.new_empty(0)
-
-
-@operator(_new_losses_, overwrites="logits")
-def row_losses_(logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
-    """Loss and diagnostics (empty unless they are wanted); the gradient lies where the logits were."""
+@operator(nothing, overwrites=("logits", "loss", "row_diagnostics"))
+def row_losses_(
+    logits: Tensor, call: LossCall, loss: Tensor, row_diagnostics: Tensor | None
+) -> None:
+    """Writes to what ``new_losses`` made; the gradient lies where the logits were."""
     if call.shard is not None:
         _agree(logits, call, call.shard)
-    return losses_into(logits, logits, call)
+    _write(logits, call, loss, row_diagnostics, logits)
 
 
 def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
@@ -92,16 +95,28 @@ def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
     agree(shard, logits.size(-1), logits.device, facts)
 
 
-def losses_into(gradient: Tensor | None, logits: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
-    """As ``row_losses_``; the gradient, if one is wanted, goes over the logits or elsewhere, perhaps in bfloat16.
+def losses_into(
+    gradient: Tensor | None, logits: Tensor, call: LossCall
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and diagnostics; the gradient, if one is wanted, goes over the logits or elsewhere, perhaps in bfloat16.
 
     No operator, because no compiler gets to see this. Ranks of a sharded vocabulary have agreed.
     """
-    outputs = _new_losses_(logits, call)
-    loss, diagnostics = outputs[0], outputs[1] if call.diagnostics else None
+    loss, diagnostics = new_losses(logits, call)
+    _write(logits, call, loss, diagnostics, gradient)
+    return loss, diagnostics
+
+
+def _write(
+    logits: Tensor,
+    call: LossCall,
+    loss: Tensor,
+    diagnostics: Tensor | None,
+    gradient: Tensor | None,
+) -> None:
     if call.shard is not None:
         write_losses(logits, call, call.shard, loss, diagnostics, gradient)
-        return outputs
+        return
     rows = as_rows(logits)
     if gradient is logits:
         check_no_overlap(rows, call.tensors.ref_logits)
@@ -114,7 +129,6 @@ def losses_into(gradient: Tensor | None, logits: Tensor, call: LossCall) -> tupl
             loss, diagnostics, None, gradient,
         )
     )  # fmt: skip
-    return outputs
 
 
 def _backward(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> RowCall:
@@ -137,7 +151,7 @@ def row_gradients(logits: Tensor, call: LossCall, saved: list[Tensor], upstream:
     return gradient
 
 
-@operator(nothing, overwrites="logits")
+@operator(nothing, overwrites=("logits",))
 def row_gradients_(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> None:
     """The gradient lies where the logits were."""
     launch = _backward(logits, call, saved, upstream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -188,8 +188,10 @@ def tnt_loss(
         )  # fmt: skip
         # Of a reference that no loss reads, nothing is looked at.
         reference = ref_logits if reads_reference else None
-        if not traced and are_usual(
-            logits, reference, labels, weights, alpha, negative_ids, normalizer
+        if (
+            reads_reference is (reference is not None)
+            and not traced
+            and are_usual(logits, reference, labels, weights, alpha, negative_ids, normalizer)
         ):
             tensors = RowTensors(reference, labels, weights, None, None, None)
         else:
@@ -214,7 +216,8 @@ def tnt_loss(
         outputs = row_losses.on(logits)(logits, call, False, False)
     if return_stats:
         return outputs[0], RowStats(*outputs[1].unbind())
-    return cast(Tensor, outputs[0])
+    loss: Tensor = outputs[0]
+    return loss
 
 
 def _check_logits(logits: Tensor, least: int) -> None:

@@ -290,8 +290,8 @@ class Chunks:
         positive, negative = map(_unless_it_reads, s.sides)
         return s._replace(positive_loss=positive, negative_loss=negative)
 
-    def losses(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Chunk after chunk: its rows' indices, their loss and diagnostics. Adds to the gradients."""
+    def losses(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Chunk after chunk: its rows' indices, their loss, diagnostics if they are wanted. Adds to the gradients."""
         gradients = self._gradients
         for i, (group, index) in enumerate(self._chunks):
             with self._joins(self._chunks[i:]):

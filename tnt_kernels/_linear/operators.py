@@ -106,7 +106,7 @@ def linear_losses(
                 loss.index_copy_(0, index, chunk_loss)
             else:
                 loss += chunk_loss
-            if diagnostics is not None:
+            if diagnostics is not None and chunk_diagnostics is not None:
                 diagnostics.index_copy_(1, index, chunk_diagnostics)
         if linear.max_active_rows is not None:
             loss = _nan_beyond(loss, count, linear.max_active_rows)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+import tnt_kernels.backends.native as native
 from tnt_kernels._call import RowTensors, as_rows, real_dtype
 
-_USUAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WITHOUT = {"logits": "logits without V", "hidden": "hidden without H"}
 _WHERE = {"logits": "where logits are", "hidden": "where hidden is"}
 
@@ -28,32 +28,13 @@ def are_usual(
     """Whether these pass all checks as they are: rows (N, V) on a CPU, of the dtypes that most calls have.
 
     It is one look in place of many, for calls in which nothing takes time but Python. False says nothing: the full
-    checks then decide.
+    checks then decide. The compiled module has the look; without it, the answer is False.
     """
-    return (
-        type(logits) is type(ref_logits) is type(labels) is type(weights) is Tensor
-        and type(alpha) is float
-        and negative_ids is None
-        and normalizer is None
-        and logits.is_cpu
-        and ref_logits.is_cpu
-        and labels.is_cpu
-        and weights.is_cpu
-        and logits.dtype is ref_logits.dtype
-        and logits.dtype in _USUAL_DTYPES
-        and labels.dtype is torch.int64
-        and weights.dtype is torch.float32
-        and len(shape := logits.shape) == 2
-        and shape[1] > 0
-        and shape == ref_logits.shape
-        and labels.shape == weights.shape == (shape[0],)
-        and ref_logits.is_contiguous()
-        and labels.is_contiguous()
-        and weights.is_contiguous()
-        and not ref_logits.requires_grad
-        and not weights.requires_grad
-        and not is_functorch_wrapped_tensor(logits)
-    )
+    return False
+
+
+if native.module is not None:
+    are_usual = native.module.are_usual
 
 
 def check_row_tensors(

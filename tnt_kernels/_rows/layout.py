@@ -21,28 +21,27 @@ def has_dense_rows(x: Tensor) -> bool:
     return True
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two (N, V) tensors with dense rows share memory. Rows that interleave do not."""
-    if a.numel() == 0:
-        return False
-    span_a, span_b = ((x.size(0) - 1) * x.stride(0) + x.size(1) for x in (a, b))
-    distance = (b.data_ptr() - a.data_ptr()) // a.element_size()
-    if distance >= span_a or -distance >= span_b:
-        return False
-    pitch, columns = a.stride(0), a.size(1)
-    interleaved = (
-        a.size(0) > 1 and pitch == b.stride(0) and columns <= distance % pitch <= pitch - columns
-    )
-    return not interleaved
-
-
-def check_no_overlap(rows: Tensor, ref_rows: Tensor | None) -> None:
-    """Of (N, V) logits that the gradient is to be written over.
+def check_no_overlap(a: Tensor, b: Tensor | None) -> None:
+    """Of (N, V) logits ``a`` that the gradient is to be written over, and their reference. Rows may interleave.
 
     Raises:
-        ValueError: the reference shares their memory.
+        ValueError: they share memory.
     """
-    if ref_rows is not None and _overlap(rows, ref_rows):
+    if b is None:
+        return
+    distance = b.data_ptr() - a.data_ptr()
+    first = a if distance >= 0 else b
+    distance = abs(distance)
+    if distance >= first.nbytes and first.is_contiguous():
+        return
+    (rows, columns), pitch = first.shape, first.stride(0)
+    distance //= a.element_size()
+    if distance >= (rows - 1) * pitch + columns or first.numel() == 0:
+        return
+    interleaved = (
+        rows > 1 and a.stride(0) == b.stride(0) and columns <= distance % pitch <= pitch - columns
+    )
+    if not interleaved:
         raise ValueError(
             "inplace: logits and ref_logits share memory, expected separate storage "
             "(the gradient would be written over the reference)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -86,7 +86,9 @@ def _records(parameters: Iterable[_Parameter], flat: Iterator[Any]) -> list[Any]
     return found
 
 
-def _schema(function: Callable[..., Any], parameters: list[_Parameter], overwrites: str) -> str:
+def _schema(
+    function: Callable[..., Any], parameters: list[_Parameter], overwrites: Sequence[str]
+) -> str:
     """In PyTorch's words."""
 
     def prototype() -> None: ...
@@ -96,8 +98,7 @@ def _schema(function: Callable[..., Any], parameters: list[_Parameter], overwrit
         [inspect.Parameter(x.name, kind, annotation=_known(x.hint)) for x in _plain(parameters)],
         return_annotation=_known(typing.get_type_hints(function)["return"]),
     )
-    mutated = [overwrites] if overwrites else []
-    return torch.library.infer_schema(prototype, mutates_args=mutated)
+    return torch.library.infer_schema(prototype, mutates_args=overwrites)
 
 
 def _known(hint: Any) -> Any:
@@ -116,11 +117,11 @@ class Operator(Generic[P, R]):
     Args:
         function: computes. Its arguments are given by position.
         traced: its outputs for a compiler that traces it: of the right shape and dtype, with any values.
-        overwrites: the name of the tensor that the function writes to.
+        overwrites: the names of the tensors that the function writes to.
     """
 
     def __init__(
-        self, function: Callable[P, R], traced: Callable[..., R], overwrites: str = ""
+        self, function: Callable[P, R], traced: Callable[..., R], overwrites: Sequence[str] = ()
     ) -> None:
         name = function.__name__
         self._function, self._parameters = function, _parameters(function)
@@ -157,7 +158,7 @@ class Operator(Generic[P, R]):
 
 
 def operator(
-    traced: Callable[..., R], *, overwrites: str = ""
+    traced: Callable[..., R], *, overwrites: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Makes an :class:`Operator` of a function."""
     return lambda function: Operator(function, traced, overwrites)

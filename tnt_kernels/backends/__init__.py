@@ -15,9 +15,8 @@ from tnt_kernels.backends.protocol import Backend
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": torch_backend}
 #: ``os.environ`` takes 5 µs of a call to say that a variable is not there: its own dictionary is asked first.
-_ENVIRON = os.environ
-_ENVIRONMENT: dict[object, object] = _ENVIRON._data  # type: ignore[attr-defined]
-_VARIABLE = _ENVIRON.encodekey("TNT_KERNELS_BACKEND")
+_ENVIRONMENT: dict[object, object] = os.environ._data  # type: ignore[attr-defined]
+_VARIABLE = os.environ.encodekey("TNT_KERNELS_BACKEND")
 
 
 def availability() -> dict[str, str]:
@@ -33,7 +32,7 @@ def select(logits: Tensor, requested: str | None, scalars: Scalars, sharded: boo
         RuntimeError: a requested backend that cannot serve these logits.
     """
     source = "backend"
-    if requested is None and (_VARIABLE in _ENVIRONMENT or os.environ is not _ENVIRON):
+    if requested is None and _VARIABLE in _ENVIRONMENT:
         requested = os.environ.get("TNT_KERNELS_BACKEND") or None
         source = "TNT_KERNELS_BACKEND"
     if requested is None:
