@@ -5,8 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "call.h"
 
@@ -44,7 +42,15 @@ struct DataType {
     return code == other.code && bits == other.bits && lanes == other.lanes;
   }
 };
-constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;
+
+// Of PyTorch's dtypes from 16 bits on: float32, bfloat16, int64. Narrower ones have codes that no name tells.
+constexpr DataType dtype(const char* name) {
+  const uint8_t code = *name == 'b' ? 4 : *name == 'f' ? 2 : 0;  // kDLBfloat, kDLFloat, kDLInt
+  uint8_t bits = 0;
+  for (; *name; ++name)
+    if ('0' <= *name && *name <= '9') bits = static_cast<uint8_t>(10 * bits + (*name - '0'));
+  return {code, bits, 1};
+}
 
 struct Tensor {
   void* data;
@@ -69,10 +75,13 @@ struct ExchangeApi {
 struct PyTorch {
   PyObject* tensor_type;
   const dlpack::ExchangeApi* api;  // null where there is none
-  struct {
-    dlpack::DataType type;
-    PyObject* object;  // PyTorch's dtypes are objects, one of each
-  } dtypes[5];         // those of DType, then int64
+#define TNT_ONE(...) +1
+  static constexpr int INT64 = 0 TNT_DTYPES(TNT_ONE);  // beside the values of DType
+#undef TNT_ONE
+  PyObject* dtypes[INT64 + 1];  // PyTorch's are objects, one of each
+#define TNT_DTYPE(name, torch_name) dlpack::dtype(#torch_name),
+  static constexpr dlpack::DataType dlpack_dtypes[] = {TNT_DTYPES(TNT_DTYPE) dlpack::dtype("int64")};
+#undef TNT_DTYPE
 
   static const PyTorch& get() {
     static pybind11::gil_safe_call_once_and_store<PyTorch> storage;
@@ -81,24 +90,19 @@ struct PyTorch {
 
  private:
   static PyTorch load() {
-    using namespace dlpack;
     const pybind11::module_ torch = pybind11::module_::import("torch");
     const auto kept = [&](const char* name) { return pybind11::object(torch.attr(name)).release().ptr(); };
-    PyObject* const tensor = kept("Tensor");
-    const ExchangeApi* api = nullptr;
-    if (pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) {
-      const pybind11::object capsule = pybind11::handle(tensor).attr("__dlpack_c_exchange_api__");
-      api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-      if (!api) throw pybind11::error_already_set();
-      if (api->major != MAJOR_VERSION || !api->read) api = nullptr;
-    }
-    return {tensor,
-            api,
-            {{{FLOAT, 32, 1}, kept("float32")},
-             {{BFLOAT, 16, 1}, kept("bfloat16")},
-             {{FLOAT, 16, 1}, kept("float16")},
-             {{FLOAT, 64, 1}, kept("float64")},
-             {{INT, 64, 1}, kept("int64")}}};
+#define TNT_DTYPE(name, torch_name) kept(#torch_name),
+    PyTorch found{kept("Tensor"), nullptr, {TNT_DTYPES(TNT_DTYPE) kept("int64")}};
+#undef TNT_DTYPE
+    const pybind11::handle tensor = found.tensor_type;
+    if (!pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) return found;
+    const pybind11::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    const void* const pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!pointer) throw pybind11::error_already_set();
+    const auto* const api = static_cast<const dlpack::ExchangeApi*>(pointer);
+    if (api->major == dlpack::MAJOR_VERSION && api->read) found.api = api;
+    return found;
   }
 };
 
@@ -106,12 +110,12 @@ struct PyTorch {
 // Older versions of PyTorch, and subclasses, which may have changed what DLPack would tell, are asked for attributes.
 class Tensor {
  public:
-  static constexpr int INT64 = 4;  // beside the values of DType
+  static constexpr int INT64 = PyTorch::INT64;
 
   explicit Tensor(pybind11::handle tensor) : tensor_(tensor) {
     const PyTorch& torch = PyTorch::get();
-    told_ = torch.api && is_plain();
-    if (told_ && torch.api->read(tensor.ptr(), &told_of_) != 0) throw pybind11::error_already_set();
+    has_dlpack_ = torch.api && is_plain();
+    if (has_dlpack_ && torch.api->read(tensor.ptr(), &dlpack_) != 0) throw pybind11::error_already_set();
   }
 
   bool is_none() const { return tensor_.is_none(); }
@@ -119,7 +123,7 @@ class Tensor {
 
   void* data() const {
     if (is_none()) return nullptr;
-    if (told_) return static_cast<char*>(told_of_.data) + told_of_.byte_offset;
+    if (has_dlpack_) return static_cast<char*>(dlpack_.data) + dlpack_.byte_offset;
     const pybind11::object value = owned(PyObject_CallMethodNoArgs(tensor_.ptr(), TNT_NAME("data_ptr")));
     void* const data = PyLong_AsVoidPtr(value.ptr());
     if (!data && PyErr_Occurred()) throw pybind11::error_already_set();
@@ -127,26 +131,26 @@ class Tensor {
   }
 
   int dimensions() const {
-    return told_ ? told_of_.ndim : static_cast<int>(PyTuple_GET_SIZE(attribute(TNT_NAME("shape")).ptr()));
+    return has_dlpack_ ? dlpack_.ndim : static_cast<int>(PyTuple_GET_SIZE(attribute(TNT_NAME("shape")).ptr()));
   }
   int64_t size(int dimension) const {
-    return told_ ? told_of_.shape[dimension] : entry(attribute(TNT_NAME("shape")), dimension);
+    return has_dlpack_ ? dlpack_.shape[dimension] : entry(attribute(TNT_NAME("shape")), dimension);
   }
   int64_t stride(int dimension) const {
-    if (told_) return told_of_.strides[dimension];
+    if (has_dlpack_) return dlpack_.strides[dimension];
     return entry(owned(PyObject_CallMethodNoArgs(tensor_.ptr(), TNT_NAME("stride"))), dimension);
   }
 
   // A value of DType, INT64, or -1 for any other.
   int dtype() const {
     const PyTorch& torch = PyTorch::get();
-    const pybind11::object object = told_ ? pybind11::object() : attribute(TNT_NAME("dtype"));
+    const pybind11::object object = has_dlpack_ ? pybind11::object() : attribute(TNT_NAME("dtype"));
     for (int i = 0; i <= INT64; ++i)
-      if (told_ ? torch.dtypes[i].type == told_of_.dtype : torch.dtypes[i].object == object.ptr()) return i;
+      if (has_dlpack_ ? torch.dlpack_dtypes[i] == dlpack_.dtype : torch.dtypes[i] == object.ptr()) return i;
     return -1;
   }
 
-  bool is_on_cpu() const { return told_ ? told_of_.device_type == dlpack::CPU : is_true(TNT_NAME("is_cpu")); }
+  bool is_on_cpu() const { return has_dlpack_ ? dlpack_.device_type == dlpack::CPU : is_true(TNT_NAME("is_cpu")); }
   bool requires_grad() const { return is_true(TNT_NAME("requires_grad")); }
 
  private:
@@ -155,8 +159,8 @@ class Tensor {
   static int64_t entry(const pybind11::object& tuple, int at) { return integer(PyTuple_GET_ITEM(tuple.ptr(), at)); }
 
   pybind11::handle tensor_;
-  bool told_;
-  dlpack::Tensor told_of_;
+  bool has_dlpack_;
+  dlpack::Tensor dlpack_;
 };
 
 }  // namespace tnt

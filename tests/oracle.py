@@ -69,6 +69,10 @@ class Batch:
         return replace(self, options={**self.options, **options})
 
 
+class Tagged(Tensor):
+    """A subclass that changes nothing."""
+
+
 def on_gpu(batch: Batch) -> Batch:
     def move(x: object) -> object:
         return x.cuda() if isinstance(x, Tensor) else x

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, BF16, F16, F32, F64, MISSING, NAN, mixed_batch, run
+from oracle import BACKENDS, BF16, F16, F32, F64, MISSING, NAN, Tagged, mixed_batch, run
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -296,10 +296,6 @@ def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"^TNT_KERNELS_BACKEND='cpu' cannot serve"):
         tnt.tnt_loss(**good())
     assert torch.equal(tnt.tnt_loss(**good(), backend="torch"), want)
-
-
-class Tagged(torch.Tensor):
-    """A subclass that changes nothing."""
 
 
 def test_one_look_accepts_nothing_that_the_full_checks_would_refuse_or_change(cpu: str) -> None:

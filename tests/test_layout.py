@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import DTYPES, identical, mixed_batch
+from oracle import DTYPES, Tagged, identical, mixed_batch
 from shards import prepared
 from torch import nn
 
@@ -75,10 +75,6 @@ def test_the_fields_of_a_call_come_in_the_same_order_in_python_and_cpp(
 
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", record.__name__).upper()
     assert getattr(_C, f"{name}_FIELDS") == list(record._fields)
-
-
-class Tagged(torch.Tensor):
-    """A subclass that changes nothing."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,24 +58,14 @@ def _new_outputs(logits: Tensor, call: LossCall, now: bool, later: bool) -> list
 @operator(_new_outputs)
 def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[Tensor]:
     """[loss], diagnostics if they are wanted, and the gradient ``now`` or what a ``later`` one needs, or neither."""
-    shard = call.shard
-    outputs = _new_outputs(logits, call, now, later and shard is None)
+    whole = call.shard is None
+    outputs = _new_outputs(logits, call, now, later and whole)
     diagnostics = outputs[1] if call.diagnostics else None
-    gradient = outputs[-1] if now else None
-    if shard is not None:
-        _agree(logits, call, shard)
-        saved = write_losses(logits, call, shard, outputs[0], diagnostics, gradient)
-        return [*outputs, *saved] if later else outputs
-    rows = as_rows(logits)
-    if gradient is not None and rows is not logits:
-        gradient = as_rows(gradient)
-    BACKENDS[call.backend].launch(
-        RowCall(
-            Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
-            outputs[0], diagnostics, outputs[-1] if later else None, gradient,
-        )
-    )  # fmt: skip
-    return outputs
+    gradient, coefficients = outputs[-1] if now else None, outputs[-1] if later and whole else None
+    if call.shard is not None:
+        _agree(logits, call, call.shard)
+    saved = _write(logits, call, outputs[0], diagnostics, gradient, coefficients)
+    return [*outputs, *saved] if later else outputs
 
 
 @operator(nothing, overwrites=("logits", "loss", "row_diagnostics"))
@@ -113,10 +103,11 @@ def _write(
     loss: Tensor,
     diagnostics: Tensor | None,
     gradient: Tensor | None,
-) -> None:
+    coefficients: Tensor | None = None,
+) -> list[Tensor]:
+    """Writes what is given. Returns what a later gradient of a sharded vocabulary needs."""
     if call.shard is not None:
-        write_losses(logits, call, call.shard, loss, diagnostics, gradient)
-        return
+        return write_losses(logits, call, call.shard, loss, diagnostics, gradient)
     rows = as_rows(logits)
     if gradient is logits:
         check_no_overlap(rows, call.tensors.ref_logits)
@@ -126,9 +117,10 @@ def _write(
     BACKENDS[call.backend].launch(
         RowCall(
             Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
-            loss, diagnostics, None, gradient,
+            loss, diagnostics, coefficients, gradient,
         )
     )  # fmt: skip
+    return []
 
 
 def _backward(logits: Tensor, call: LossCall, saved: list[Tensor], upstream: Tensor) -> RowCall:

@@ -32,7 +32,9 @@ def check_no_overlap(a: Tensor, b: Tensor | None) -> None:
     distance = b.data_ptr() - a.data_ptr()
     first = a if distance >= 0 else b
     distance = abs(distance)
-    if distance >= first.nbytes and first.is_contiguous():
+    if (
+        distance >= first.nbytes and first.is_contiguous()
+    ):  # sooner known than the rest: 1 µs of a small call
         return
     (rows, columns), pitch = first.shape, first.stride(0)
     distance //= a.element_size()
