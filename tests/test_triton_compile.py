@@ -24,6 +24,8 @@ triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
+from tnt_kernels.backends.triton.row_math import Factors  # noqa: E402
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -90,6 +92,10 @@ KL_CASES = [(a, v) for a in ARCHITECTURES for v in (KL_VARIANTS if a == "sm_90" 
 CASES = [(a, v) for a in ARCHITECTURES for v in (VARIANTS if a == "sm_90" else EVERYWHERE)]
 
 
+#: As a mean has it, whose α is a number.
+FACTORS = Factors("constexpr", "i32", "fp32", "*fp32")
+
+
 def compiled(architecture: str, variant: Variant) -> Any:
     from tnt_kernels.backends.triton.kernels import row_kernel
 
@@ -114,7 +120,6 @@ def compiled(architecture: str, variant: Variant) -> Any:
     }
     present = {
         "ref_logits": objective.reads_reference,
-        "alpha": False,
         "ids": variant.ids > 0,
         "id_map": variant.ids == 2,
         "losses": kind in (Kind.FUSED, Kind.FINISH),
@@ -135,11 +140,11 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "labels": "*i64",
         **dict.fromkeys(("ids", "left"), "*i32"),
         "id_map": "*i8",
-        **dict.fromkeys(("alpha_value", "eps", "nl_floor", "scale", "inverse_t"), "fp32"),
+        **dict.fromkeys(("eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
             (
-                "weights", "alpha", "factors", "losses", "diagnostics", "saved", "upstream", "statistics", "gathered",
-                "partial_sums", "total_sums",
+                "weights", "losses", "diagnostics", "saved", "upstream", "statistics", "gathered", "partial_sums",
+                "total_sums",
             ),
             "*fp32",
         ),
@@ -147,8 +152,12 @@ def compiled(architecture: str, variant: Variant) -> Any:
     divisible = (
         {"logits_stride", "ref_stride", "gradient_stride", "vocab"} if variant.aligned else set()
     )
-    signature, attributes = {}, {}
+    signature: dict[str, Any] = {}
+    attributes = {}
     for i, name in enumerate(row_kernel.arg_names):
+        if name == "factors":
+            signature[name] = FACTORS
+            continue
         if not present.get(name, True):
             constants[name] = None
         signature[name] = "constexpr" if name in constants else types.get(name, "i32")
@@ -177,7 +186,6 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "CHUNK": 64,
         "EVEN": variant.aligned,
         "ALIKE": True,
-        "alpha": None,
     }
     if not variant.gradient:
         constants["gradient"] = None
@@ -189,24 +197,25 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "labels": "*i64",
         "bits": "*u8",
         **dict.fromkeys(("ids", "left"), "*i32"),
-        **dict.fromkeys(("alpha_value", "eps", "scale", "inverse_t"), "fp32"),
-        **dict.fromkeys(("weights", "factors", "losses"), "*fp32"),
+        **dict.fromkeys(("eps", "scale", "inverse_t"), "fp32"),
+        **dict.fromkeys(("weights", "losses"), "*fp32"),
     }
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kl_kernel.arg_names
     }
+    signature["factors"] = FACTORS
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kl_kernel.arg_names)
-        if signature[name].startswith("*") and name not in ("logits", "ref_logits", "gradient")
+        if str(signature[name]).startswith("*") and name not in ("logits", "ref_logits", "gradient")
     }
     return build(kl_kernel, signature, constants, attributes, config, architecture), config
 
 
 def build(
     kernel: Any,
-    signature: dict[str, str],
+    signature: dict[str, Any],
     constants: dict[str, Any],
     attributes: dict[tuple[int], list[list[Any]]],
     config: RowConfig,
@@ -219,7 +228,8 @@ def build(
     target = (
         GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     )
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    alpha = kernel.arg_names.index("factors"), Factors._fields.index("alpha")
+    source = ASTSource(kernel, signature, constexprs={**constants, alpha: None}, attrs=attributes)
     return triton.compile(source, target=target, options=backend.options(config, architecture))
 
 

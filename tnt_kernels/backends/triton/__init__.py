@@ -9,7 +9,7 @@ import math
 import os
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
 from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, row_config
 
+if TYPE_CHECKING:
+    from tnt_kernels.backends.triton.row_math import Factors
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FACTOR_BLOCK = 1024
+_SUM_BLOCK = 1024
 _LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
 _IDS_AT_ONCE = 1024  # of a row, by the program that works on it
 _IDS_MARKED = 128  # by a program
@@ -128,34 +131,45 @@ def launch(call: RowCall, config: RowConfig | None = None) -> None:
     if call.is_first:  # for a simulation on a CPU; a GPU's tensors are not looked at
         check_indices(t.labels, t.weights, t.negative_ids, call.vocab_size, s.ignore_index)
     with _on(logits.device):
-        factor = _mean_factor(call)
+        factors = _factors(call)
         row_losses = call.loss
         sums_losses = call.loss is not None and s.reduction != "none"
         if sums_losses:
             row_losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         if len(logits):
-            _launch_rows(call, row_losses, factor, config)
+            _launch_rows(call, row_losses, factors, config)
         if sums_losses:
             _kernels().sum_kernel[(1,)](
-                row_losses, factor, call.loss, len(logits), BLOCK=_FACTOR_BLOCK
+                row_losses, factors.inverse_normalizer, call.loss, len(logits), BLOCK=_SUM_BLOCK
             )
 
 
-def _mean_factor(call: RowCall) -> Tensor | None:
-    """(1,) float32: 1 / normaliser, computed on the device, for which nobody waits; None where no factor is needed.
+def _inverse_normalizer(call: RowCall) -> Tensor | None:
+    """(1,) float32, computed on the device, for which nobody waits; None where nothing is to be divided.
 
     Statistics are of the logits alone, and a row's coefficients hold the factor already.
     """
     t, s = call.tensors, call.scalars
     if s.reduction != "mean" or call.kind in (Kind.STATISTICS, Kind.BACKWARD):
         return None
-    factor = torch.empty(1, dtype=torch.float32, device=call.logits.device)
+    inverse = torch.empty(1, dtype=torch.float32, device=call.logits.device)
     given = t.normalizer is not None or s.normalizer_value is not None
-    _kernels().factor_kernel[(1,)](
-        t.labels, t.weights, t.normalizer, s.normalizer_value or 0.0, factor, len(call.logits), s.ignore_index,
-        COUNT=not given, BLOCK=_FACTOR_BLOCK,
+    _kernels().inverse_normalizer_kernel[(1,)](
+        t.labels, t.weights, t.normalizer, s.normalizer_value or 0.0, inverse, len(call.logits), s.ignore_index,
+        COUNT=not given, BLOCK=_SUM_BLOCK,
     )  # fmt: skip
-    return factor
+    return inverse
+
+
+def _factors(call: RowCall) -> Factors:
+    alpha = call.tensors.alpha
+    factors: Factors = _kernels().Factors(
+        alpha=alpha,
+        alpha_stride=0 if alpha is None or alpha.numel() == 1 else alpha.stride(0),
+        alpha_value=float(call.scalars.alpha_value),
+        inverse_normalizer=_inverse_normalizer(call),
+    )
+    return factors
 
 
 def _kind(call: RowCall) -> RowKind:
@@ -178,7 +192,7 @@ def _alike(x: Tensor, y: Tensor, group: int) -> bool:
 
 
 def _launch_rows(
-    call: RowCall, row_losses: Tensor | None, factor: Tensor | None, config: RowConfig | None
+    call: RowCall, row_losses: Tensor | None, factors: Factors, config: RowConfig | None
 ) -> None:
     ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
     kind, gradient = _kind(call), call.gradient is not None
@@ -190,23 +204,23 @@ def _launch_rows(
         )  # fmt: skip
     left = None
     if kind == "KL":
-        left = _launch_kl(call, ids, row_losses, factor, config)
+        left = _launch_kl(call, ids, row_losses, factors, config)
         # The search for rows that were left takes registers, as ids do.
         config = measured_config(columns, itemsize, kind="two rows", gradient=gradient, ids=True)
-    _launch_row_kernel(call, ids, row_losses, factor, config, left)
+    _launch_row_kernel(call, ids, row_losses, factors, config, left)
 
 
 def _launch_kl(
     call: RowCall,
     ids: _NegativeIds,
     row_losses: Tensor | None,
-    factor: Tensor | None,
+    factors: Factors,
     config: RowConfig,
 ) -> Tensor:
     """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
-    ref_logits, alpha, gradient = t.ref_logits, t.alpha, call.gradient
+    ref_logits, gradient = t.ref_logits, call.gradient
     assert ref_logits is not None
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
     group = 16 // logits.element_size()
@@ -217,9 +231,8 @@ def _launch_kl(
     )
     bits = _bits(logits, ids)
     _kernels().kl_kernel[(rows,)](
-        logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights,
-        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
-        ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), factor, vocab,
+        logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights, factors,
+        ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), vocab,
         float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
         rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
@@ -279,20 +292,18 @@ def _launch_row_kernel(
     call: RowCall,
     ids: _NegativeIds,
     row_losses: Tensor | None,
-    factor: Tensor | None,
+    factors: Factors,
     config: RowConfig,
     left: Tensor | None,
 ) -> None:
     """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
-    ref_logits, alpha, gathered, upstream = t.ref_logits, t.alpha, call.gathered, call.upstream
+    ref_logits, gathered, upstream = t.ref_logits, call.gathered, call.upstream
     writes_gradient = call.gradient is not None
     _kernels().row_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
-        alpha, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0), float(s.alpha_value),
-        ids.ascending, ids.stride, ids.length, ids.id_map,
-        factor, rows, vocab, call.vocab_offset, call.vocab_size,
+        factors, ids.ascending, ids.stride, ids.length, ids.id_map, rows, vocab, call.vocab_offset, call.vocab_size,
         float(s.eps), -math.inf if s.nl_floor is None else float(s.nl_floor),
         math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, call.diagnostics, call.coefficients,

@@ -45,8 +45,10 @@ from tnt_kernels.backends.triton.row_math import (
     log_odds,
     merge,
     reverse_kl_element,
+    row_factors,
     share,
 )  # fmt: skip
+from tnt_kernels.backends.triton.row_math import Factors as Factors
 
 # What a launch does.
 FUSED = tl.constexpr(int(Kind.FUSED))
@@ -593,7 +595,7 @@ def _diagnose(
 
 @triton.jit
 def _run(
-    row, index, rows, row_weight, factor, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, diagnostics,
+    row, index, rows, row_factor, scale, set_size, ids_here, invalid, vocab_size, eps, nl_floor, losses, diagnostics,
     saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums, total_sums,
     LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr,
     KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
@@ -603,10 +605,10 @@ def _run(
     ENTROPY: tl.constexpr = diagnostics is not None
     SMOOTH: tl.constexpr = UNIFORM and PAIR
     ONE_READ: tl.constexpr = KIND == FUSED and PAIR and not GRADIENT and not UNIFORM
-    nothing = row_weight == 0.0
+    nothing = row_factor == 0.0
     if LOSS == NONE:
-        nothing = row_weight == row_weight
-    scale = tl.where(nothing, 0.0, row_weight * factor * row.inverse_t)
+        nothing = row_factor == row_factor
+    scale = tl.where(nothing, 0.0, scale)
     partial = row.log_kappa < 0.0
 
     if KIND == BACKWARD:
@@ -771,7 +773,7 @@ def _run(
                     ),
                 )
             if losses is not None:
-                tl.store(losses + index, tl.where(nothing & (invalid == 0), 0.0, row_weight * loss))
+                tl.store(losses + index, tl.where(nothing & (invalid == 0), 0.0, row_factor * loss))
             if diagnostics is not None:
                 if KIND == FUSED or KIND == FINISH:
                     _diagnose(
@@ -793,10 +795,10 @@ def _run(
 
 @triton.jit
 def _row(
-    index, logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
-    ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t,
-    ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics,
-    gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+    index, logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, id_map,
+    rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
+    gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums,
+    total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
@@ -811,9 +813,6 @@ def _row(
     r_row = z_row
     if ref_logits is not None:
         r_row = ref_logits + index * ref_stride
-    factor = 1.0
-    if factors is not None:
-        factor = tl.load(factors)
     id_row = labels
     if IDS != NO_IDS:
         id_row = ids + index * ids_stride
@@ -862,22 +861,18 @@ def _row(
         column = (tl.where(invalid, 0, label) - vocab_offset).to(tl.int32)
         here = (column >= 0) & (column < vocab)
         pushed = (weight < 0.0) & (among == 0)
+        row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
         if negative:
             KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
             in_part = pushed & (weight > -1.0) & KL
             own = pushed & (in_part == 0)
-            row_weight = alpha_value
-            if alpha is not None:
-                row_weight = tl.load(alpha + index * alpha_stride)
-            if NEGATIVE == UNLIKELIHOOD or NEGATIVE == NEGATIVE_LIKELIHOOD:
-                row_weight *= tl.where(weight < 0.0, -weight, 1.0)
             row = Row(
                 z_row, r_row, g_row, vocab, vocab_offset, tl.where(own & here, column, -1),
                 tl.where(in_part & here, column, -1), tl.where(in_part, _log1p(weight + 0.0), 0.0), id_row, ids_count,
                 maps, scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, index, rows, row_weight, factor, set_size + tl.where(own, 1.0, 0.0), ids_here, invalid,
+                row, index, rows, row_factor, factor, set_size + tl.where(own, 1.0, 0.0), ids_here, invalid,
                 vocab_size, eps, nl_floor, losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered,
                 gathered_stride, shards, partial_sums, total_sums, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK,
                 STAGES, SHARDS,
@@ -889,7 +884,7 @@ def _row(
                 inverse_t,
             )  # fmt: skip
             _run(
-                row, index, rows, weight + 0.0, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor,
+                row, index, rows, row_factor, factor, 0.0 * scale, 0.0 * scale, invalid, vocab_size, eps, nl_floor,
                 losses, diagnostics, saved, upstream, upstream_stride, statistics, gathered, gathered_stride, shards,
                 partial_sums, total_sums, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, STAGES, SHARDS,
             )  # fmt: skip
@@ -898,7 +893,6 @@ def _row(
 @triton.jit(
     do_not_specialize=[
         "rows",
-        "alpha_stride",
         "ids_stride",
         "ids_count",
         "ignore_index",
@@ -907,14 +901,13 @@ def _row(
     ]
 )
 def row_kernel(
-    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-    ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index,
-    losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-    gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
-    UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, SHARDS: tl.constexpr,
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, id_map, rows,
+    vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
+    gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums,
+    total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, UNIFORM: tl.constexpr, IDS: tl.constexpr,
+    KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T.
+    """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T, ``factors`` a ``Factors``.
 
     ``left``, where it is given, says which rows are wanted: those that ``kl_kernel`` left. A program then looks at
     many rows, of which few are.
@@ -922,11 +915,11 @@ def row_kernel(
     if left is None:
         _row(
             tl.program_id(0).to(tl.int64),
-            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids,
-            ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale,
-            inverse_t, ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride,
-            statistics, gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS,
-            KIND, GRADIENT, BLOCK, STAGES, SHARDS,
+            logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count,
+            id_map, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses,
+            diagnostics, saved, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
+            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, BLOCK,
+            STAGES, SHARDS,
         )  # fmt: skip
     else:
         program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -938,12 +931,11 @@ def row_kernel(
                     if tl.load(left + index, mask=index < rows, other=0) > 0:
                         _row(
                             index,
-                            logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride,
-                            alpha_value, ids, ids_stride, ids_count, id_map, factors, rows, vocab, vocab_offset,
-                            vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
-                            gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
-                            shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, BLOCK,
-                            STAGES, SHARDS,
+                            logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride,
+                            ids_count, id_map, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t,
+                            ignore_index, losses, diagnostics, saved, gradient, gradient_stride, upstream,
+                            upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums, total_sums,
+                            POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, BLOCK, STAGES, SHARDS,
                         )  # fmt: skip
 
 
@@ -951,7 +943,7 @@ def row_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
-def factor_kernel(
+def inverse_normalizer_kernel(
     labels,
     weights,
     normalizer,
@@ -980,15 +972,15 @@ def factor_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_kernel(losses, factors, out, rows, BLOCK: tl.constexpr):
+def sum_kernel(losses, inverse_normalizer, out, rows, BLOCK: tl.constexpr):
     """Σ losses / normaliser, always in the same order."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(losses + i, mask=i < rows, other=0.0)
     factor = 1.0
-    if factors is not None:
-        factor = tl.load(factors)
+    if inverse_normalizer is not None:
+        factor = tl.load(inverse_normalizer)
     tl.store(out, tl.where(factor == 0.0, 0.0, tl.sum(total, 0) * factor))
 
 

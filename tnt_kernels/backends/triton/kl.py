@@ -32,6 +32,7 @@ from tnt_kernels.backends.triton.row_math import (
     _softplus,
     _some_ids,
     _two_sum,
+    row_factors,
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -646,7 +647,7 @@ def _removed(
 
 @triton.jit
 def _run(
-    row, ids, count, row_weight, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    row, ids, count, row_factor, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
@@ -673,7 +674,7 @@ def _run(
         loss, g = _forward(sums, shift, level, lost, removed, factor)
     if good:
         if loss_at is not None:
-            tl.store(loss_at, row_weight * loss)
+            tl.store(loss_at, row_factor * loss)
         if GRADIENT:
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
@@ -693,19 +694,18 @@ def _run(
 
 @triton.jit(
     do_not_specialize=[
-        "logits_stride", "ref_stride", "gradient_stride", "alpha_stride", "vocab", "ignore_index", "ids_stride",
-        "ids_count", "bits_stride", "readable",
+        "logits_stride", "ref_stride", "gradient_stride", "vocab", "ignore_index", "ids_stride", "ids_count",
+        "bits_stride", "readable",
     ],
     do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
 )  # fmt: skip
 def kl_kernel(
-    logits, logits_stride, ref_logits, ref_stride, labels, weights, alpha, alpha_stride, alpha_value, ids, ids_stride,
-    ids_count, bits, bits_stride, factors, vocab, eps, scale, inverse_t, ignore_index, losses, gradient,
-    gradient_stride, left, readable, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, ALIKE: tl.constexpr,
+    logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
+    bits_stride, vocab, eps, scale, inverse_t, ignore_index, losses, gradient, gradient_stride, left, readable,
+    POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """One row a program; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
+    """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
 
     So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
 
@@ -727,13 +727,9 @@ def kl_kernel(
             g_row = tl.multiple_of(g_row, ALIGNED)
     # All that needs no other answer first is asked for at once.
     label = tl.load(labels + index)
-    weight, alpha_weight, factor = 1.0, alpha_value + 0.0, inverse_t + 0.0
+    weight = 1.0
     if weights is not None:
         weight = tl.load(weights + index)
-    if alpha is not None:
-        alpha_weight = tl.load(alpha + index * alpha_stride)
-    if factors is not None:
-        factor *= tl.load(factors)
     negative = weight < 0.0
     valid = (label >= 0) & (label < vocab)
     id_row = labels
@@ -742,6 +738,7 @@ def kl_kernel(
         last = tl.load(id_row + ids_count - 1)
         negative = negative | (last >= 0)
         valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
+    row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
     samples = _samples(z, r, begin, vocab)
     end = begin + vocab
     if EVEN:
@@ -766,8 +763,6 @@ def kl_kernel(
             pushed = pushed & (
                 (tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0
             )
-        row_weight = tl.where(negative, alpha_weight, weight)
-        factor *= row_weight
         served = valid & ((pushed == 0) | (weight <= -1.0))
         served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
         gives_up = served == 0
@@ -780,12 +775,12 @@ def kl_kernel(
             )  # fmt: skip
             if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
-                    row, id_row, ids_count, row_weight, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
+                    row, id_row, ids_count, row_factor, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
                     NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
             else:
                 gives_up = _run(
-                    row, id_row, ids_count, row_weight, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
+                    row, id_row, ids_count, row_factor, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
                     NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tnt_kernels.objectives import RowLoss
 
@@ -83,6 +84,33 @@ def _two_sum(a, b):
     total = a + b
     back = total - a
     return total, (a - (total - back)) + (b - back)
+
+
+# ------------------------------------------------------------------------------------------- the factor of a row
+
+
+class Factors(NamedTuple):
+    """What rows' losses and gradients are multiplied by, as the host passes it to every kernel of rows."""
+
+    alpha: tl.tensor | Tensor | None  # pointer to the rows' α; None: they share alpha_value
+    alpha_stride: tl.tensor | int
+    alpha_value: tl.tensor | float
+    inverse_normalizer: tl.tensor | Tensor | None  # pointer to one number; None: it is 1
+
+
+@triton.jit
+def row_factors(factors, index, weight, negative, inverse_t, NEGATIVE: tl.constexpr):
+    """The factor c of the loss, w or α, which the normaliser is yet to divide; and that of ∂ loss/∂z, where it has."""
+    alpha = factors.alpha_value + 0.0
+    if factors.alpha is not None:
+        alpha = tl.load(factors.alpha + index * factors.alpha_stride)
+    if NEGATIVE == UNLIKELIHOOD or NEGATIVE == NEGATIVE_LIKELIHOOD:  # their formulas do not hold w
+        alpha *= tl.where(weight < 0.0, -weight, 1.0)
+    of_loss = tl.where(negative, alpha, weight)
+    of_gradient = of_loss * inverse_t
+    if factors.inverse_normalizer is not None:
+        of_gradient *= tl.load(factors.inverse_normalizer)
+    return of_loss, of_gradient
 
 
 # ------------------------------------------------------------------------------ the difference of two rows' logits
