@@ -43,7 +43,7 @@ bench: $(VENV)/with-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 PYTHON_SOURCES := .
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+CXX_SOURCES = $(wildcard $(foreach folder,csrc csrc/*,$(addprefix $(folder)/*.,h cpp cu cuh)))
 
 lint: $(VENV)/with-dev
 	$(BIN)/ruff check $(PYTHON_SOURCES)

@@ -2,7 +2,7 @@
 
 ``csrc/row_cpu.cpp`` is compiled once per instruction set, ``csrc/bind.cpp`` once, and the lot is
 linked against nothing but the C++ and OpenMP runtimes: one build serves every torch. Where there is
-an nvcc, ``csrc/*.cu`` join, with the CUDA runtime linked statically. Environment:
+an nvcc, ``csrc/cuda/*.cu`` join, with the CUDA runtime linked statically. Environment:
 
     MAX_JOBS                      compilers at a time; default: one per CPU
     CXX, CXXFLAGS                 the compiler, and flags that go before ours
@@ -167,7 +167,7 @@ class BuildNative(build_ext):
         try:
             with ThreadPoolExecutor(workers) as pool:
                 # The CUDA kernels take the longest, so they begin first.
-                sources = sorted(Path("csrc").glob("*.cu")) if home else []
+                sources = sorted(Path("csrc/cuda").glob("*.cu")) if home else []
                 cuda = [pool.submit(self.compile_cuda, home, gencode, source) for source in sources]
                 objects = list(pool.map(self.compile, jobs))
                 objects += [job.result() for job in cuda]

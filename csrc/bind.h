@@ -8,7 +8,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "row_cuda.h"
+#include "cuda/entry_points.h"
 #include "tensor.h"
 
 namespace tnt {

@@ -47,7 +47,7 @@ def build() -> ModuleType:
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("the model of a GPU needs g++ on x86-64")
-    sources = sorted([*(ROOT / "csrc").iterdir(), *SHIM.iterdir()])
+    sources = [path for folder in (ROOT / "csrc", SHIM) for path in sorted(folder.rglob("*.*"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     name = "tnt_cuda_model"
     cache = Path(tempfile.gettempdir()) / f"tnt-cuda-model-{digest}"
@@ -60,7 +60,7 @@ def build() -> ModuleType:
             includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
             command = [compiler, *FLAGS, f"-DTNT_MODULE={name}"]
             command += [f"-I{path}" for path in includes]
-            command += ["-x", "c++", "csrc/row_cuda.cu", "tests/cuda_shim/cuda_shim.cpp"]
+            command += ["-x", "c++", "csrc/cuda/entry_points.cu", "tests/cuda_shim/cuda_shim.cpp"]
             result = subprocess.run(
                 [*command, "-o", str(partial)],
                 cwd=ROOT,
@@ -98,7 +98,7 @@ def rows_left(
     def watched(*arguments: Any) -> None:
         nonlocal left
         rows, workspace = len(arguments[0].logits), arguments[-1]
-        # csrc/row_cuda.h: behind 1 + N doubles
+        # csrc/cuda/entry_points.h: behind 1 + N doubles
         numbers = (ctypes.c_int * (1 + rows)).from_address(workspace + 8 * (1 + rows))
         numbers[0] = -1
         run(*arguments)

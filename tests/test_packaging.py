@@ -155,7 +155,7 @@ def test_source_distribution_builds_what_the_tree_does(tree):
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as contents:
         names = {name.partition("/")[2] for name in contents.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.*")}
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.*")}
     assert sources <= names
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".json"))]
@@ -254,7 +254,7 @@ def test_nvcc_is_asked_for_these_architectures(tree, toolkit, listed, built, fla
     assert record["cuda_architectures"] == built
     asked = (toolkit / "bin" / "nvcc.log").read_text().splitlines()
     sources = {re.search(r"-c (\S+)", line)[1] for line in asked}
-    assert sources == {f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu")}
+    assert sources == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu")}
     assert len(asked) == len(sources)
     for line in asked:
         assert re.findall(r"-gencode=arch=compute_(\S+)", line) == flags

@@ -1,4 +1,4 @@
-// A host model of csrc/row_device.cuh and csrc/row_launch.cuh: the CUDA kernels compiled as C++ and run on a CPU, a
+// A host model of csrc/cuda/device.cuh and csrc/cuda/launch.cuh: the CUDA kernels compiled as C++ and run on a CPU, a
 // fiber for every thread. A cluster runs at a time. A fiber runs until it waits: for a barrier, a shuffle or a copy;
 // who runs next depends on the schedule. Shared memory starts as NaN and ends at a page that may not be touched, and is
 // taken away when its block has left. Bulk copies and messages to other blocks complete when nobody can go on without
@@ -198,7 +198,7 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barr
   model::copy(to, from, bytes, barrier);
 }
 
-// ---- row_launch.cuh
+// ---- launch.cuh
 
 struct Guard {
   explicit Guard(int) {}

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels (``csrc/row_cuda.cu``), for NVIDIA GPUs of compute capability 8.0 and later."""
+"""The compiled CUDA kernels (``csrc/cuda/entry_points.cu``), for NVIDIA GPUs of compute capability 8.0 and later."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def warn_of_failure(logits: Tensor) -> None:
 
 
 def reads_once(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
-    """Whether ``kl_kernel`` computes such calls, gradient included: csrc/row_cuda_rows.cuh, ``is_kl_call``."""
+    """Whether ``kl_kernel`` computes such calls, gradient included: csrc/cuda/rows.cuh, ``is_kl_call``."""
     positive, negative = scalars.sides
     # Gradients of float16 wait for backward, and so do those of a loss a row.
     waits = logits.dtype == torch.float16 or scalars.reduction == "none"

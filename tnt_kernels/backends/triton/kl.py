@@ -1,7 +1,7 @@
 """The Triton kernel of the usual KL rows: each logit is read once for the loss, with one exponential or two a pair.
 
-The mathematics is MATH's "One read, one exponential", names and steps are those of ``csrc/kl_math.cuh``. x is the base
-row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. Exponents are in base 2:
+The mathematics is MATH's "One read, one exponential", names and steps are those of ``csrc/cuda/kl_math.cuh``. x is the
+base row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. To base 2:
 
     e = 2^(x scale - c)    y = (o - x) scale - a    φ(y) = 2^y - 1 - y ln 2
     S = Σ e    M = Σ e y ln 2    Φ = Σ e φ(y)    A = Σ e (2^y - 1) = M + Φ
@@ -46,7 +46,7 @@ UNBIAS = tl.constexpr(2.0**-48)
 #: Levels are whole numbers of powers of two, so that the bias is added without rounding. Larger ones are not served.
 HIGHEST_LEVEL = tl.constexpr(2.0**22)
 
-# φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/kl_math.cuh (of Y = 2y) for y in units of log 2.
+# φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/cuda/kl_math.cuh (of Y = 2y) for y in units of log 2.
 _MIDDLE = ("0x1.ffffd2p-4", "0x1.55557cp-6", "0x1.560b70p-9", "0x1.1133b0p-12")
 _TWO_LN_2 = 2 * 0.6931471805599453
 M0, M1, M2, M3 = (

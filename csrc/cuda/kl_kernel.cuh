@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "kl_math.cuh"
-#include "row_cuda.h"
+#include "cuda/entry_points.h"
+#include "cuda/kl_math.cuh"
 
 namespace tnt {
 inline namespace TNT_ISA {

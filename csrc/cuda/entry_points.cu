@@ -1,19 +1,19 @@
-// The CUDA backend's entry points, and the small kernels before and after those for the rows (row_cuda_rows.cuh).
+// The CUDA backend's entry points, and the small kernels before and after those for the rows (rows.cuh).
 #define TNT_ISA cuda_math
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "row_cuda.h"
-#include "row_cuda_math.cuh"
-#include "row_launch.cuh"
+#include "cuda/entry_points.h"
+#include "cuda/launch.cuh"
+#include "cuda/math.cuh"
 
 #if defined(TNT_CUDA_SHIM)  // the tests' model is one program
-#include "row_cuda_bfloat16.cu"
-#include "row_cuda_float16.cu"
-#include "row_cuda_float32.cu"
-#include "row_cuda_float32_bfloat16.cu"
+#include "cuda/bfloat16.cu"
+#include "cuda/float16.cu"
+#include "cuda/float32.cu"
+#include "cuda/float32_bfloat16.cu"
 #endif
 
 namespace tnt {

@@ -2,7 +2,7 @@
 // formulas stand in row_math.h.
 #pragma once
 
-#include "row_device.cuh"
+#include "cuda/device.cuh"
 #include "row_math.h"
 
 namespace tnt {

@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "row_cuda.h"
-#include "row_cuda_math.cuh"
+#include "cuda/entry_points.h"
+#include "cuda/math.cuh"
 
 namespace tnt {
 inline namespace TNT_ISA {

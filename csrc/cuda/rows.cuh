@@ -1,5 +1,5 @@
 // The kernels for rows of one dtype, and how they are launched: which path, how many blocks a row gets. Each dtype is
-// compiled by itself (row_cuda_*.cu), so that compilers can work side by side.
+// compiled by itself (float32.cu, bfloat16.cu, ...), so that compilers can work side by side.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "kl_kernel.cuh"
-#include "row_cuda.h"
-#include "row_kernel.cuh"
-#include "row_launch.cuh"
+#include "cuda/entry_points.h"
+#include "cuda/kl_kernel.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/row_kernel.cuh"
 
 namespace tnt {
 inline namespace TNT_ISA {

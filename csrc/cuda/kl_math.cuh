@@ -8,7 +8,7 @@
 // A, because p needs S + A to all digits; reverse sums M, because its gradient needs M/S.
 #pragma once
 
-#include "row_cuda_math.cuh"
+#include "cuda/math.cuh"
 
 namespace tnt {
 inline namespace TNT_ISA {
