@@ -1,6 +1,6 @@
 """Builds ``tnt_kernels._C``. Everything that is static stands in pyproject.toml.
 
-``csrc/row_cpu.cpp`` is compiled once per instruction set, ``csrc/bind.cpp`` once, and the lot is
+``csrc/cpu/rows.cpp`` is compiled once per instruction set, ``csrc/bind.cpp`` once, and the lot is
 linked against nothing but the C++ and OpenMP runtimes: one build serves every torch. Where there is
 an nvcc, ``csrc/cuda/*.cu`` join, with the CUDA runtime linked statically. Environment:
 
@@ -33,7 +33,7 @@ from setuptools.errors import CompileError, LinkError
 
 # -fno-fast-math undoes a -ffast-math in CXXFLAGS, under which an exp need not know infinity, and
 # linking sets flush-to-zero for the whole process. It comes first: it resets the flags after it.
-# -ffp-contract=off: csrc/row_math.h writes out where it fuses, or p = q would not give exactly 0.
+# -ffp-contract=off: csrc/elementary.h writes out where it fuses, or p = q would not give exactly 0.
 CXX_FLAGS = """-std=c++17 -O3 -fno-fast-math -fno-math-errno -fno-trapping-math -ffp-contract=off
     -fvisibility=hidden -fno-semantic-interposition -g0
     -Wall -Wextra -Werror=return-type -Werror=uninitialized -Werror=format""".split()
@@ -158,7 +158,7 @@ class BuildNative(build_ext):
         version = ("TNT_VERSION", f'"{self.distribution.get_version()}"')
         jobs = [Job("csrc/bind.cpp", "bind", [version, *have], flags)]
         for name, isa_flags in isas.items():
-            jobs.append(Job("csrc/row_cpu.cpp", name, [("TNT_ISA", name)], [*flags, *isa_flags]))
+            jobs.append(Job("csrc/cpu/rows.cpp", name, [("TNT_ISA", name)], [*flags, *isa_flags]))
 
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
         gencode = gencode_flags(architectures) if home else []
@@ -249,6 +249,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("tnt_kernels._C", ["csrc/bind.cpp", "csrc/row_cpu.cpp"])],
+    ext_modules=[Extension("tnt_kernels._C", ["csrc/bind.cpp", "csrc/cpu/rows.cpp"])],
     cmdclass={"build_ext": BuildNative},
 )

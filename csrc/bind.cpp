@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "row_math.h"
+#include "row_rules.h"
 
 #ifndef TNT_VERSION
 #define TNT_VERSION "unknown"

@@ -31,7 +31,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 @pytest.mark.parametrize(
     ("header", "name", "expected"),
     [
-        ("row_math.h", "RowLoss", {loss.name: loss.value for loss in RowLoss}),
+        ("row_rules.h", "RowLoss", {loss.name: loss.value for loss in RowLoss}),
         ("call.h", "Kind", {kind.name: kind.value for kind in _call.Kind}),
         ("call.h", "Reduction", {x.upper(): i for i, x in enumerate(_scalars.REDUCTIONS)}),
     ],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class RowLoss(IntEnum):
-    """The loss of one row. The values are those of ``enum RowLoss`` in ``csrc/row_math.h``."""
+    """The loss of one row. The values are those of ``enum RowLoss`` in ``csrc/row_rules.h``."""
 
     NONE = 0
     FORWARD_KL = 1

@@ -1,9 +1,12 @@
 // A row's statistics while they are summed in float on a GPU, what its element loops take, and the stored types. The
-// formulas stand in row_math.h.
+// formulas stand in statistics.h and objectives.h.
 #pragma once
 
 #include "cuda/device.cuh"
-#include "row_math.h"
+#include "elementary.h"
+#include "objectives.h"
+#include "row_rules.h"
+#include "statistics.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
@@ -240,7 +243,7 @@ struct Sums {
   // The moment that is kept here is that of a Difference<float>.
   TNT_DEVICE float moment_excess() const { return z_sum * float(excess_of_difference(z_max, r_max)); }
 
-  // As row_math.h packs RowStatistics: number by number what is kept here.
+  // As statistics.h packs RowStatistics: number by number what is kept here.
   TNT_DEVICE void pack(float* to) const {
     Sums packed = *this;
     packed.kl_moment -= moment_excess();
@@ -274,7 +277,7 @@ struct Sums {
   }
 };
 constexpr int SUMS = sizeof(Sums) / sizeof(float);
-static_assert(SUMS == ROW_STATISTICS, "Sums are what row_math.h packs");
+static_assert(SUMS == ROW_STATISTICS, "Sums are what statistics.h packs");
 
 // -------------------------------------------------------------------------------------------------- element loops
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (``csrc/row_cpu.cpp``)."""
+"""The compiled CPU kernels (``csrc/cpu/rows.cpp``)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Plain PyTorch, on any device: the fallback, slow and generous with memory. The names are those of csrc/row_math.h.
+"""Plain PyTorch, on any device: the fallback, slow and generous with memory.
 
-A whole row is the one shard of its vocabulary. Everything of a row is (N, 1), everything of its entries (N, V), in the
-dtype of the arithmetic. Both sides' losses are computed on all rows and then chosen from: to pick the rows out would
-wait for the device.
+The names are those of csrc/statistics.h and csrc/objectives.h. A whole row is the one shard of its vocabulary.
+Everything of a row is (N, 1), everything of its entries (N, V), in the dtype of the arithmetic. Both sides' losses are
+computed on all rows and then chosen from: to pick the rows out would wait for the device.
 """
 
 from __future__ import annotations

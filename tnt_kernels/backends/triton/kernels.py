@@ -1,6 +1,6 @@
 """The Triton kernels: one program a row, the row in tiles of ``BLOCK`` columns.
 
-A row takes two passes, like the CPU kernel's (``csrc/row_cpu.cpp``). The first reads z and r and sums exponentials, the
+A row takes two passes, as on a CPU (``csrc/cpu/rows.cpp``). The first reads z and r and sums exponentials, the
 second walks the vocabulary backwards, so that it begins with what the first left in the L2 cache, recomputes p and q*,
 adds up the loss in Bregman form and stores the gradient past the cache. Without a gradient the first pass yields the
 loss too. A lane always sums the same columns, for z and r alike: p = q gives exactly 0.
@@ -486,7 +486,7 @@ def _gathered_statistics(gathered, stride, shards, scale, inverse_t, SHARDS: tl.
 
 @triton.jit
 def _pack(to, s, z_label, r_label, kept):
-    """The order of csrc/row_math.h, ``pack``."""
+    """The order of csrc/statistics.h, ``pack``."""
     tl.store(to + 0, s.policy.max)
     tl.store(to + 1, s.policy.sum)
     tl.store(to + 2, s.policy.moment)
@@ -560,7 +560,7 @@ def _diagnose(
     PAIR: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """RowStats: loss, kl, negative mass, reference's negative mass, entropy; those of csrc/row_math.h, ``diagnose``."""
+    """RowStats: loss, kl, negative mass, reference's negative mass, entropy. ``diagnose`` of csrc/statistics.h."""
     nan = float("nan")
     every = merge(s.policy, s.policy_set, row.scale, row.inverse_t)
     entropy = c.policy_log_sum - every.moment / every.sum

@@ -1,10 +1,10 @@
-"""The mathematics of one row in Triton. Formulas, names and stages are those of ``csrc/row_math.h``; all is float32.
+"""The mathematics of one row in Triton, all in float32. Formulas, names and stages are those of ``csrc/objectives.h``.
 
     1. row statistics    a maximum and sums relative to it, over any slice of the vocabulary; mergeable
     2. row coefficients  statistics and the row's scalars -> the few numbers that loss and gradient need
     3. row elements      loss and gradient of vocabulary entries, side by side under their formula
 
-A float32 row needs more care than the header's, which has doubles for its scalars: logarithms of ratios that may be 1
+A float32 row needs more care than one in C++, which has doubles for its scalars: logarithms of ratios that may be 1
 come from ``_log1p``, and the log of the kept mass is always -softplus of the log-odds of the set.
 """
 
@@ -117,7 +117,7 @@ def row_factors(factors, index, weight, negative, inverse_t, NEGATIVE: tl.conste
 
 
 class Difference(NamedTuple):
-    """x_v = (z_v - z_ref) - (r_v - r_ref) - centre is (z_v - z_max) - (r_v - r_max) + excess. See csrc/row_math.h."""
+    """x_v = (z_v - z_ref) - (r_v - r_ref) - centre is (z_v - z_max) - (r_v - r_max) + excess. See csrc/statistics.h."""
 
     z_ref: tl.tensor
     r_ref: tl.tensor
@@ -217,7 +217,7 @@ def has_reference(s):
 
 @triton.jit
 def is_undefined(s, LOSS: tl.constexpr):
-    """The rule of csrc/row_math.h: where a distribution that the loss needs does not exist."""
+    """The rule of csrc/row_rules.h: where a distribution that the loss needs does not exist."""
     undefined = has_policy(s) == 0
     if LOSS == FORWARD_KL or LOSS == REVERSE_KL:
         undefined = undefined | (has_reference(s) == 0) | (s.reference.sum == 0.0)
