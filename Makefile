@@ -18,7 +18,7 @@ help:
 	@echo 'make test      install everything, run the tests'
 	@echo 'make fuzz      20,000 random calls against the oracle (make fuzz SEED=7 CALLS=20000: others, or more)'
 	@echo 'make demo      train a model towards its own minimal targeted update'
-	@echo 'make bench     measure speed and memory against what people use now (8 minutes or so, on a quiet machine)'
+	@echo 'make bench     measure speed and memory against what people use now (10 minutes or so, on a quiet machine)'
 	@echo 'make lint      ruff, mypy, clang-format: check'
 	@echo 'make format    ruff, clang-format: write'
 	@echo 'make sanitize  the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer'

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from benchmarks.peers import LINEAR_PEERS, PEERS
+from benchmarks.sizes import DISTANCES
 from benchmarks.targets import MIB, targets
 
 ROOT = Path(__file__).parent.parent
@@ -342,6 +343,29 @@ def case_table(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def distance_table(records: Sequence[dict[str, Any]]) -> str:
+    """How a step in place slows down as the policy leaves the reference."""
+    if not records:
+        return f"Time over the distance of the two models: {NOT_MEASURED}."
+    head = ["in place, at a distance of", *(f"{d:g}: ms" for d in DISTANCES)]
+    head += [f"speed at {d:g} / at {DISTANCES[0]:g}" for d in DISTANCES[1:]]
+    head.append("of the floor")
+    rows = []
+    by_step = pd.DataFrame(records).groupby(["rows", "vocab", "dtype", "method"], sort=False)
+    for (tokens, vocab, dtype, method), group in by_step:
+        ms = group.set_index("distance").ms_min
+        shares = group.fraction_of_floor
+        rows.append(
+            [
+                f"{tokens} × {vocab}, {dtype}, {method}",
+                *(_number(ms[d]) for d in DISTANCES),
+                *(_number(ms[DISTANCES[0]] / ms[d]) for d in DISTANCES[1:]),
+                f"{_number(shares.min())} to {_number(shares.max())}",
+            ]
+        )
+    return table(head, rows)
+
+
 def target_table(results: dict[str, Any]) -> str:
     met = {True: "yes", False: "**no**", None: "not measured"}
     rows = [
@@ -479,6 +503,8 @@ def blocks(path: Path) -> dict[Path, dict[str, str]]:
         *linear,
         "### Accuracy",
         accuracy_tables(results.get("accuracy", ())),
+        "### Over the distance of the two models",
+        distance_table(results.get("distances", ())),
         "### Targets",
         target_table(results),
         "### Every step",

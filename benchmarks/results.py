@@ -59,7 +59,7 @@ def page_faults(t: pd.DataFrame) -> pd.DataFrame:
 
 def cases(t: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
     """The steps, each as a fraction of the floor and against the naive one and the compiled one."""
-    steps = t[t.kind == "step"].drop(columns="kind")
+    steps = t[t.kind == "step"].dropna(axis="columns", how="all").drop(columns="kind")
     steps = steps.merge(bandwidths(t)[[*_SIZE, "gb_per_s"]], on=_SIZE)
     steps["floor_ms"] = steps.pop("floor_bytes") / steps.pop("gb_per_s") / 1e6
     steps["fraction_of_floor"] = steps.floor_ms / steps.ms_min
@@ -78,6 +78,27 @@ def cases(t: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
         method="tnff", negatives="none", active_share=1.0
     )
     return steps.merge(bytes_, how="left", on=[*on, "method", "negatives", "active_share"])
+
+
+def distances(t: pd.DataFrame) -> list[dict[str, Any]]:
+    """Of each method, what a step in place takes at each distance of policy and reference."""
+    gb_per_s = bandwidths(t).set_index(_SIZE).gb_per_s
+    found = [
+        {
+            **{name: getattr(measured, name) for name in _SIZE},
+            "method": method,
+            "distance": float(distance),
+            "ms_min": ms,
+            "fraction_of_floor": measured.floor_bytes
+            / gb_per_s[tuple(getattr(measured, name) for name in _SIZE)]
+            / 1e6
+            / ms,
+        }
+        for measured in t[t.kind == "distances"].itertuples()
+        for method, by_distance in measured.by_distance.items()
+        for distance, ms in by_distance.items()
+    ]
+    return _records(pd.DataFrame(found))
 
 
 def overhead(t: pd.DataFrame) -> dict[str, float]:
@@ -175,6 +196,7 @@ def assemble(
         "huge_pages": _records(huge_pages(t, timings(huge))),
         "overhead_us": {k: round(v, 3) for k, v in overhead(t).items()},
         "cases": _records(cases(t, m)),
+        "distances": distances(t),
         "memory": _records(m),
         "accuracy": _records(pd.DataFrame(accuracy or [])),
         **({} if linear_memory is None else {"linear": linear(t, pd.DataFrame(linear_memory))}),

@@ -20,3 +20,7 @@ QUICK_HALF = Size(16, 5000, "float16")
 QUICK_SWEEP = (Size(16, 7000, "bfloat16"), Size(8, 5000, "bfloat16"))
 
 SPARSE = 0.1  # active share where "one row in ten" is measured
+
+#: How far the policy has left the reference, as ``make_problem`` has it, where that is what is compared. All else is
+#: measured at 0.3.
+DISTANCES = (0.1, 0.3, 1.0, 3.0)

@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from benchmarks import linear
-from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
+from benchmarks.sizes import DISTANCES, QUICK_SWEEP, SPARSE, SWEEP
 from tnt_kernels._linear.chunks import CHUNK_BYTES
 
 MIB = 1 << 20
+#: In place, at the usual distance: with the smaller vocabulary, with the larger one.
+BANDWIDTH = {"float32": (0.45, 0.5), "bfloat16": (0.26, 0.33)}
+TIMES_NAIVE = {"float32": 20, "bfloat16": 40}
+TIMES_COMPILED = {"bfloat16": 12}
+NEGATIVES = {"64 a row": 1.1, "4000 shared": 1.25}
+#: Speed in place at a distance of the two models, as a share of that at the smallest.
+SPEED = {1.0: 0.7, 3.0: 0.55}
 
 
 class Target(NamedTuple):
@@ -38,7 +45,10 @@ def targets(results: dict[str, Any]) -> list[Target]:
             continue
         here = frame[(frame.rows == rows) & (frame.vocab == vocab) & (frame.dtype == dtype)]
         where = f"V = {vocab}, {dtype}"
-        tnff = here[here.method == "tnff"].set_index(["contender", "negatives", "active_share"])
+        keys = ["contender", "negatives", "active_share"]
+        tnff, ul, nl = (
+            here[here.method == method].set_index(keys) for method in ("tnff", "ul+ll", "nl+ll")
+        )
 
         def step(
             column: str, contender: str, negatives: str = "none", of: pd.DataFrame = tnff
@@ -52,17 +62,33 @@ def targets(results: dict[str, Any]) -> list[Target]:
         ) -> None:
             found.append(Target(what, where, value, bound, at_least))
 
-        add("in place, share of the bandwidth", step("fraction_of_floor", "in place"),
-            0.5 if dtype == "float32" else 0.25, True)  # fmt: skip
-        add("in place, times naive", step("times_naive", "in place"), 20, True)
+        least = BANDWIDTH[dtype][vocab > 100_000]
+        add("in place, share of the bandwidth", step("fraction_of_floor", "in place"), least, True)
+        for what, of in (("UL and LL", ul), ("NL and LL", nl)):
+            value = step("fraction_of_floor", "in place", of=of)
+            add(f"{what} in place, share of the bandwidth", value, 0.45, True)
+        add("in place, times naive", step("times_naive", "in place"), TIMES_NAIVE[dtype], True)
+        if dtype in TIMES_COMPILED:
+            value = step("times_compiled", "in place")
+            add("in place, times compiled", value, TIMES_COMPILED[dtype], True)
         add("fresh, times naive", step("times_naive", "fresh"), 5, True)
         add("fresh, times compiled", step("times_compiled", "fresh"), 1, True)
 
         whole = step("ms_min", "in place")
-        for negatives in ("64 a row", "4000 shared"):
+        for negatives, most in NEGATIVES.items():
             ms = step("ms_min", "in place", negatives)
             ratio = ms / whole if ms and whole else None
-            add(f"{negatives} negative ids, times the time of none", ratio, 1.15, False)
+            add(f"{negatives} negative ids, times the time of none", ratio, most, False)
+        for method in ("tnff", "tnrr"):
+            ms_at = {
+                d["distance"]: d["ms_min"]
+                for d in results.get("distances", [])
+                if (d["rows"], d["vocab"], d["dtype"], d["method"]) == (rows, vocab, dtype, method)
+            }
+            for distance, least in SPEED.items():
+                ratio = ms_at[DISTANCES[0]] / ms_at[distance] if distance in ms_at else None
+                what = f"{method} at a distance of {distance:g}, speed over that at {DISTANCES[0]}"
+                add(what, ratio, least, True)
         sparse = here[here.active_share < 1]
         share = None
         if whole and len(sparse):

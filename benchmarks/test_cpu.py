@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import resource
+import time
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import THREADS
-from benchmarks.sizes import QUICK_SWEEP, SPARSE, SWEEP
+from benchmarks.sizes import DISTANCES, QUICK_SWEEP, SPARSE, SWEEP
 from tnt_kernels.bench.contenders import (
     forward,
     make_loss,
@@ -27,7 +29,7 @@ from tnt_kernels.bench.contenders import (
     training_step,
 )
 from tnt_kernels.bench.oracle import check_gradient
-from tnt_kernels.bench.problem import Negatives, Problem, Size, floor_bytes
+from tnt_kernels.bench.problem import Negatives, Problem, Size, floor_bytes, make_problem
 
 Measure = Callable[..., None]
 
@@ -179,6 +181,12 @@ def test_other_methods_peers(
     measure_step(measure, problem, contender, method)
 
 
+@pytest.mark.sizes.with_args(is_main)
+def test_negative_likelihood(measure: Measure, problem: Problem) -> None:
+    """With "ul+ll", all losses that read the policy alone."""
+    measure_step(measure, problem, "in place", "nl+ll")
+
+
 @pytest.mark.sizes.with_args(is_half)
 @pytest.mark.parametrize("contender", ["in place", "fresh", "naive"])
 def test_float16(measure: Measure, problem: Problem, contender: str) -> None:
@@ -202,6 +210,45 @@ def test_sparse(measure: Measure, problem: Problem) -> None:
 @pytest.mark.parametrize("negatives", ["64 a row", "4000 shared"])
 def test_negatives(measure: Measure, problem: Problem, negatives: Negatives) -> None:
     measure_step(measure, problem.with_negatives(negatives), "in place", "tnff", negatives)
+
+
+@pytest.mark.sizes.with_args(is_main)
+def test_distances(measure: Measure, problem: Problem) -> None:
+    """What a step costs as the policy leaves the reference, in place.
+
+    A kernel may treat close pairs of logits otherwise than distant ones. Distances and methods take turns, on the same
+    memory, because their ratios are what is asked for.
+    """
+    size = problem.size
+    apart = {
+        distance: replace(problem, original=make_problem(size, distance=distance).original)
+        for distance in DISTANCES
+    }
+    losses = {method: make_loss("in place", method) for method in ("tnff", "tnrr")}
+    ms = {method: {str(distance): math.inf for distance in DISTANCES} for method in losses}
+    for method, loss_function in losses.items():
+        for distant in apart.values():
+            distant.restore()
+            check_gradient(training_step(loss_function, distant), distant, method)
+
+    def turn() -> None:
+        for distance, distant in apart.items():
+            for method, loss_function in losses.items():
+                distant.restore()
+                start = time.perf_counter()
+                training_step(loss_function, distant)
+                taken = (time.perf_counter() - start) * 1e3
+                ms[method][str(distance)] = min(ms[method][str(distance)], taken)
+
+    measure(
+        turn,
+        rounds=rounds("in place", size),
+        kind="distances",
+        by_distance=ms,
+        floor_bytes=floor_bytes(size, "tnff", 1.0, True),
+        **size._asdict(),
+    )
+    problem.restore()
 
 
 # --- the cost of a call --------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_what_has_to_move() -> None:
     assert floor_bytes(FLOAT32, "tnff", 1.0, True) == 3 * tensor
     assert floor_bytes(FLOAT32, "tnff", 1.0, False) == 2 * tensor
     assert floor_bytes(FLOAT32, "ul+ll", 1.0, True) == 2 * tensor
+    assert floor_bytes(FLOAT32, "nl+ll", 1.0, True) == 2 * tensor
     assert floor_bytes(FLOAT32, "tnrf", 0.1, True) == pytest.approx(1.2 * tensor)  # (3a + 1 − a)
 
 
@@ -159,6 +160,13 @@ def results(report: Any) -> dict[str, Any]:
         step("naive forward", 80e-3, floor_bytes=2 * third),
         step("in place", 5e-3, negatives="64 a row"),
         step("in place", 2e-3, active_share=0.1, floor_bytes=1.2 * third),
+        step("in place", 8e-3, method="ul+ll", floor_bytes=2 * third),
+        measurement(
+            50e-3,
+            kind="distances",
+            by_distance={"tnff": {"0.1": 4.0, "0.3": 4.0, "1.0": 5.0, "3.0": 8.0}},
+            floor_bytes=3 * third,
+        ),
         measurement(
             1e-3, kind="overhead", us={"empty": 10, "fresh": 30, "in place": 50}, rows=1, vocab=8
         ),
@@ -208,7 +216,11 @@ def results(report: Any) -> dict[str, Any]:
 
 def test_ratios(results: dict[str, Any]) -> None:
     assert [b["variant"] for b in results["bandwidth"]] == ["torch, over an input"]
-    cases = {(c["contender"], c["negatives"], c["active_share"]): c for c in results["cases"]}
+    cases = {
+        (c["contender"], c["negatives"], c["active_share"]): c
+        for c in results["cases"]
+        if c["method"] == "tnff"
+    }
     place = cases["in place", "none", 1]
     assert (place["ms_min"], place["ms_median"]) == (4, 8)
     assert place["fraction_of_floor"] == 0.75
@@ -221,6 +233,8 @@ def test_ratios(results: dict[str, Any]) -> None:
     assert ids["times_naive"] is None
     assert ids["bytes_beyond_inputs"] is None
     assert results["page_faults"][0]["share_of_fresh_step"] == 0.5
+    assert [d["ms_min"] for d in results["distances"]] == [4, 4, 5, 8]
+    assert [d["fraction_of_floor"] for d in results["distances"]] == [0.75, 0.75, 0.6, 0.375]
     assert [h["contender"] for h in results["huge_pages"]] == ["resident", "new", "fresh", "naive"]
 
 
@@ -237,6 +251,11 @@ def test_targets(results: dict[str, Any], report: Any) -> None:
     assert found["a call fresh, µs above an empty one"].value == pytest.approx(20)
     assert found["a call in place, µs above an empty one"].met is False
     assert found["4000 shared negative ids, times the time of none"].met is None
+    assert found["UL and LL in place, share of the bandwidth"].value == 0.25
+    assert found["NL and LL in place, share of the bandwidth"].met is None
+    assert found["tnff at a distance of 1, speed over that at 0.1"].value == 0.8
+    assert found["tnff at a distance of 3, speed over that at 0.1"].met is False
+    assert found["tnrr at a distance of 3, speed over that at 0.1"].met is None
     assert "| **no** |" in report.target_table(results)
 
 
@@ -271,6 +290,7 @@ def test_report_shows_the_results(published: Path, report: Any) -> None:
     assert "| tnt_loss (cuda), in place | not measured |" in text
     full = (published.parents[1] / "README.md").read_text()
     assert "| V = 1000, float32: tnt_loss, in place | 4 | 0.75 | 30× | 10× | 0.00 |" in full
+    assert "| 512 × 1000, float32, tnff | 4 | 4 | 5 | 8 | 1 | 0.8 | 0.5 | 0.375 to 0.75 |" in full
     for name in ("cpu.svg", "linear.svg"):
         plot = published.with_name(name)
         assert plot.stat().st_size < 150_000
@@ -332,6 +352,13 @@ def test_report_shows_a_gpu_s_results(published: Path, report: Any) -> None:
     assert "| naive PyTorch | 50 | 0.04 | 25× | 1 | 1e-03 |" in text
     assert "| Liger KLDiv (plain KL) | OutOfMemoryError: no |" in text
     assert "| quack cross_entropy | not installed |" in text
+
+
+def test_results_without_what_is_measured_since(results: dict[str, Any], report: Any) -> None:
+    del results["distances"]
+    assert report.distance_table(results.get("distances", ())).endswith("not measured.")
+    at = "| V = 1000, float32: tnff at a distance of 1, speed over that at 0.1 |"
+    assert f"{at} – | ≥ 0.7 | not measured |" in report.target_table(results)
 
 
 def test_report_sees_new_results(published: Path, report: Any) -> None:

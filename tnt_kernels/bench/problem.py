@@ -96,8 +96,8 @@ def make_problem(size: Size, device: torch.device | str = "cpu", distance: float
 def floor_bytes(size: Size, method: str, active_share: float, with_gradient: bool) -> float:
     """What must move for one call: each logit that is needed is read once, each gradient written.
 
-    A KL row reads both tensors, an LL or UL row the policy's alone. A row of weight 0 is not read,
+    A KL row reads both tensors, an LL, UL or NL row the policy's alone. A row of weight 0 is not read,
     and its gradient is zeros that must be written.
     """
-    reads = 1 if method == "ul+ll" else 2
+    reads = 1 if method in ("ul+ll", "nl+ll") else 2
     return size.bytes * (active_share * reads + with_gradient)
