@@ -27,7 +27,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -395,3 +395,11 @@ def implementations() -> Iterator[tuple[str, str]]:
         with instruction_set(name):
             yield "cpu", f"cpu/{name}"
     yield BACKENDS[-1], BACKENDS[-1]
+
+
+def each_implementation(*others: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """As ``product(implementations(), *others)``, which would take all of them, and select none, before it begins."""
+    options = list(itertools.product(*others))
+    for implementation in implementations():
+        for option in options:
+            yield implementation, *option

@@ -18,6 +18,7 @@ from oracle import (
     POSITIVE,
     Batch,
     assert_agrees,
+    each_implementation,
     implementations,
     mixed_batch,
     negative_rows,
@@ -38,9 +39,7 @@ def check(batch: Batch, label: str = "", every_cut: bool = True, with_stats: boo
     upstream = torch.linspace(-1, 2, len(batch.labels))
     upstream = upstream.to(F64 if batch.logits.dtype == F64 else F32)
     some = list(cuts(batch.logits.size(-1)))
-    for (backend, name), sizes in itertools.product(
-        implementations(), some if every_cut else some[-1:]
-    ):
+    for (backend, name), sizes in each_implementation(some if every_cut else some[-1:]):
         for reduction, per_row in (("mean", None), ("none", upstream)):
             if reduction == "mean" and not expected.terms.loss.isfinite().all():
                 continue  # its gradients would be lost in a sum that is not finite
@@ -160,9 +159,7 @@ def test_equal_logits_are_a_fixed_point_to_the_last_bit(kind: str, dtype: torch.
     weights = torch.linspace(0.5, 3, 8)
     batch = Batch(z, z.clone(), torch.zeros(8, dtype=torch.int64), weights)
     batch = batch.with_options(method=tnt.Objective(kind, kind), temperature=0.7)
-    for (backend, name), reduction, sizes in itertools.product(
-        implementations(), ("sum", "none"), cuts(4099)
-    ):
+    for (backend, name), reduction, sizes in each_implementation(("sum", "none"), cuts(4099)):
         result = run_shards(batch, backend, sizes, reduction=reduction)
         assert (result.loss == 0).all(), (name, sizes)
         assert (result.gradient == 0).all(), (name, sizes)
