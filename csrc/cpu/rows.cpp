@@ -1,10 +1,12 @@
 // The CPU kernel: rows over OpenMP threads, a row in tiles that stay in the L1 cache, SIMD by the compiler. This file
 // is compiled once per instruction set (TNT_ISA names its namespace); bind.cpp picks one at run time.
 //
-// A row takes two passes. The first reads z and r from memory, tile by tile: maximum, then sums of exponentials. The
-// second finds the row in the cache and yields the loss and the gradient. Removed tokens would break both loops, so
-// they are patched out: a tile that holds some is copied, they become -inf there (which adds exactly 0 to every sum
-// and has gradient 0), and their logits go to short arrays that the same loops process as a group of their own.
+// KL rows of a whole vocabulary, but for uniform smoothing, are kl_row.h's. All others are computed here, and those of
+// shards. Such a row takes two passes. The first reads z and r from memory, tile by tile: maximum, then sums of
+// exponentials. The second finds the row in the cache and yields the loss and the gradient. Removed tokens would break
+// both loops, so they are patched out: a tile that holds some is copied, they become -inf there (which adds exactly 0
+// to every sum and has gradient 0), and their logits go to short arrays that the same loops process as a group of their
+// own.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -15,6 +17,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "cpu/kl_row.h"
 #include "cpu/storage.h"
 #include "elementary.h"
 #include "objectives.h"
@@ -369,6 +372,7 @@ struct alignas(CACHE_LINE) Scratch {
   alignas(CACHE_LINE) Real mask[TILE] = {};      // all 0 between tiles
   std::vector<int32_t> ids;                      // the row's set, ascending
   std::vector<Real> set_z, set_r, set_gradient;  // their logits, gathered, and their gradients
+  KlScratch<Real> kl;
 };
 
 // Past the cache, so that zeroing a row reads nothing.
@@ -403,7 +407,14 @@ class Row {
     row_.vocab = p_.vocab_size;
     scale_ = exponent_scale<Real>(row_.inverse_temperature);
     inverse_t_ = Real(row_.inverse_temperature);
+    const bool whole = p_.kind == Kind::FUSED || p_.kind == Kind::BACKWARD;
+    has_kl_rows_ = whole && !row_.uniform && (is_kl(p_.positive_loss) || is_kl(p_.negative_loss));
+    if (has_kl_rows_) s_.kl.removed.begin_call(p_.vocab, shared_ids_);
   }
+  ~Row() {
+    if (has_kl_rows_) s_.kl.removed.end_call(shared_ids_);
+  }
+  Row(const Row&) = delete;
 
   // Loss times its weight; `inverse_normalizer` enters the gradient alone. While this row's second pass computes from
   // the cache, memory is idle: it brings `next`, the row that this thread takes up after it.
@@ -417,6 +428,12 @@ class Row {
     label_policy_ = label_reference_ = 0;
     const double weight = row_weight<Real>(p_, index);
     if (!is_active(p_, label_, weight)) return inactive();
+    if (has_kl_rows_) {
+      const bool is_kl_row = mark_set(weight);
+      const double loss = is_kl_row ? kl_row(weight, inverse_normalizer) : 0;
+      clear_set();
+      if (is_kl_row) return loss;
+    }
 
     collect_set(weight);
     const bool negative = !s_.ids.empty();
@@ -463,6 +480,83 @@ class Row {
       case Kind::FINISH: write_diagnostics(0, NAN, NAN, NAN, NAN); write_loss(0);
     }
     return 0;
+  }
+
+  // ---- KL rows of a whole vocabulary
+
+  // Puts the row's removed tokens, and a y with -1 < w < 0, into the scratch's set. Returns whether the row is a KL's.
+  bool mark_set(double weight) {
+    TokenSet& set = s_.kl.removed;
+    task_ = {};
+    task_.removed = static_cast<int64_t>(shared_ids_.size());
+    label_added_ = false;
+    if (p_.negative_ids && p_.negative_ids_stride != 0) {
+      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
+      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
+        if (ids[k] >= 0) task_.removed += set.insert(ids[k]);
+    }
+    if (weight < 0 && set.insert(label_)) {
+      label_added_ = true;
+      if (weight > -1) {
+        task_.partial = label_;
+        task_.log_kappa = log1p(weight);
+      } else {
+        ++task_.removed;
+      }
+    }
+    row_.loss = task_.removed || label_added_ ? p_.negative_loss : p_.positive_loss;
+    return reads_reference();
+  }
+
+  void clear_set() {
+    TokenSet& set = s_.kl.removed;
+    if (p_.negative_ids && p_.negative_ids_stride != 0) {
+      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
+      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
+        if (ids[k] >= 0) set.erase(ids[k]);
+    }
+    if (label_added_) set.erase(label_);
+  }
+
+  double kl_row(double weight, double inverse_normalizer) {
+    const bool negative = task_.removed || label_added_;
+    const double factor = row_factor<Real>(p_, index_, row_.loss, negative, weight);
+    double scale = factor * inverse_normalizer * row_.inverse_temperature;
+    task_.z = z_, task_.r = r_, task_.gradient = g_;
+    task_.reverse = row_.loss == REVERSE_KL;
+    task_.entropy = p_.diagnostics != nullptr;
+    KlRow<Logit, Gradient> row(p_, s_.kl);
+    KlPlan<Real> plan;
+    const auto write_gradient = [&](double by) {
+      if (by == 0 || by != by)
+        fill(by);
+      else
+        row.second_pass(plan, by, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
+    };
+    static_assert(sizeof plan <= (ROW_COEFFICIENTS - 1) * sizeof(Real));
+    if (p_.kind == Kind::BACKWARD) {
+      memcpy(&plan, coefficients(), sizeof plan);
+      scale = with_upstream(double(coefficients()[ROW_COEFFICIENTS - 1]));
+      if (scale != 0 && scale == scale) row.resume(task_, plan);
+      write_gradient(scale);
+      return 0;
+    }
+    const auto result = row.first_pass(task_, plan);
+    if (scale != 0 && result.lost) scale = NAN;
+    if (g_) write_gradient(scale);
+    if (p_.coefficients) {
+      std::fill_n(coefficients(), ROW_COEFFICIENTS, Real(0));
+      memcpy(coefficients(), &plan, sizeof plan);
+      coefficients()[ROW_COEFFICIENTS - 1] = Real(scale);
+    }
+    if (p_.diagnostics) {
+      const double pushed = -::expm1(task_.log_kappa);
+      const RowDiagnosis d = diagnose(result.statistics, negative, true, pushed, row_.inverse_temperature);
+      write_diagnostics(result.loss, result.loss, d.negative_mass, d.ref_negative_mass, d.entropy);
+    }
+    const double weighted = factor == 0 ? 0 : factor * result.loss;
+    write_loss(weighted);
+    return weighted;
   }
 
   // The row's negative set S, ascending and without duplicates.
@@ -968,18 +1062,23 @@ class Row {
   double log_kappa_ = 0;                           // of that y, wherever it lies
   double label_policy_ = 0, label_reference_ = 0;  // its logits
   bool label_pushed_ = false;
+  bool has_kl_rows_ = false, label_added_ = false;
+  typename KlRow<Logit, Gradient>::Task task_{};
   const Logit *z_ = nullptr, *r_ = nullptr;
   Gradient* g_ = nullptr;
 };
 
 // ------------------------------------------------------------------------------------------------------- all rows
 
-std::vector<int32_t> sorted_set(const int64_t* ids, int64_t count) {
-  std::vector<int32_t> set;
+// Without padding and duplicates. A bit for each token sorts thousands of them in a tenth of a sort's time.
+std::vector<int32_t> ascending(const int64_t* ids, int64_t count, int64_t vocab) {
+  std::vector<uint64_t> words(size_t(vocab / 64 + 1));
   for (int64_t k = 0; k < count; ++k)
-    if (ids[k] >= 0) set.push_back(static_cast<int32_t>(ids[k]));
-  std::sort(set.begin(), set.end());
-  set.erase(std::unique(set.begin(), set.end()), set.end());
+    if (ids[k] >= 0) words[size_t(ids[k] / 64)] |= uint64_t(1) << (ids[k] % 64);
+  std::vector<int32_t> set;
+  for (size_t i = 0; i < words.size(); ++i)
+    for (uint64_t word = words[i]; word; word &= word - 1)
+      set.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
   return set;
 }
 
@@ -995,7 +1094,7 @@ void run(const RowCall& p, int most_threads) {
   }
   const bool shared = p.negative_ids && p.negative_ids_stride == 0;
   const std::vector<int32_t> shared_ids =
-      shared ? sorted_set(p.negative_ids, p.negative_ids_count) : std::vector<int32_t>();
+      shared ? ascending(p.negative_ids, p.negative_ids_count, p.vocab_size) : std::vector<int32_t>();
 
   std::vector<double> losses(static_cast<size_t>(p.rows));
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its
@@ -1004,7 +1103,8 @@ void run(const RowCall& p, int most_threads) {
   const int threads = int(std::min<int64_t>(most_threads, (p.rows + block - 1) / block));
   std::atomic<int64_t> taken{0};
   const auto work = [&] {
-    Row<Logit, Gradient> row(p, shared_ids, Scratch<Real>::of_this_thread());
+    Scratch<Real>& scratch = Scratch<Real>::of_this_thread();
+    Row<Logit, Gradient> row(p, shared_ids, scratch);
     for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
       next = taken.fetch_add(block);
       const int64_t end = std::min(begin + block, p.rows);

@@ -1,0 +1,592 @@
+// The loops of a KL row, over one tile: each logit is read once for the loss, with one exponential a pair, and once
+// more for the gradient, with one again. docs/numerics.md derives the formulas. x is the base row's logit (forward
+// KL(q*‖p): the reference's, reverse KL(p‖q~): the policy's), o the other's:
+//   e = 2^(x scale - c)    y = (o - x)/T - a    φ(y) = e^y - 1 - y
+//   S = Σ e    M = Σ e y    Φ = Σ e φ(y)    A = Σ e (e^y - 1) = M + Φ    L = log1p(A/S)
+//   KL(base‖other) over the kept entries = Φ/S - φ(L)
+// Pairs go through a loop in blocks. Most blocks are near, all their |y| < 1, or wide, < 4, where polynomials do. In
+// the middle, e^y is a second exponential; far blocks hold what is infinite, or might overflow.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/vector.h"
+
+namespace tnt {
+inline namespace TNT_ISA {
+
+template <class Real>
+constexpr int BLOCK_ENTRIES = 4 * LANES<Real>;  // that share a branch
+template <class Real>
+constexpr int KL_TILE = 128 * LANES<Real>;
+template <class Real>
+constexpr int KL_STRETCH =
+    64 * LANES<Real>;  // of a tile: a lane adds up 32 entries as Real, stretches add up as double
+
+constexpr float AWAY = -1e30f;  // a logit that weighs nothing, and whose difference to another is finite
+constexpr int MIDDLE = 32;      // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
+
+// What a tile's weights are relative to.
+template <class Real>
+struct KlShift {
+  Real scale, inverse_t;  // log2(e)/T, 1/T
+  Real x_ref, o_ref;      // near the maxima
+  Real c;                 // x_ref scale
+  Real a;                 // near the log of the ratio of the two rows' sums; see `value`
+  Real rho;               // e e^y = 2^((o - o_ref) scale + rho)
+  double more;            // by which a exceeds (o_ref - x_ref)/T
+
+  KlShift(double inverse_temperature, Real x_top, Real o_top, double more_)
+      : scale(Real(UNIT<Real> * inverse_temperature)),
+        inverse_t(Real(inverse_temperature)),
+        x_ref(usable(x_top)),
+        o_ref(usable(o_top)),
+        c(FUSED ? x_ref * scale : Real(0)),
+        more(more_) {
+    const double apart = (double(o_ref) - double(x_ref)) * double(inverse_t);
+    a = stored(apart + more);
+    rho = Real(lead() + (apart - value(a)) * UNIT<Real>);
+  }
+  // Without a fused multiply-add, the product (o - x)/T is not rounded before a level is subtracted: levels are times
+  // T.
+  Real stored(double level) const { return Real(FUSED ? level : level / double(inverse_t)); }
+  double value(Real level) const { return FUSED ? double(level) : double(level) * double(inverse_t); }
+  // For a second pass.
+  KlShift(double inverse_temperature, Real x_top, Real o_top, Real a_, Real c_)
+      : KlShift(inverse_temperature, x_top, o_top, 0.0) {
+    a = a_;
+    c = c_;
+  }
+  // The same with weights that add up to about 2^`sum`, given the log of their sum relative to x_ref.
+  KlShift with_sum(double log_sum, double sum) const {
+    KlShift to = *this;
+    const double by = log_sum * UNIT<Real> - sum;
+    if (std::abs(by) < 1e9) to.c = Real((FUSED ? double(x_ref) * double(scale) : 0) + by);
+    return to;
+  }
+  // log of e e^y at o_ref, which rho rounds.
+  double log_lead_of_other() const {
+    return lead() / UNIT<Real> + (double(o_ref) - double(x_ref)) * double(inverse_t) - value(a);
+  }
+  bool operator==(const KlShift& other) const { return x_ref == other.x_ref && o_ref == other.o_ref && a == other.a; }
+  // log2 of the weight of an x of x_ref. In a first pass it is what rounding took from c.
+  double lead() const { return (FUSED ? double(x_ref) * double(scale) : 0) - double(c); }
+
+  // Without a fused multiply-add, x scale - c would lose digits that (x - x_ref) scale keeps.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  static constexpr bool FUSED = sizeof(Real) == sizeof(float);
+#else
+  static constexpr bool FUSED = false;
+#endif
+  static Real usable(Real top) { return top < Real(1e29) && top > Real(-1e29) ? top : Real(0); }
+};
+
+// The same in all lanes.
+template <class Real>
+struct KlLanes {
+  using V = Vector<Real>;
+  V scale, inverse_t, x_ref, o_ref, c, a, rho;
+  explicit KlLanes(const KlShift<Real>& k)
+      : scale(same(k.scale)),
+        inverse_t(same(k.inverse_t)),
+        x_ref(same(k.x_ref)),
+        o_ref(same(k.o_ref)),
+        c(same(k.c)),
+        a(same(k.a)),
+        rho(same(k.rho)) {}
+  TNT_FN V y(V x, V o, V level) const {
+    return KlShift<Real>::FUSED ? fused_multiply_add(o - x, inverse_t, -level) : ((o - x) - level) * inverse_t;
+  }
+  TNT_FN V at(V x) const {  // log2 of the weight
+    return KlShift<Real>::FUSED ? fused_multiply_add(x, scale, -c) : (x - x_ref) * scale - c;
+  }
+};
+
+struct KlSums {
+  double s = 0, m = 0, f = 0;               // Σ e; of pairs that are near Σ e y and Σ e φ
+  double far_m = 0, far_f = 0, excess = 0;  // of the others Σ e y (reverse alone), Σ e φ, Σ e (e^y - 1)
+  double broken = 0;                        // other than 0 if some e is no number: it is left out of the rest
+  bool infinite = false;                    // some y was
+  double entropy = 0;                       // of the policy's weights times their log2, where it is asked for
+  double a() const { return m + f + excess; }
+  double moment() const { return m + far_m; }
+  double phi() const { return f + far_f; }
+  KlSums& operator+=(const KlSums& t) {
+    s += t.s, m += t.m, f += t.f, far_m += t.far_m, far_f += t.far_f, excess += t.excess;
+    broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
+    return *this;
+  }
+};
+
+template <class Real>
+struct KlAccumulators {
+  using V = Vector<Real>;
+  V s{}, m{}, f{}, far_m{}, far_f{}, excess{}, broken{}, entropy{};
+
+  // A logarithm of a weight is at least -256: without weight it counts for nothing.
+  template <bool REVERSE>
+  TNT_FN void add_entropy(V e, V excess_of_e, V at, V y) {
+    if (REVERSE)
+      entropy = fused_multiply_add(e, greater_of(at, same(Real(-256))), entropy);
+    else
+      entropy = fused_multiply_add(
+          e + excess_of_e, greater_of(fused_multiply_add(y, same(Real(UNIT<Real>)), at), same(Real(-256))), entropy);
+  }
+  template <bool REVERSE, bool ENTROPY, bool WIDE>
+  TNT_FN void add_near(const KlLanes<Real>& k, V x, V y) {
+    const V at = k.at(x), e = power(at), phi = WIDE ? phi_wide(y) : phi_near(y);
+    s = s + e;
+    m = fused_multiply_add(e, y, m);
+    f = fused_multiply_add(e, phi, f);
+    if (ENTROPY) add_entropy<REVERSE>(e, e * (y + phi), at, y);
+  }
+  template <bool REVERSE, bool ENTROPY>
+  TNT_FN void add_middle(const KlLanes<Real>& k, V x, V y) {
+    const V at = k.at(x), e = power(at), none = same(Real(0)), one = same(Real(1));
+    const auto near = less(absolute(y), one);
+    const V rise = power(y * same(Real(UNIT<Real>))) - one, near_y = select(near, y, none);
+    const V phi = select(near, phi_near(near_y), rise - y);
+    s = s + e;
+    far_f = fused_multiply_add(e, phi, far_f);
+    if (REVERSE) far_m = fused_multiply_add(e, y, far_m);
+    const V own_excess = e * select(near, near_y + phi, rise);
+    excess = excess + own_excess;
+    if (ENTROPY) add_entropy<REVERSE>(e, own_excess, at, y);
+  }
+  // An e of 0 wins over an infinite y.
+  template <bool REVERSE, bool ENTROPY>
+  TNT_FN void add_far(const KlLanes<Real>& k, V x, V o, V y) {
+    const V none = same(Real(0)), one = same(Real(1)), at = k.at(x), any_e = power(at);
+    const V e = select(less(any_e, same(Real(INFINITY))), any_e, none);
+    const V other_at = fused_multiply_add(o - k.o_ref, k.scale, k.rho), p = power(other_at);
+    const auto near = less(absolute(y), one);
+    const V near_y = select(near, y, none), phi = phi_near(near_y);
+    const V product = select(equal(e, none), none, e * y), rise = select(near, e * (near_y + phi), p - e);
+    s = s + e;
+    broken = broken + (any_e - e);
+    far_f = far_f + select(near, e * phi, rise - product);
+    if (REVERSE) far_m = far_m + product;
+    excess = excess + rise;
+    if (!ENTROPY) return;
+    const V weight = REVERSE ? e : p, log = REVERSE ? at : other_at;
+    entropy = entropy + select(equal(weight, none), none, weight * greater_of(log, same(Real(-256))));
+  }
+};
+
+// The same as double.
+template <class Real>
+struct KlTotals {
+  decltype(wide(Vector<Real>{})) s, m, f, far_m, far_f, excess, broken, entropy;
+  bool far = false;       // some pair was not near
+  bool infinite = false;  // some y was
+  TNT_FN void add_near(const KlAccumulators<Real>& t, const KlAccumulators<Real>& odd) {
+    s.add(t.s + odd.s);
+    m.add(t.m + odd.m);
+    f.add(t.f + odd.f);
+  }
+  TNT_FN void add_far(const KlAccumulators<Real>& t) {
+    far = true;
+    far_m.add(t.far_m);
+    far_f.add(t.far_f);
+    excess.add(t.excess);
+    broken.add(t.broken);
+  }
+  KlSums sums() const {
+    KlSums t;
+    t.s = s.sum(), t.m = m.sum(), t.f = f.sum(), t.entropy = entropy.sum();
+    t.infinite = infinite;
+    if (far) t.far_m = far_m.sum(), t.far_f = far_f.sum(), t.excess = excess.sum(), t.broken = broken.sum();
+    return t;
+  }
+};
+
+// The bits of a block that begins at an entry of the row.
+template <class Real>
+TNT_FN uint64_t block_bits(const uint64_t* bits, int64_t entry) {
+  constexpr uint64_t ALL = BLOCK_ENTRIES<Real> == 64 ? ~uint64_t(0) : (uint64_t(1) << BLOCK_ENTRIES<Real> % 64) - 1;
+  return bits[entry / 64] >> (entry % 64) & ALL;
+}
+
+template <class Real>
+struct Block {
+  Vector<Real> x[4], o[4];
+  template <class Logit>
+  TNT_FN Block(const Logit* base, const Logit* other) {
+    constexpr int HALF = 2 * LANES<Real>;
+    const auto x0 = load_pair(base), x1 = load_pair(base + HALF), o0 = load_pair(other), o1 = load_pair(other + HALF);
+    x[0] = x0.a, x[1] = x0.b, x[2] = x1.a, x[3] = x1.b;
+    o[0] = o0.a, o[1] = o0.b, o[2] = o1.a, o[3] = o1.b;
+  }
+};
+
+template <class Logit>
+struct BlockMasks {
+  using Real = RealOf<Logit>;
+  PairMasks<Logit> first, second;
+  TNT_FN explicit BlockMasks(uint64_t bits) : first(uint32_t(bits)), second(uint32_t(bits >> 2 * LANES<Real>)) {}
+  TNT_FN auto operator[](int j) const { return j == 0 ? first.a : j == 1 ? first.b : j == 2 ? second.a : second.b; }
+};
+
+// Appends the block's logits whose bit is set. Their order is the loops' own.
+template <class Logit, class Real = RealOf<Logit>>
+TNT_FN void take(uint64_t bits, const Logit* from, const Vector<Real> (&x)[4], Real*& to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    const BlockMasks<Logit> masks(bits);
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(masks[j], x[j]));
+      to += __builtin_popcount(masks[j]);
+    }
+    return;
+  }
+#endif
+  (void)x;
+  for (; bits; bits &= bits - 1) *to++ = load(from[__builtin_ctzll(bits)]);
+}
+template <class Logit, class Real = RealOf<Logit>>
+TNT_FN void take(uint64_t bits, const Logit* from, Real*& to) {
+  Block<Real> b(from, from);
+  take<Logit, Real>(bits, from, b.x, to);
+}
+// How many entries past the last one `take` may write.
+constexpr int TAKE_SLACK = FLOATS;
+
+// A tile's entries, a multiple of a block's, from `entry` of the row on; the bits of removed ones are set.
+template <class Logit>
+struct KlEntries {
+  const Logit *base, *other;
+  int64_t n;
+  const uint64_t* bits;
+  int64_t entry;
+  bool careful;  // all blocks are far
+  using Real = RealOf<Logit>;
+  TNT_FN uint64_t removed(int64_t i) const { return bits ? block_bits<Real>(bits, entry + i) : 0; }
+};
+
+template <class V>
+TNT_FN V greatest_size(const V (&y)[4]) {
+  return greater_size(greater_size(y[0], y[1]), greater_size(y[2], y[3]));
+}
+
+// The loops take turns, so that their sums stay in registers. The first stops at a block that is not near, or has
+// removed entries; the second, WIDE, at one that is not wide, has removed entries, or is the second near one in turn;
+// the last at the second in turn that is wide and has none removed. They return where. A stretch is as long as a lane's
+// sum may be.
+template <bool WIDE, class V>
+TNT_FN bool is_near(V size) {
+  return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? 4 : 1))));
+}
+
+template <bool REVERSE, bool ENTROPY, bool WIDE, class Logit, class Real>
+__attribute__((noinline)) int64_t add_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                  KlTotals<Real>& totals, bool& near_before) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real>);
+  KlAccumulators<Real> t, odd;
+  for (; i < end; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in.base + i, in.other + i);
+    V y[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    const V size = greatest_size(y);
+    if (__builtin_expect(in.removed(i) != 0 || !is_near<WIDE>(size), 0)) break;
+    if (WIDE) {
+      const bool near = is_near<false>(size);
+      if (near && near_before) break;
+      near_before = near;
+    }
+    t.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[0], y[0]);
+    odd.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[1], y[1]);
+    t.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[2], y[2]);
+    odd.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[3], y[3]);
+  }
+  totals.add_near(t, odd);
+  if (ENTROPY) totals.entropy.add(t.entropy + odd.entropy);
+  return i;
+}
+
+template <bool REVERSE, bool ENTROPY, class Logit, class Real>
+__attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                   KlTotals<Real>& totals) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const V wide_bound = same(Real(in.careful ? 0 : 4)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
+  const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real> / 2);  // their pairs share an accumulator
+  KlAccumulators<Real> t;
+  bool wide_before = false;
+  for (; i < end; i += BLOCK_ENTRIES<Real>) {
+    Block<Real> b(in.base + i, in.other + i);
+    V y[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    const uint64_t removed = in.removed(i);
+    if (removed) {
+      const BlockMasks<Logit> masks(removed);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        b.x[j] = select(masks[j], same(Real(AWAY)), b.x[j]);
+        b.o[j] = select(masks[j], same(Real(AWAY)), b.o[j]);
+        y[j] = select(masks[j], same(Real(0)), y[j]);
+      }
+    }
+    const V size = greatest_size(y);
+    const bool wide = is_everywhere(less(size, wide_bound));
+    if (wide && !removed && wide_before) break;
+    wide_before = wide && !removed;
+    if (wide) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) t.template add_near<REVERSE, ENTROPY, true>(k, b.x[j], y[j]);
+    } else if (is_everywhere(less(size, middle_bound))) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) t.template add_middle<REVERSE, ENTROPY>(k, b.x[j], y[j]);
+    } else {
+#pragma GCC unroll 1
+      for (int j = 0; j < 4; ++j) {
+        t.template add_far<REVERSE, ENTROPY>(k, b.x[j], b.o[j], y[j]);
+        totals.infinite |= !is_everywhere(less(absolute(y[j]), same(std::numeric_limits<Real>::max())));
+      }
+    }
+  }
+  totals.add_near(t, {});
+  if (ENTROPY) totals.entropy.add(t.entropy);
+  totals.add_far(t);
+  return i;
+}
+
+template <bool REVERSE, bool ENTROPY, class Logit, class Real>
+KlSums kl_sums(const KlEntries<Logit>& in, const KlShift<Real>& shift) {
+  KlTotals<Real> totals;
+  bool near = true;  // the last two blocks were
+  for (int64_t i = 0; i < in.n;) {
+    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, false>(in, i, shift, totals, near);
+    near = false;
+    if (!in.careful && i < in.n) i = add_near_blocks<REVERSE, ENTROPY, true>(in, i, shift, totals, near);
+    if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, totals);
+  }
+  return totals.sums();
+}
+
+// For a shift: of n entries without the removed ones the maxima, -inf if there is none, and the mean of o - x.
+template <class Real>
+struct KlSample {
+  Real x_top = -INFINITY, o_top = -INFINITY;
+  double mean = 0;
+};
+// Reads whole blocks.
+template <class Logit, class Real = RealOf<Logit>>
+__attribute__((noinline)) KlSample<Real> kl_sample(const Logit* base, const Logit* other, int64_t n,
+                                                   const uint64_t* bits, int64_t entry) {
+  using V = Vector<Real>;
+  const V infinity = same(Real(INFINITY)), nothing = same(Real(-INFINITY)), none = same(Real(0));
+  V x_top = nothing, o_top = nothing, above = none;
+  int64_t count = n;
+  for (int64_t i = 0; i < n; i += BLOCK_ENTRIES<Real>) {
+    Block<Real> b(base + i, other + i);
+    uint64_t removed = bits ? block_bits<Real>(bits, entry + i) : 0;
+    count -= __builtin_popcountll(removed);
+    if (n - i < BLOCK_ENTRIES<Real>) removed |= ~uint64_t(0) << (n - i);
+    if (removed) {
+      const BlockMasks<Logit> masks(removed);
+      for (int j = 0; j < 4; ++j) {
+        b.x[j] = select(masks[j], nothing, b.x[j]);
+        b.o[j] = select(masks[j], nothing, b.o[j]);
+        above = above + select(masks[j], none, b.o[j] - b.x[j]);
+      }
+    } else {
+      for (int j = 0; j < 4; ++j) above = above + (b.o[j] - b.x[j]);
+    }
+    for (int j = 0; j < 4; ++j) {  // +inf is none
+      x_top = greater_of(select(less(b.x[j], infinity), b.x[j], nothing), x_top);
+      o_top = greater_of(select(less(b.o[j], infinity), b.o[j], nothing), o_top);
+    }
+  }
+  return {greatest(x_top), greatest(o_top), count > 0 ? sum_of(above) / double(count) : 0};
+}
+
+// ---------------------------------------------------------------------------------------------------------- gradients
+
+// What a row's gradient takes besides its shift. All are kept for a gradient that has to wait.
+
+template <class Real>
+struct ForwardGradient {  // factor (p - q*)
+  Real shift;             // y* = log p - log q* = (o - x)/T - shift - rest, shift as KlShift stores levels
+  Real rest;              // what rounding took from it: next to p = q, y* is as small
+  Real h;                 // factor q* = h e
+  Real p_shift, sign;     // factor p = sign 2^((o - o_ref) scale + p_shift)
+};
+template <class Real>
+struct ReverseGradient {  // factor p (M/S - y + p(R) Δ) = e (k0 + k1 y)
+  Real k0, k1;
+};
+
+// Stores a pair in the order in which load_pair has it.
+template <class Logit, class Gradient, class Real>
+TNT_FN void store_as_loaded(Gradient* to, Vector<Real> a, Vector<Real> b) {
+  if constexpr (std::is_same_v<Logit, BFloat16>)
+    store_even_and_odd(to, {a, b});
+  else
+    store_pair(to, Pair<Real>{a, b});
+}
+
+// Stores a block, its removed entries from `set`.
+template <class Logit, class Gradient, class Real>
+TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4]) {
+  store_as_loaded<Logit, Gradient, Real>(to, g[0], g[1]);
+  store_as_loaded<Logit, Gradient, Real>(to + 2 * LANES<Real>, g[2], g[3]);
+}
+template <class Logit, class Gradient, class Real>
+TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4], uint64_t removed, const Real*& set) {
+  if (!removed) return put<Logit, Gradient, Real>(to, g);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    Floats all[4];
+    const BlockMasks<Logit> masks(removed);
+    for (int j = 0; j < 4; ++j) {
+      all[j] = _mm512_mask_expand_ps(g[j], masks[j], _mm512_loadu_ps(set));
+      set += __builtin_popcount(masks[j]);
+    }
+    return put<Logit, Gradient, Real>(to, all);
+  }
+#endif
+  put<Logit, Gradient, Real>(to, g);
+  for (; removed; removed &= removed - 1) store(to + __builtin_ctzll(removed), *set++);
+}
+
+// |y*| up to which p - q* = e e^{y*/2} 2 sinh(y*/2) is one exponential, with few coefficients and with more.
+constexpr float SINH_NEAR_BOUND = 1.25f, SINH_WIDE_BOUND = 12.0f;
+
+// The loops that write take turns, too. `to` may lie where either row does.
+template <bool WIDE, class Logit, class Gradient, class Real>
+__attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                    const ForwardGradient<Real>& g, Gradient* to) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const V near_bound = same(Real(SINH_NEAR_BOUND)), bound = same(Real(WIDE ? SINH_WIDE_BOUND : SINH_NEAR_BOUND));
+  bool near_before = false;
+  const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>)), h = same(g.h);
+  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in.base + i, in.other + i);
+    V y[4], d[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
+    const V size = greatest_size(y);
+    if (__builtin_expect(in.removed(i) != 0 || !is_everywhere(less(size, bound)), 0)) break;
+    if (WIDE) {
+      const bool near = is_everywhere(less(size, near_bound));
+      if (near && near_before) break;
+      near_before = near;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V e = power(fused_multiply_add(y[j], half, k.at(b.x[j]))), square = y[j] * y[j];
+      d[j] = ((e * h) * y[j]) * (WIDE ? sinh_ratio_wide(square) : sinh_ratio_near(square));
+    }
+    put<Logit, Gradient, Real>(to + i, d);
+  }
+  return i;
+}
+
+template <class Logit, class Gradient, class Real>
+__attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                     const ForwardGradient<Real>& g, Gradient* to, const Real*& set) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const V wide_bound = same(Real(in.careful ? 0 : SINH_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
+  const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>)), h = same(g.h),
+          unit = same(Real(UNIT<Real>));
+  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in.base + i, in.other + i);
+    V y[4], d[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
+    const uint64_t removed = in.removed(i);
+    if (removed) {  // what is computed there does not count
+      const BlockMasks<Logit> masks(removed);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) y[j] = select(masks[j], same(Real(0)), y[j]);
+    }
+    const V size = greatest_size(y);
+    if (!removed && is_everywhere(less(size, wide_bound))) break;
+    if (is_everywhere(less(size, middle_bound))) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {  // e^y of an e that underflows need not
+        const V at = k.at(b.x[j]), square = y[j] * y[j];
+        const V near = (power(fused_multiply_add(y[j], half, at)) * y[j]) * sinh_ratio_near(square);
+        const V apart = power(fused_multiply_add(y[j], unit, at)) - power(at);
+        d[j] = h * select(less(absolute(y[j]), same(Real(SINH_NEAR_BOUND))), near, apart);
+      }
+    } else {
+#pragma GCC unroll 1
+      for (int j = 0; j < 4; ++j) {
+        const auto is_near = less(absolute(y[j]), same(Real(SINH_NEAR_BOUND)));
+        const V y_near = select(is_near, y[j], same(Real(0))), q = power(k.at(b.x[j])) * h;
+        const V p = power(fused_multiply_add(b.o[j] - k.o_ref, k.scale, same(g.p_shift))) * same(g.sign);
+        const V near = (power(y_near * half) * y_near) * sinh_ratio_near(y_near * y_near);
+        d[j] = select(is_near, q * near, p - q);
+      }
+    }
+    put<Logit, Gradient, Real>(to + i, d, removed, set);
+  }
+  return i;
+}
+
+template <bool, class Logit, class Gradient, class Real>
+__attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                    const ReverseGradient<Real>& g, Gradient* to) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const V k0 = same(g.k0), k1 = same(g.k1), bound = same(std::numeric_limits<Real>::max() / 4);
+  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in.base + i, in.other + i);
+    V y[4], d[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    if (__builtin_expect(in.removed(i) != 0 || !is_everywhere(less(greatest_size(y), bound)), 0)) break;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
+    put<Logit, Gradient, Real>(to + i, d);
+  }
+  return i;
+}
+
+template <class Logit, class Gradient, class Real>
+__attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+                                                     const ReverseGradient<Real>& g, Gradient* to, const Real*& set) {
+  using V = Vector<Real>;
+  const KlLanes<Real> k(shift);
+  const V k0 = same(g.k0), k1 = same(g.k1), none = same(Real(0));
+  const V bound = same(in.careful ? Real(0) : std::numeric_limits<Real>::max() / 4);
+  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in.base + i, in.other + i);
+    V y[4], d[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    const uint64_t removed = in.removed(i);
+    if (!removed && is_everywhere(less(greatest_size(y), bound))) break;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V e = power(k.at(b.x[j]));
+      d[j] = select(equal(e, none), none, e * fused_multiply_add(y[j], k1, k0));
+    }
+    put<Logit, Gradient, Real>(to + i, d, removed, set);
+  }
+  return i;
+}
+
+// Writes the tile's gradients. Those of removed entries come from `set`, in `take`'s order.
+template <class Logit, class Gradient, class Real, class Numbers>
+void write_gradient(const KlEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to,
+                    const Real* set) {
+  for (int64_t i = 0; i < in.n;) {
+    if (!in.careful) i = write_near_blocks<false>(in, i, shift, g, to);
+    if (!in.careful && i < in.n && std::is_same_v<Numbers, ForwardGradient<Real>>)
+      i = write_near_blocks<true>(in, i, shift, g, to);
+    if (i < in.n) i = write_other_blocks(in, i, shift, g, to, set);
+  }
+}
+
+}  // namespace TNT_ISA
+}  // namespace tnt
