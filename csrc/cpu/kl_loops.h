@@ -21,9 +21,9 @@ template <class Real>
 constexpr int BLOCK_ENTRIES = 4 * LANES<Real>;  // that share a branch
 template <class Real>
 constexpr int KL_TILE = 128 * LANES<Real>;
+// Of a tile: a lane adds up 32 entries as Real, stretches add up as double.
 template <class Real>
-constexpr int KL_STRETCH =
-    64 * LANES<Real>;  // of a tile: a lane adds up 32 entries as Real, stretches add up as double
+constexpr int KL_STRETCH = 64 * LANES<Real>;
 
 constexpr float AWAY = -1e30f;  // a logit that weighs nothing, and whose difference to another is finite
 constexpr int MIDDLE = 32;      // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
@@ -49,8 +49,7 @@ struct KlShift {
     a = stored(apart + more);
     rho = Real(lead() + (apart - value(a)) * UNIT<Real>);
   }
-  // Without a fused multiply-add, the product (o - x)/T is not rounded before a level is subtracted: levels are times
-  // T.
+  // Without a fused multiply-add, a level is subtracted before the product with 1/T would round: it is stored times T.
   Real stored(double level) const { return Real(FUSED ? level : level / double(inverse_t)); }
   double value(Real level) const { return FUSED ? double(level) : double(level) * double(inverse_t); }
   // For a second pass.

@@ -329,6 +329,10 @@ class KlRow {
     return {inverse_t_, sample.x_top, sample.o_top, takes_mean ? more : 0};
   }
 
+  // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
+  // keep: then a row is read relative to them. 16-bit logits have few digits.
+  static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
+
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
@@ -350,6 +354,7 @@ class KlRow {
     return shift_of(sample);
   }
 
+  // A tile's sums, and the shift that they took.
   template <bool REVERSE, bool ENTROPY>
   KlSums fitted(int64_t k, KlShift<Real>& shift, double most_log_ratio) {
     KlSums t = sums_of<REVERSE, ENTROPY>(k, shift);
@@ -373,10 +378,6 @@ class KlRow {
     }
     return t;
   }
-
-  // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
-  // keep: then a row is read relative to them. 16-bit logits have few digits.
-  static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
 
   // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
   // row.
@@ -507,7 +508,7 @@ class KlRow {
         s_.slices.push_back(slice_of(t, own, REVERSE));
     }
 
-    // Nor does the row have anything of it, unless other maxima show it.
+    // All that was read may have nothing of the other row, unless other maxima show it.
     const bool lacks_other = total.s > 0 && total.s + total.a() <= 0;
     unfit_ |= lacks_other && total.phi() < INFINITY && s_.slices.empty();
     KlSlice kept = slice_of(total, shift, REVERSE);
