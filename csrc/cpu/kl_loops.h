@@ -271,8 +271,8 @@ TNT_FN V greatest_size(const V (&y)[4]) {
 
 // The loops take turns, so that their sums stay in registers. The first stops at a block that is not near, or has
 // removed entries; the second, WIDE, at one that is not wide, has removed entries, or is the second near one in turn;
-// the last at the second in turn that is wide and has none removed. They return where. A stretch is as long as a lane's
-// sum may be.
+// the last behind a wide one, at one that is wide and has none removed. They return where. A stretch is as long as a
+// lane's sum may be.
 template <bool WIDE, class V>
 TNT_FN bool is_near(V size) {
   return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? 4 : 1))));
@@ -309,7 +309,7 @@ __attribute__((noinline)) int64_t add_near_blocks(const KlEntries<Logit>& in, in
 
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
 __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                   KlTotals<Real>& totals) {
+                                                   KlTotals<Real>& totals, bool& near) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V wide_bound = same(Real(in.careful ? 0 : 4)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
@@ -333,8 +333,11 @@ __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, i
     }
     const V size = greatest_size(y);
     const bool wide = is_everywhere(less(size, wide_bound));
-    if (wide && !removed && wide_before) break;
-    wide_before = wide && !removed;
+    if (wide && !removed && wide_before) {
+      near = is_near<false>(size);
+      break;
+    }
+    wide_before = wide;
     if (wide) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) t.template add_near<REVERSE, ENTROPY, true>(k, b.x[j], y[j]);
@@ -363,7 +366,7 @@ KlSums kl_sums(const KlEntries<Logit>& in, const KlShift<Real>& shift) {
     if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, false>(in, i, shift, totals, near);
     near = false;
     if (!in.careful && i < in.n) i = add_near_blocks<REVERSE, ENTROPY, true>(in, i, shift, totals, near);
-    if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, totals);
+    if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, totals, near);
   }
   return totals.sums();
 }
@@ -508,8 +511,15 @@ __attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in,
       for (int j = 0; j < 4; ++j) y[j] = select(masks[j], same(Real(0)), y[j]);
     }
     const V size = greatest_size(y);
-    if (!removed && is_everywhere(less(size, wide_bound))) break;
-    if (is_everywhere(less(size, middle_bound))) {
+    const bool wide = is_everywhere(less(size, wide_bound));
+    if (wide && !removed) break;
+    if (wide) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const V e = power(fused_multiply_add(y[j], half, k.at(b.x[j])));
+        d[j] = ((e * h) * y[j]) * sinh_ratio_wide(y[j] * y[j]);
+      }
+    } else if (is_everywhere(less(size, middle_bound))) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {  // e^y of an e that underflows need not
         const V at = k.at(b.x[j]), square = y[j] * y[j];
