@@ -26,7 +26,9 @@ template <class Real>
 constexpr int KL_STRETCH = 64 * LANES<Real>;
 
 constexpr float AWAY = -1e30f;  // a logit that weighs nothing, and whose difference to another is finite
-constexpr int MIDDLE = 32;      // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
+// |y| up to which φ is a polynomial, with few coefficients and with more.
+constexpr float PHI_NEAR_BOUND = 1, PHI_WIDE_BOUND = 4;
+constexpr int MIDDLE = 32;  // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
 
 // What a tile's weights are relative to.
 template <class Real>
@@ -39,7 +41,7 @@ struct KlShift {
   double more;            // by which a exceeds (o_ref - x_ref)/T
 
   KlShift(double inverse_temperature, Real x_top, Real o_top, double more_)
-      : scale(Real(UNIT<Real> * inverse_temperature)),
+      : scale(exponent_scale<Real>(inverse_temperature)),
         inverse_t(Real(inverse_temperature)),
         x_ref(usable(x_top)),
         o_ref(usable(o_top)),
@@ -228,26 +230,21 @@ struct BlockMasks {
   TNT_FN auto operator[](int j) const { return j == 0 ? first.a : j == 1 ? first.b : j == 2 ? second.a : second.b; }
 };
 
-// Appends the block's logits whose bit is set. Their order is the loops' own.
-template <class Logit, class Real = RealOf<Logit>>
-TNT_FN void take(uint64_t bits, const Logit* from, const Vector<Real> (&x)[4], Real*& to) {
+// Appends the logits of the block that begins at `from` whose bit is set. Their order is the loops' own.
+template <class Logit, class Real>
+TNT_FN void take(uint64_t bits, const Logit* from, Real*& to) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == sizeof(float)) {
     const BlockMasks<Logit> masks(bits);
+    const Block<Real> b(from, from);
     for (int j = 0; j < 4; ++j) {
-      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(masks[j], x[j]));
+      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(masks[j], b.x[j]));
       to += __builtin_popcount(masks[j]);
     }
     return;
   }
 #endif
-  (void)x;
   for (; bits; bits &= bits - 1) *to++ = load(from[__builtin_ctzll(bits)]);
-}
-template <class Logit, class Real = RealOf<Logit>>
-TNT_FN void take(uint64_t bits, const Logit* from, Real*& to) {
-  Block<Real> b(from, from);
-  take<Logit, Real>(bits, from, b.x, to);
 }
 // How many entries past the last one `take` may write.
 constexpr int TAKE_SLACK = FLOATS;
@@ -264,6 +261,12 @@ struct KlEntries {
   TNT_FN uint64_t removed(int64_t i) const { return bits ? block_bits<Real>(bits, entry + i) : 0; }
 };
 
+template <class Real>
+TNT_FN void differences(const Block<Real>& b, const KlLanes<Real>& k, Vector<Real> level, Vector<Real> (&y)[4]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level);
+}
+
 template <class V>
 TNT_FN V greatest_size(const V (&y)[4]) {
   return greater_size(greater_size(y[0], y[1]), greater_size(y[2], y[3]));
@@ -275,7 +278,7 @@ TNT_FN V greatest_size(const V (&y)[4]) {
 // lane's sum may be.
 template <bool WIDE, class V>
 TNT_FN bool is_near(V size) {
-  return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? 4 : 1))));
+  return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? PHI_WIDE_BOUND : PHI_NEAR_BOUND))));
 }
 
 template <bool REVERSE, bool ENTROPY, bool WIDE, class Logit, class Real>
@@ -288,8 +291,7 @@ __attribute__((noinline)) int64_t add_near_blocks(const KlEntries<Logit>& in, in
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in.base + i, in.other + i);
     V y[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    differences(b, k, k.a, y);
     const V size = greatest_size(y);
     if (__builtin_expect(in.removed(i) != 0 || !is_near<WIDE>(size), 0)) break;
     if (WIDE) {
@@ -312,15 +314,14 @@ __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, i
                                                    KlTotals<Real>& totals, bool& near) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
-  const V wide_bound = same(Real(in.careful ? 0 : 4)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
+  const V wide_bound = same(Real(in.careful ? 0 : PHI_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real> / 2);  // their pairs share an accumulator
   KlAccumulators<Real> t;
   bool wide_before = false;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
     Block<Real> b(in.base + i, in.other + i);
     V y[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    differences(b, k, k.a, y);
     const uint64_t removed = in.removed(i);
     if (removed) {
       const BlockMasks<Logit> masks(removed);
@@ -361,7 +362,7 @@ __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, i
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
 KlSums kl_sums(const KlEntries<Logit>& in, const KlShift<Real>& shift) {
   KlTotals<Real> totals;
-  bool near = true;  // the last two blocks were
+  bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
     if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, false>(in, i, shift, totals, near);
     near = false;
@@ -460,6 +461,13 @@ TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4], uint64_t removed, cons
 // |y*| up to which p - q* = e e^{y*/2} 2 sinh(y*/2) is one exponential, with few coefficients and with more.
 constexpr float SINH_NEAR_BOUND = 1.25f, SINH_WIDE_BOUND = 12.0f;
 
+// `at`: log2 of the base's weight; `half`: UNIT / 2.
+template <bool WIDE, class V>
+TNT_FN V near_gradient(V at, V y, V half, V h) {
+  const V e = power(fused_multiply_add(y, half, at)), square = y * y;
+  return ((e * h) * y) * (WIDE ? sinh_ratio_wide(square) : sinh_ratio_near(square));
+}
+
 // The loops that write take turns, too. `to` may lie where either row does.
 template <bool WIDE, class Logit, class Gradient, class Real>
 __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
@@ -482,10 +490,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, 
       near_before = near;
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const V e = power(fused_multiply_add(y[j], half, k.at(b.x[j]))), square = y[j] * y[j];
-      d[j] = ((e * h) * y[j]) * (WIDE ? sinh_ratio_wide(square) : sinh_ratio_near(square));
-    }
+    for (int j = 0; j < 4; ++j) d[j] = near_gradient<WIDE>(k.at(b.x[j]), y[j], half, h);
     put<Logit, Gradient, Real>(to + i, d);
   }
   return i;
@@ -515,10 +520,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in,
     if (wide && !removed) break;
     if (wide) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const V e = power(fused_multiply_add(y[j], half, k.at(b.x[j])));
-        d[j] = ((e * h) * y[j]) * sinh_ratio_wide(y[j] * y[j]);
-      }
+      for (int j = 0; j < 4; ++j) d[j] = near_gradient<true>(k.at(b.x[j]), y[j], half, h);
     } else if (is_everywhere(less(size, middle_bound))) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {  // e^y of an e that underflows need not
@@ -551,8 +553,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, 
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in.base + i, in.other + i);
     V y[4], d[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    differences(b, k, k.a, y);
     if (__builtin_expect(in.removed(i) != 0 || !is_everywhere(less(greatest_size(y), bound)), 0)) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
@@ -571,8 +572,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in,
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in.base + i, in.other + i);
     V y[4], d[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], k.a);
+    differences(b, k, k.a, y);
     const uint64_t removed = in.removed(i);
     if (!removed && is_everywhere(less(greatest_size(y), bound))) break;
 #pragma GCC unroll 4

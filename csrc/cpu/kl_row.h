@@ -23,9 +23,11 @@ TNT_FN double phi_of_log(double ratio, double log_ratio) {
 // A set of a vocabulary's tokens, a bit each. Between rows it holds the tokens that all rows share.
 class TokenSet {
  public:
+  TokenSet() = default;
+  explicit TokenSet(int64_t vocab) { reserve(vocab); }
+
   void begin_call(int64_t vocab, const std::vector<int32_t>& shared) {
-    const size_t words = size_t(vocab / 64) + 8;  // a tile's last block may end beyond the vocabulary
-    if (words_.size() < words) words_.resize(words);
+    reserve(vocab);
     for (const int32_t id : shared) insert(id);
   }
   void end_call(const std::vector<int32_t>& shared) {
@@ -39,8 +41,19 @@ class TokenSet {
   }
   void erase(int64_t id) { words_[size_t(id / 64)] &= ~(uint64_t(1) << (id % 64)); }
   const uint64_t* words() const { return words_.data(); }
+  std::vector<int32_t> ascending() const {
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < words_.size(); ++i)
+      for (uint64_t word = words_[i]; word; word &= word - 1)
+        ids.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
+    return ids;
+  }
 
  private:
+  void reserve(int64_t vocab) {
+    const size_t words = size_t(vocab / 64) + 8;  // a tile's last block may end beyond the vocabulary
+    if (words_.size() < words) words_.resize(words);
+  }
   std::vector<uint64_t> words_;
 };
 
@@ -202,8 +215,8 @@ class KlRow {
       uint64_t removed = block_bits<Real>(bits_, at);
       if (!removed) continue;
       if (in_place && is_read_in_place()) {
-        take<Logit, Real>(removed, base_ + at, x);
-        take<Logit, Real>(removed, other_ + at, o);
+        take(removed, base_ + at, x);
+        take(removed, other_ + at, o);
         continue;
       }
       for (; removed; removed &= removed - 1) {
@@ -222,7 +235,7 @@ class KlRow {
     Real* const x = logits.data();
     Real* const out = t_.partial >= 0 ? std::find(x, x + set_size_, partial) : x + set_size_;
     if (out != x + set_size_) *out = -INFINITY;
-    const Real scale = Real(UNIT<Real> * inverse_t_), inverse_t = Real(inverse_t_);
+    const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_);
     Real top = -std::numeric_limits<Real>::max();
     for (int64_t i = 0; i < set_size_; ++i) top = x[i] > top ? x[i] : top;
     for (int64_t at = 0; at < set_size_; at += TILE) {
@@ -230,7 +243,7 @@ class KlRow {
       Real total = 0, moment = 0;
 #pragma omp simd reduction(+ : total, moment)
       for (int64_t i = at; i < end; ++i) {
-        const Real centred = x[i] - top, weight = weight_of(centred * scale);
+        const Real centred = x[i] - top, weight = exponential(centred * scale);
         total += weight;
         moment += weight == Real(0) ? Real(0) : weight * (centred * inverse_t);
       }
@@ -241,19 +254,18 @@ class KlRow {
     if (out != x + set_size_) *out = partial;
     return sum;
   }
-  static float weight_of(float x) { return exponential(x); }
-  static double weight_of(double x) { return ::exp(x); }
 
   void set_gradients(const KlPlan<Real>& plan, double factor) {
     const std::vector<Real>& policy = t_.reverse ? s_.set_x : s_.set_o;
-    const Real scale = Real(UNIT<Real> * inverse_t_), inverse_t = Real(inverse_t_), by = Real(plan.set_scale * factor);
+    const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_),
+               by = Real(plan.set_scale * factor);
     const Real max = plan.set_max, shift = plan.set_shift;
     Real* const to = s_.set_gradient.data();
     const Real* const z = policy.data();
     const bool reverse = t_.reverse;
 #pragma omp simd
     for (int64_t i = 0; i < set_size_; ++i) {
-      const Real centred = z[i] - max, weight = by * weight_of(centred * scale);
+      const Real centred = z[i] - max, weight = by * exponential(centred * scale);
       const Real slope = reverse ? centred * inverse_t + shift : Real(1);
       to[i] = weight == Real(0) ? Real(0) : weight * slope;
     }

@@ -482,6 +482,15 @@ class Row {
     return 0;
   }
 
+  // The row's own negative ids, which may be duplicates; none where all rows share a list.
+  template <class Body>
+  void for_each_own_id(Body body) const {
+    if (!p_.negative_ids || p_.negative_ids_stride == 0) return;
+    const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
+    for (int64_t k = 0; k < p_.negative_ids_count; ++k)
+      if (ids[k] >= 0) body(ids[k]);
+  }
+
   // ---- KL rows of a whole vocabulary
 
   // Puts the row's removed tokens, and a y with -1 < w < 0, into the scratch's set. Returns whether the row is a KL's.
@@ -490,11 +499,7 @@ class Row {
     task_ = {};
     task_.removed = static_cast<int64_t>(shared_ids_.size());
     label_added_ = false;
-    if (p_.negative_ids && p_.negative_ids_stride != 0) {
-      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
-      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
-        if (ids[k] >= 0) task_.removed += set.insert(ids[k]);
-    }
+    for_each_own_id([&](int64_t id) { task_.removed += set.insert(id); });
     if (weight < 0 && set.insert(label_)) {
       label_added_ = true;
       if (weight > -1) {
@@ -510,11 +515,7 @@ class Row {
 
   void clear_set() {
     TokenSet& set = s_.kl.removed;
-    if (p_.negative_ids && p_.negative_ids_stride != 0) {
-      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
-      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
-        if (ids[k] >= 0) set.erase(ids[k]);
-    }
+    for_each_own_id([&](int64_t id) { set.erase(id); });
     if (label_added_) set.erase(label_);
   }
 
@@ -549,14 +550,8 @@ class Row {
       memcpy(coefficients(), &plan, sizeof plan);
       coefficients()[ROW_COEFFICIENTS - 1] = Real(scale);
     }
-    if (p_.diagnostics) {
-      const double pushed = -::expm1(task_.log_kappa);
-      const RowDiagnosis d = diagnose(result.statistics, negative, true, pushed, row_.inverse_temperature);
-      write_diagnostics(result.loss, result.loss, d.negative_mass, d.ref_negative_mass, d.entropy);
-    }
-    const double weighted = factor == 0 ? 0 : factor * result.loss;
-    write_loss(weighted);
-    return weighted;
+    log_kappa_ = task_.log_kappa;
+    return report(result.statistics, result.loss, negative, factor);
   }
 
   // The row's negative set S, ascending and without duplicates.
@@ -566,9 +561,7 @@ class Row {
     if (p_.negative_ids && p_.negative_ids_stride == 0) {
       s_.ids = shared_ids_;
     } else if (p_.negative_ids) {
-      const int64_t* ids = p_.negative_ids + index_ * p_.negative_ids_stride;
-      for (int64_t k = 0; k < p_.negative_ids_count; ++k)
-        if (ids[k] >= 0) s_.ids.push_back(static_cast<int32_t>(ids[k]));
+      for_each_own_id([&](int64_t id) { s_.ids.push_back(static_cast<int32_t>(id)); });
       if (!std::is_sorted(s_.ids.begin(), s_.ids.end())) std::sort(s_.ids.begin(), s_.ids.end());
       s_.ids.erase(std::unique(s_.ids.begin(), s_.ids.end()), s_.ids.end());
     }
@@ -919,7 +912,7 @@ class Row {
     }
     scale = settle(c, scale);
     if (p_.coefficients) write_coefficients(c, scale);
-    return report(s, c, negative, factor);
+    return report(s, c.loss, negative, factor);
   }
 
   void backward() {
@@ -969,7 +962,7 @@ class Row {
       if (scale != 0) second_pass(c, scale, true);
       settle(c, scale);
     }
-    return report(s, c, negative, factor);
+    return report(s, c.loss, negative, factor);
   }
 
   bool gradient_needs_loss() const { return uniform_kl() && row_.loss == REVERSE_KL; }
@@ -982,13 +975,13 @@ class Row {
   }
 
   // Writes the row's diagnostics and its loss times its factor, which is returned.
-  double report(const RowStatistics& s, const RowCoefficients& c, bool negative, double factor) {
+  double report(const RowStatistics& s, double loss, bool negative, double factor) {
     if (p_.diagnostics) {
       const bool kl = reads_reference();
       const RowDiagnosis d = diagnose(s, negative, kl, -::expm1(log_kappa_), row_.inverse_temperature);
-      write_diagnostics(c.loss, kl ? c.loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
+      write_diagnostics(loss, kl ? loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
     }
-    const double weighted = factor == 0 ? 0 : factor * c.loss;
+    const double weighted = factor == 0 ? 0 : factor * loss;
     write_loss(weighted);
     return weighted;
   }
@@ -1070,16 +1063,14 @@ class Row {
 
 // ------------------------------------------------------------------------------------------------------- all rows
 
-// Without padding and duplicates. A bit for each token sorts thousands of them in a tenth of a sort's time.
-std::vector<int32_t> ascending(const int64_t* ids, int64_t count, int64_t vocab) {
-  std::vector<uint64_t> words(size_t(vocab / 64 + 1));
-  for (int64_t k = 0; k < count; ++k)
-    if (ids[k] >= 0) words[size_t(ids[k] / 64)] |= uint64_t(1) << (ids[k] % 64);
-  std::vector<int32_t> set;
-  for (size_t i = 0; i < words.size(); ++i)
-    for (uint64_t word = words[i]; word; word &= word - 1)
-      set.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
-  return set;
+// Those of all rows, without padding and duplicates. A bit for each token sorts thousands of them in a tenth of a
+// sort's time.
+std::vector<int32_t> shared_ids_of(const RowCall& p) {
+  if (!p.negative_ids || p.negative_ids_stride != 0) return {};
+  TokenSet set(p.vocab_size);
+  for (int64_t k = 0; k < p.negative_ids_count; ++k)
+    if (p.negative_ids[k] >= 0) set.insert(p.negative_ids[k]);
+  return set.ascending();
 }
 
 template <class Logit, class Gradient = Logit>
@@ -1092,9 +1083,7 @@ void run(const RowCall& p, int most_threads) {
       for (int64_t i = 0; i < p.rows; ++i) active += is_active<Real>(p, i);
     inverse = inverse_normalizer<Real>(p, double(active));
   }
-  const bool shared = p.negative_ids && p.negative_ids_stride == 0;
-  const std::vector<int32_t> shared_ids =
-      shared ? ascending(p.negative_ids, p.negative_ids_count, p.vocab_size) : std::vector<int32_t>();
+  const std::vector<int32_t> shared_ids = shared_ids_of(p);
 
   std::vector<double> losses(static_cast<size_t>(p.rows));
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its

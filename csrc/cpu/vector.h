@@ -103,7 +103,6 @@ TNT_FN Floats fused_multiply_add(Floats a, Floats b, Floats c) {
 // With a mask, as GCC 12 takes the operand that the plain intrinsics leave undefined for an uninitialised one.
 constexpr Mask EVERYWHERE = 0xffff;
 TNT_FN Floats greater_of(Floats a, Floats b) { return _mm512_maskz_max_ps(EVERYWHERE, a, b); }
-TNT_FN Floats lesser_of(Floats a, Floats b) { return _mm512_maskz_min_ps(EVERYWHERE, a, b); }
 #elif defined(__AVX2__)
 TNT_FN Floats greater_of(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 TNT_FN Floats lesser_of(Floats a, Floats b) { return _mm256_min_ps(a, b); }
@@ -115,7 +114,6 @@ TNT_FN Floats greater_of(Floats a, Floats b) { return a > b ? a : b; }
 TNT_FN Floats lesser_of(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 TNT_FN double greater_of(double a, double b) { return a > b ? a : b; }
-TNT_FN double lesser_of(double a, double b) { return a < b ? a : b; }
 
 TNT_FN Floats absolute(Floats x) { return Floats(Ints(x) & 0x7fffffff); }
 TNT_FN double absolute(double x) { return ::fabs(x); }
@@ -128,11 +126,11 @@ TNT_FN Floats greater_size(Floats a, Floats b) { return greater_of(absolute(a), 
 #endif
 TNT_FN double greater_size(double a, double b) { return greater_of(absolute(a), absolute(b)); }
 
-// What an exponent is multiplied by for power(), whose base is 2 for float: 1 / log(base).
+// 1 / log of power()'s base, which is exponential()'s: 2 for float, e for double. exponent_scale() is it, over T.
 template <class Real>
 constexpr double UNIT = sizeof(Real) == sizeof(float) ? LOG2_E : 1;
 
-// 2^x, of double e^x: relative error 1.6e-7; 0 below -150, infinity from 128, NaN for NaN.
+// Relative error 1.6e-7; 0 below -150, infinity from 128, NaN for NaN.
 TNT_FN Floats power(Floats x) {
 #if defined(__AVX512F__)
   const Floats f = _mm512_maskz_reduce_ps(EVERYWHERE, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
@@ -155,7 +153,7 @@ TNT_FN Floats power(Floats x) {
   return y * Floats(Words(shifted) << 23);
 #endif
 }
-TNT_FN double power(double x) { return ::exp(x); }
+TNT_FN double power(double x) { return exponential(x); }
 
 // The polynomial of given coefficients, that of the highest power first.
 template <int N>

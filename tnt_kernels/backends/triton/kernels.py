@@ -798,9 +798,8 @@ def _row(
     index, logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, id_map,
     rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, saved,
     gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums,
-    total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
-    UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, SHARDS: tl.constexpr,
+    total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, UNIFORM: tl.constexpr, IDS: tl.constexpr,
+    KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     label = tl.load(labels + index)
     weight = 1.0
