@@ -8,24 +8,15 @@
 // the middle, e^y is a second exponential; far blocks hold what is infinite, or might overflow.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <type_traits>
-
-#include "cpu/vector.h"
+#include "cpu/tiles.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
 
-template <class Real>
-constexpr int BLOCK_ENTRIES = 4 * LANES<Real>;  // that share a branch
-template <class Real>
-constexpr int KL_TILE = 128 * LANES<Real>;
 // Of a tile: a lane adds up 32 entries as Real, stretches add up as double.
 template <class Real>
 constexpr int KL_STRETCH = 64 * LANES<Real>;
 
-constexpr float AWAY = -1e30f;  // a logit that weighs nothing, and whose difference to another is finite
 // |y| up to which φ is a polynomial, with few coefficients and with more.
 constexpr float PHI_NEAR_BOUND = 1, PHI_WIDE_BOUND = 4;
 constexpr int MIDDLE = 32;  // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
@@ -203,62 +194,14 @@ struct KlTotals {
   }
 };
 
-// The bits of a block that begins at an entry of the row.
-template <class Real>
-TNT_FN uint64_t block_bits(const uint64_t* bits, int64_t entry) {
-  constexpr uint64_t ALL = BLOCK_ENTRIES<Real> == 64 ? ~uint64_t(0) : (uint64_t(1) << BLOCK_ENTRIES<Real> % 64) - 1;
-  return bits[entry / 64] >> (entry % 64) & ALL;
-}
-
 template <class Real>
 struct Block {
   Vector<Real> x[4], o[4];
   template <class Logit>
-  TNT_FN Block(const Logit* base, const Logit* other) {
-    constexpr int HALF = 2 * LANES<Real>;
-    const auto x0 = load_pair(base), x1 = load_pair(base + HALF), o0 = load_pair(other), o1 = load_pair(other + HALF);
-    x[0] = x0.a, x[1] = x0.b, x[2] = x1.a, x[3] = x1.b;
-    o[0] = o0.a, o[1] = o0.b, o[2] = o1.a, o[3] = o1.b;
+  TNT_FN Block(const TileEntries<Logit>& in, int64_t i) {
+    load_block(in.base + i, x);
+    load_block(in.other + i, o);
   }
-};
-
-template <class Logit>
-struct BlockMasks {
-  using Real = RealOf<Logit>;
-  PairMasks<Logit> first, second;
-  TNT_FN explicit BlockMasks(uint64_t bits) : first(uint32_t(bits)), second(uint32_t(bits >> 2 * LANES<Real>)) {}
-  TNT_FN auto operator[](int j) const { return j == 0 ? first.a : j == 1 ? first.b : j == 2 ? second.a : second.b; }
-};
-
-// Appends the logits of the block that begins at `from` whose bit is set. Their order is the loops' own.
-template <class Logit, class Real>
-TNT_FN void take(uint64_t bits, const Logit* from, Real*& to) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    const BlockMasks<Logit> masks(bits);
-    const Block<Real> b(from, from);
-    for (int j = 0; j < 4; ++j) {
-      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(masks[j], b.x[j]));
-      to += __builtin_popcount(masks[j]);
-    }
-    return;
-  }
-#endif
-  for (; bits; bits &= bits - 1) *to++ = load(from[__builtin_ctzll(bits)]);
-}
-// How many entries past the last one `take` may write.
-constexpr int TAKE_SLACK = FLOATS;
-
-// A tile's entries, a multiple of a block's, from `entry` of the row on; the bits of removed ones are set.
-template <class Logit>
-struct KlEntries {
-  const Logit *base, *other;
-  int64_t n;
-  const uint64_t* bits;
-  int64_t entry;
-  bool careful;  // all blocks are far
-  using Real = RealOf<Logit>;
-  TNT_FN uint64_t removed(int64_t i) const { return bits ? block_bits<Real>(bits, entry + i) : 0; }
 };
 
 template <class Real>
@@ -282,18 +225,18 @@ TNT_FN bool is_near(V size) {
 }
 
 template <bool REVERSE, bool ENTROPY, bool WIDE, class Logit, class Real>
-__attribute__((noinline)) int64_t add_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+__attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                   KlTotals<Real>& totals, bool& near_before) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real>);
   KlAccumulators<Real> t, odd;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in.base + i, in.other + i);
+    const Block<Real> b(in, i);
     V y[4];
     differences(b, k, k.a, y);
     const V size = greatest_size(y);
-    if (__builtin_expect(in.removed(i) != 0 || !is_near<WIDE>(size), 0)) break;
+    if (__builtin_expect(in.apart(i) != 0 || !is_near<WIDE>(size), 0)) break;
     if (WIDE) {
       const bool near = is_near<false>(size);
       if (near && near_before) break;
@@ -310,7 +253,7 @@ __attribute__((noinline)) int64_t add_near_blocks(const KlEntries<Logit>& in, in
 }
 
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
-__attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+__attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                    KlTotals<Real>& totals, bool& near) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
@@ -319,10 +262,10 @@ __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, i
   KlAccumulators<Real> t;
   bool wide_before = false;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
-    Block<Real> b(in.base + i, in.other + i);
+    Block<Real> b(in, i);
     V y[4];
     differences(b, k, k.a, y);
-    const uint64_t removed = in.removed(i);
+    const uint64_t removed = in.apart(i);
     if (removed) {
       const BlockMasks<Logit> masks(removed);
 #pragma GCC unroll 4
@@ -360,7 +303,7 @@ __attribute__((noinline)) int64_t add_other_blocks(const KlEntries<Logit>& in, i
 }
 
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
-KlSums kl_sums(const KlEntries<Logit>& in, const KlShift<Real>& shift) {
+KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift) {
   KlTotals<Real> totals;
   bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
@@ -372,23 +315,33 @@ KlSums kl_sums(const KlEntries<Logit>& in, const KlShift<Real>& shift) {
   return totals.sums();
 }
 
+// Whether some o - x is no number that the near loops may meet.
+template <class Logit, class Real = RealOf<Logit>>
+__attribute__((noinline)) bool has_infinite(const TileEntries<Logit>& in) {
+  const Vector<Real> bound = same(std::numeric_limits<Real>::max() / 4);
+  bool all = true;
+  for (int64_t i = 0; i < in.n; i += BLOCK_ENTRIES<Real>) {
+    const Block<Real> b(in, i);
+    for (int j = 0; j < 4; ++j) all &= is_everywhere(less(absolute(b.o[j] - b.x[j]), bound));
+  }
+  return !all;
+}
+
 // For a shift: of n entries without the removed ones the maxima, -inf if there is none, and the mean of o - x.
 template <class Real>
 struct KlSample {
   Real x_top = -INFINITY, o_top = -INFINITY;
   double mean = 0;
 };
-// Reads whole blocks.
 template <class Logit, class Real = RealOf<Logit>>
-__attribute__((noinline)) KlSample<Real> kl_sample(const Logit* base, const Logit* other, int64_t n,
-                                                   const uint64_t* bits, int64_t entry) {
+__attribute__((noinline)) KlSample<Real> kl_sample(const TileEntries<Logit>& in, int64_t n) {
   using V = Vector<Real>;
   const V infinity = same(Real(INFINITY)), nothing = same(Real(-INFINITY)), none = same(Real(0));
   V x_top = nothing, o_top = nothing, above = none;
   int64_t count = n;
   for (int64_t i = 0; i < n; i += BLOCK_ENTRIES<Real>) {
-    Block<Real> b(base + i, other + i);
-    uint64_t removed = bits ? block_bits<Real>(bits, entry + i) : 0;
+    Block<Real> b(in, i);
+    uint64_t removed = in.apart(i);
     count -= __builtin_popcountll(removed);
     if (n - i < BLOCK_ENTRIES<Real>) removed |= ~uint64_t(0) << (n - i);
     if (removed) {
@@ -425,39 +378,6 @@ struct ReverseGradient {  // factor p (M/S - y + p(R) Δ) = e (k0 + k1 y)
   Real k0, k1;
 };
 
-// Stores a pair in the order in which load_pair has it.
-template <class Logit, class Gradient, class Real>
-TNT_FN void store_as_loaded(Gradient* to, Vector<Real> a, Vector<Real> b) {
-  if constexpr (std::is_same_v<Logit, BFloat16>)
-    store_even_and_odd(to, {a, b});
-  else
-    store_pair(to, Pair<Real>{a, b});
-}
-
-// Stores a block, its removed entries from `set`.
-template <class Logit, class Gradient, class Real>
-TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4]) {
-  store_as_loaded<Logit, Gradient, Real>(to, g[0], g[1]);
-  store_as_loaded<Logit, Gradient, Real>(to + 2 * LANES<Real>, g[2], g[3]);
-}
-template <class Logit, class Gradient, class Real>
-TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4], uint64_t removed, const Real*& set) {
-  if (!removed) return put<Logit, Gradient, Real>(to, g);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    Floats all[4];
-    const BlockMasks<Logit> masks(removed);
-    for (int j = 0; j < 4; ++j) {
-      all[j] = _mm512_mask_expand_ps(g[j], masks[j], _mm512_loadu_ps(set));
-      set += __builtin_popcount(masks[j]);
-    }
-    return put<Logit, Gradient, Real>(to, all);
-  }
-#endif
-  put<Logit, Gradient, Real>(to, g);
-  for (; removed; removed &= removed - 1) store(to + __builtin_ctzll(removed), *set++);
-}
-
 // |y*| up to which p - q* = e e^{y*/2} 2 sinh(y*/2) is one exponential, with few coefficients and with more.
 constexpr float SINH_NEAR_BOUND = 1.25f, SINH_WIDE_BOUND = 12.0f;
 
@@ -470,7 +390,7 @@ TNT_FN V near_gradient(V at, V y, V half, V h) {
 
 // The loops that write take turns, too. `to` may lie where either row does.
 template <bool WIDE, class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+__attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                     const ForwardGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
@@ -478,12 +398,12 @@ __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, 
   bool near_before = false;
   const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>)), h = same(g.h);
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in.base + i, in.other + i);
+    const Block<Real> b(in, i);
     V y[4], d[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
     const V size = greatest_size(y);
-    if (__builtin_expect(in.removed(i) != 0 || !is_everywhere(less(size, bound)), 0)) break;
+    if (__builtin_expect(in.apart(i) != 0 || !is_everywhere(less(size, bound)), 0)) break;
     if (WIDE) {
       const bool near = is_everywhere(less(size, near_bound));
       if (near && near_before) break;
@@ -497,19 +417,20 @@ __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, 
 }
 
 template <class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                     const ForwardGradient<Real>& g, Gradient* to, const Real*& set) {
+__attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& in, int64_t i,
+                                                     const KlShift<Real>& shift, const ForwardGradient<Real>& g,
+                                                     Gradient* to, const Real*& set) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V wide_bound = same(Real(in.careful ? 0 : SINH_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
   const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>)), h = same(g.h),
           unit = same(Real(UNIT<Real>));
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in.base + i, in.other + i);
+    const Block<Real> b(in, i);
     V y[4], d[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
-    const uint64_t removed = in.removed(i);
+    const uint64_t removed = in.apart(i);
     if (removed) {  // what is computed there does not count
       const BlockMasks<Logit> masks(removed);
 #pragma GCC unroll 4
@@ -545,16 +466,16 @@ __attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in,
 }
 
 template <bool, class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
+__attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                     const ReverseGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V k0 = same(g.k0), k1 = same(g.k1), bound = same(std::numeric_limits<Real>::max() / 4);
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in.base + i, in.other + i);
+    const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    if (__builtin_expect(in.removed(i) != 0 || !is_everywhere(less(greatest_size(y), bound)), 0)) break;
+    if (__builtin_expect(in.apart(i) != 0 || !is_everywhere(less(greatest_size(y), bound)), 0)) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
     put<Logit, Gradient, Real>(to + i, d);
@@ -563,17 +484,18 @@ __attribute__((noinline)) int64_t write_near_blocks(const KlEntries<Logit>& in, 
 }
 
 template <class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                     const ReverseGradient<Real>& g, Gradient* to, const Real*& set) {
+__attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& in, int64_t i,
+                                                     const KlShift<Real>& shift, const ReverseGradient<Real>& g,
+                                                     Gradient* to, const Real*& set) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V k0 = same(g.k0), k1 = same(g.k1), none = same(Real(0));
   const V bound = same(in.careful ? Real(0) : std::numeric_limits<Real>::max() / 4);
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in.base + i, in.other + i);
+    const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    const uint64_t removed = in.removed(i);
+    const uint64_t removed = in.apart(i);
     if (!removed && is_everywhere(less(greatest_size(y), bound))) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -587,7 +509,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const KlEntries<Logit>& in,
 
 // Writes the tile's gradients. Those of removed entries come from `set`, in `take`'s order.
 template <class Logit, class Gradient, class Real, class Numbers>
-void write_gradient(const KlEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to,
+void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to,
                     const Real* set) {
   for (int64_t i = 0; i < in.n;) {
     if (!in.careful) i = write_near_blocks<false>(in, i, shift, g, to);

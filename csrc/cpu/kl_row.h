@@ -6,11 +6,11 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "cpu/kl_loops.h"
-#include "row_rules.h"
-#include "statistics.h"
+#include "cpu/row_sums.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
@@ -19,43 +19,6 @@ inline namespace TNT_ISA {
 TNT_FN double phi_of_log(double ratio, double log_ratio) {
   return std::abs(log_ratio) < 0.5 ? expm1_phi(log_ratio).phi : ratio - log_ratio;
 }
-
-// A set of a vocabulary's tokens, a bit each. Between rows it holds the tokens that all rows share.
-class TokenSet {
- public:
-  TokenSet() = default;
-  explicit TokenSet(int64_t vocab) { reserve(vocab); }
-
-  void begin_call(int64_t vocab, const std::vector<int32_t>& shared) {
-    reserve(vocab);
-    for (const int32_t id : shared) insert(id);
-  }
-  void end_call(const std::vector<int32_t>& shared) {
-    for (const int32_t id : shared) erase(id);
-  }
-  bool insert(int64_t id) {  // whether it is new
-    uint64_t& word = words_[size_t(id / 64)];
-    const uint64_t before = word;
-    word |= uint64_t(1) << (id % 64);
-    return word != before;
-  }
-  void erase(int64_t id) { words_[size_t(id / 64)] &= ~(uint64_t(1) << (id % 64)); }
-  const uint64_t* words() const { return words_.data(); }
-  std::vector<int32_t> ascending() const {
-    std::vector<int32_t> ids;
-    for (size_t i = 0; i < words_.size(); ++i)
-      for (uint64_t word = words_[i]; word; word &= word - 1)
-        ids.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
-    return ids;
-  }
-
- private:
-  void reserve(int64_t vocab) {
-    const size_t words = size_t(vocab / 64) + 8;  // a tile's last block may end beyond the vocabulary
-    if (words_.size() < words) words_.resize(words);
-  }
-  std::vector<uint64_t> words_;
-};
 
 // Part of the kept entries, with sums of its own.
 struct KlSlice {
@@ -69,14 +32,19 @@ struct KlSlice {
   bool has_base() const { return log_base > -INFINITY; }
 };
 
+// Of a tile of the first pass.
+template <class Real>
+struct KlTile {
+  KlSums sums;
+  KlShift<Real> shift;  // that they took
+  bool has_sums;        // false: they are no numbers
+};
+
 template <class Real>
 struct KlScratch {
-  TokenSet removed;
-  alignas(64) Real x[KL_TILE<Real>], o[KL_TILE<Real>];  // a tile that is not read where it lies
-  alignas(64) Real gradient[KL_TILE<Real>];             // of any type that is stored
-  std::vector<int32_t> set_begin;                       // of every tile: its first place in the set's arrays
-  std::vector<char> careful;                            // of every tile
-  std::vector<Real> set_x, set_o, set_gradient;         // the removed entries' logits and gradients
+  SetScratch<Real> set;       // the removed entries, and a partially pushed y
+  std::vector<char> careful;  // of every tile: its blocks are far
+  std::vector<KlTile<Real>> tiles;
   std::vector<KlSlice> slices;
 };
 
@@ -97,7 +65,7 @@ template <class Logit, class Gradient>
 class KlRow {
  public:
   using Real = RealOf<Logit>;
-  static constexpr int64_t TILE = KL_TILE<Real>;
+  static constexpr int64_t TILE = TILE_ENTRIES<Real>;
   // In a second pass weights add up to about 4, or less where the factor on them is small: what underflows is then
   // below what a float's gradient holds. The largest weights' exponents are next to 0, where they are rounded least.
   static double second_sum(double log_factor) { return 2 + std::max(-64.0, std::min(0.0, log_factor + 32)); }
@@ -106,31 +74,59 @@ class KlRow {
     const Logit *z, *r;
     Gradient* gradient;
     bool reverse, entropy;
-    int64_t removed = 0;   // number of tokens
-    int64_t partial = -1;  // y with -1 < w < 0: among the scratch's removed tokens, but none
-    double log_kappa = 0;  // of that y
+    int64_t removed = 0;    // number of tokens, of the whole vocabulary
+    const uint64_t* apart;  // the bits of those here and of a partial y; null: there are none
+    int64_t partial = -1;   // the column of a y with -1 < w < 0, if it lies here
+    double log_kappa = 0;   // of that y, wherever it lies; else 0
   };
   struct Result {
     double loss;
     bool lost;  // the gradient is NaN
-    RowStatistics statistics;
+    RowSums sums;
   };
 
-  KlRow(const RowCall& call, KlScratch<Real>& scratch)
-      : p_(call), s_(scratch), inverse_t_(double(Real(1 / call.temperature))), tiles_((call.vocab + TILE - 1) / TILE) {}
+  KlRow(const RowCall& call, int threads, KlScratch<Real>& scratch)
+      : p_(call),
+        s_(scratch),
+        inverse_t_(double(Real(1 / call.temperature))),
+        tiles_(call.vocab, threads, scratch.set) {}
 
-  Result first_pass(const Task& task, KlPlan<Real>& plan) {
+  // The first pass over this slice of the vocabulary.
+  RowSums sums(const Task& task) {
     start(task);
-    return task.reverse ? (task.entropy ? first_pass<true, true>(plan) : first_pass<true, false>(plan))
-                        : (task.entropy ? first_pass<false, true>(plan) : first_pass<false, false>(plan));
+    const KlSlice kept = t_.reverse ? (t_.entropy ? first_pass<true, true>() : first_pass<true, false>())
+                                    : (t_.entropy ? first_pass<false, true>() : first_pass<false, false>());
+    s_.slices.assign(1, kept);
+    return sums_of(kept);
+  }
+
+  // The first pass over a whole vocabulary, and what follows from it.
+  Result whole(const Task& task, KlPlan<Real>& plan) {
+    const RowSums s = sums(task);
+    return conclude(s, false, plan);
+  }
+
+  // What follows from the sums of all shards.
+  Result merged(const Task& task, const std::vector<RowSums>& shards, KlPlan<Real>& plan) {
+    start(task);
+    s_.slices.clear();
+    shift_.reset();
+    RowSums all;
+    for (const RowSums& s : shards) {
+      all = merge(all, s, inverse_t_);
+      s_.slices.push_back(slice_of(s));
+    }
+    return conclude(all, true, plan);
   }
 
   // A second pass whose first was in another launch.
   void resume(const Task& task, const KlPlan<Real>& plan) {
     start(task);
-    x_zero_ = plan.x_zero, o_zero_ = plan.o_zero;
-    s_.careful.assign(size_t(tiles_), plan.careful != 0);
-    for (int64_t k = 0; k < tiles_; ++k) gather_set(k);
+    tiles_.read_relative_to(plan.x_zero, plan.o_zero);
+    tiles_.each(false, [&](int64_t k) {
+      tiles_.gather(k);
+      tiles_.on(k, false, [&](const auto& in, int64_t) { s_.careful[size_t(k)] = has_infinite(in); });
+    });
   }
 
   // Writes the gradient times `factor`; calls done(first, n) with as many columns as are written, for prefetches.
@@ -144,127 +140,51 @@ class KlRow {
     const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by), Real(double(plan.u1) + log_factor),
                                         Real(factor < 0 ? -1 : 1)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
-    for (int64_t k = tiles_ - 1; k >= 0; --k) {
-      const Real* const set = s_.set_gradient.data() + s_.set_begin[size_t(k)];
-      on_tile(k, [&](const auto* x, const auto* o, int64_t at, int64_t n, int64_t padded) {
-        Gradient* const to = n == padded ? t_.gradient + at : reinterpret_cast<Gradient*>(s_.gradient);
-        const auto in = entries(x, o, padded, at, s_.careful[size_t(k)] != 0);
+    tiles_.each(true, [&](int64_t k) {
+      tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to, const Real* set) {
         t_.reverse ? write_gradient(in, shift, reverse, to, set) : write_gradient(in, shift, forward, to, set);
-        if (n != padded) memcpy(t_.gradient + at, to, size_t(n) * sizeof(Gradient));
-        done(p_.vocab - at - n, n);
       });
-    }
+      done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE);
+    });
     if (t_.partial >= 0) store(t_.gradient + t_.partial, Real(double(plan.partial) * factor));
   }
 
  private:
   void start(const Task& task) {
     t_ = task;
-    base_ = task.reverse ? task.z : task.r;
-    other_ = task.reverse ? task.r : task.z;
-    bits_ = task.removed || task.partial >= 0 ? s_.removed.words() : nullptr;
-    set_size_ = task.removed + (task.partial >= 0);
-    x_zero_ = o_zero_ = 0;
+    tiles_.begin(task.reverse ? task.z : task.r, task.reverse ? task.r : task.z, task.apart);
     label_z_ = label_r_ = 0;
-    s_.set_begin.assign(size_t(tiles_), 0);
-    s_.careful.assign(size_t(tiles_), 0);
-    gathered_ = 0;
-    const size_t room = size_t(set_size_) + TAKE_SLACK;
-    if (s_.set_x.size() < room) {
-      s_.set_x.resize(room);
-      s_.set_o.resize(room);
-      s_.set_gradient.resize(room);
-    }
+    if (t_.partial >= 0) label_z_ = double(load(t_.z[t_.partial])), label_r_ = double(load(t_.r[t_.partial]));
+    s_.careful.assign(size_t(tiles_.count()), 0);
   }
 
-  bool is_read_in_place() const { return x_zero_ == 0 && o_zero_ == 0; }
-
-  // body(x, o, at, n, padded): the tile's columns [at, at + n), where they lie or as Real, with entries that weigh
-  // nothing up to a whole block.
-  template <class Body>
-  void on_tile(int64_t k, Body body) {
-    const int64_t at = k * TILE, n = std::min(TILE, p_.vocab - at);
-    const int64_t padded = (n + BLOCK_ENTRIES<Real> - 1) / BLOCK_ENTRIES<Real> * BLOCK_ENTRIES<Real>;
-    if (n == padded && is_read_in_place()) return body(base_ + at, other_ + at, at, n, padded);
-    for (int64_t i = 0; i < n; ++i) s_.x[i] = load(base_[at + i]) - x_zero_;
-    for (int64_t i = 0; i < n; ++i) s_.o[i] = load(other_[at + i]) - o_zero_;
-    std::fill(s_.x + n, s_.x + padded, Real(AWAY));
-    std::fill(s_.o + n, s_.o + padded, Real(AWAY));
-    body(static_cast<const Real*>(s_.x), static_cast<const Real*>(s_.o), at, n, padded);
-  }
-
-  template <class Stored>
-  KlEntries<Stored> entries(const Stored* x, const Stored* o, int64_t n, int64_t at, bool careful) const {
-    return {x, o, n, bits_, at, careful};
-  }
+  std::vector<Real>& policy_set() const { return t_.reverse ? s_.set.x : s_.set.o; }
+  std::vector<Real>& reference_set() const { return t_.reverse ? s_.set.o : s_.set.x; }
 
   // ---- the removed entries
 
-  // Of a tile, after those before it.
-  void gather_set(int64_t k) {
-    s_.set_begin[size_t(k)] = gathered_;
-    if (!bits_) return;
-    const int64_t begin = k * TILE, end = std::min(begin + TILE, p_.vocab);
-    uint64_t any = 0;
-    for (int64_t word = begin / 64; word <= (end - 1) / 64; ++word) any |= bits_[word];
-    if (!any) return;
-    Real *x = s_.set_x.data() + gathered_, *o = s_.set_o.data() + gathered_;
-    // A padded tile is Real, and its order that of Real.
-    const bool in_place = end - begin == TILE || (end - begin) % BLOCK_ENTRIES<Real> == 0;
-    for (int64_t at = begin; at < end; at += BLOCK_ENTRIES<Real>) {
-      uint64_t removed = block_bits<Real>(bits_, at);
-      if (!removed) continue;
-      if (in_place && is_read_in_place()) {
-        take(removed, base_ + at, x);
-        take(removed, other_ + at, o);
-        continue;
-      }
-      for (; removed; removed &= removed - 1) {
-        *x++ = load(base_[at + __builtin_ctzll(removed)]);
-        *o++ = load(other_[at + __builtin_ctzll(removed)]);
-      }
-    }
-    gathered_ = int32_t(x - s_.set_x.data());
-  }
-
-  // Σ e^{(x - max)/T} and its moment; NaN if a logit is none. The partially pushed y is among them, as `partial`: an
-  // entry that equals it stands in for it, and is left out.
-  ExpSum exp_sum_of_set(std::vector<Real>& logits, Real partial) const {
-    ExpSum sum;
-    if (t_.removed == 0) return sum;
-    Real* const x = logits.data();
-    Real* const out = t_.partial >= 0 ? std::find(x, x + set_size_, partial) : x + set_size_;
-    if (out != x + set_size_) *out = -INFINITY;
-    const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_);
-    Real top = -std::numeric_limits<Real>::max();
-    for (int64_t i = 0; i < set_size_; ++i) top = x[i] > top ? x[i] : top;
-    for (int64_t at = 0; at < set_size_; at += TILE) {
-      const int64_t end = std::min(set_size_, at + TILE);
-      Real total = 0, moment = 0;
-#pragma omp simd reduction(+ : total, moment)
-      for (int64_t i = at; i < end; ++i) {
-        const Real centred = x[i] - top, weight = exponential(centred * scale);
-        total += weight;
-        moment += weight == Real(0) ? Real(0) : weight * (centred * inverse_t);
-      }
-      sum.sum += total;
-      sum.moment += moment;
-    }
-    sum.max = double(top);
-    if (out != x + set_size_) *out = partial;
+  // NaN if a logit is none. The partially pushed y is among them, as `partial`: an entry that equals it stands in for
+  // it, and is left out.
+  LogSum sum_of_set(std::vector<Real>& logits, double partial) const {
+    const int64_t size = tiles_.set_size();
+    Real *const x = logits.data(), *const end = x + size;
+    Real* const out = t_.partial >= 0 ? std::find(x, end, Real(partial)) : end;
+    if (out != end) *out = -INFINITY;
+    const LogSum sum = log_sum_of(x, size, inverse_t_);
+    if (out != end) *out = Real(partial);
     return sum;
   }
 
   void set_gradients(const KlPlan<Real>& plan, double factor) {
-    const std::vector<Real>& policy = t_.reverse ? s_.set_x : s_.set_o;
     const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_),
                by = Real(plan.set_scale * factor);
     const Real max = plan.set_max, shift = plan.set_shift;
-    Real* const to = s_.set_gradient.data();
-    const Real* const z = policy.data();
+    Real* const to = s_.set.gradient.data();
+    const Real* const z = policy_set().data();
     const bool reverse = t_.reverse;
+    const int64_t size = tiles_.set_size();
 #pragma omp simd
-    for (int64_t i = 0; i < set_size_; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       const Real centred = z[i] - max, weight = by * exponential(centred * scale);
       const Real slope = reverse ? centred * inverse_t + shift : Real(1);
       to[i] = weight == Real(0) ? Real(0) : weight * slope;
@@ -300,34 +220,30 @@ class KlRow {
   KlSums sums_of(int64_t k, const KlShift<Real>& shift) {
     KlSums t;
     char& careful = s_.careful[size_t(k)];
-    on_tile(k, [&](const auto* x, const auto* o, int64_t at, int64_t, int64_t padded) {
-      t = kl_sums<REVERSE, ENTROPY>(entries(x, o, padded, at, careful != 0), shift);
-      // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
-      const bool again = !careful && !(t.m == t.m && t.f == t.f && t.far_f == t.far_f);
-      if (again) t = kl_sums<REVERSE, ENTROPY>(entries(x, o, padded, at, true), shift);
-      careful |= t.infinite;
-    });
+    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift); };
+    tiles_.on(k, careful, sum);
+    // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
+    if (!careful && !(t.m == t.m && t.f == t.f && t.far_f == t.far_f)) tiles_.on(k, true, sum);
+    careful |= t.infinite;
     return t;
   }
 
-  KlSample<Real> sample_of(int64_t k, int64_t most) {
+  KlSample<Real> sample_of(int64_t k, int64_t most) const {
     KlSample<Real> sample;
-    on_tile(k, [&](const auto* x, const auto* o, int64_t at, int64_t n, int64_t) {
-      sample = kl_sample(x, o, std::min(n, most), bits_, at);
-    });
+    tiles_.on(k, false, [&](const auto& in, int64_t n) { sample = kl_sample(in, std::min(n, most)); });
     return sample;
   }
 
   // Of both rows, with the partially pushed y and without the mean.
   KlSample<Real> maxima() {
     KlSample<Real> all;
-    for (int64_t k = 0; k < tiles_; ++k) {
+    for (int64_t k = 0; k < tiles_.count(); ++k) {
       const KlSample<Real> sample = sample_of(k, TILE);
       all.x_top = std::max(all.x_top, sample.x_top);
       all.o_top = std::max(all.o_top, sample.o_top);
     }
     if (t_.partial >= 0) {
-      const Real x = load(base_[t_.partial]), o = load(other_[t_.partial]);
+      const Real x = Real(t_.reverse ? label_z_ : label_r_), o = Real(t_.reverse ? label_r_ : label_z_);
       if (x < INFINITY) all.x_top = std::max(all.x_top, x);
       if (o < INFINITY) all.o_top = std::max(all.o_top, o);
     }
@@ -348,47 +264,47 @@ class KlRow {
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
-    while (!from_maxima && first < tiles_) {
+    while (!from_maxima && first < tiles_.count()) {
       sample = sample_of(first, 256);
       if (is_usable(sample.x_top) && is_usable(sample.o_top)) break;
       ++first;
     }
-    if (from_maxima || first == tiles_) {  // as where all that is kept is masked by huge numbers
+    if (from_maxima || first == tiles_.count()) {  // as where all that is kept is masked by huge numbers
       first = 0;
       sample = maxima();
     }
     const double apart = std::abs(sample.mean) < INFINITY ? sample.mean : double(sample.o_top) - double(sample.x_top);
     if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && std::abs(apart) <= CLOSE_LOGITS)) {
-      x_zero_ = std::abs(sample.x_top) < INFINITY ? sample.x_top : 0;
-      o_zero_ = std::abs(sample.o_top) < INFINITY ? sample.o_top : 0;
+      tiles_.read_relative_to(std::abs(sample.x_top) < INFINITY ? sample.x_top : 0,
+                              std::abs(sample.o_top) < INFINITY ? sample.o_top : 0);
       sample = sample_of(first, 256);
     }
     return shift_of(sample);
   }
 
-  // A tile's sums, and the shift that they took.
   template <bool REVERSE, bool ENTROPY>
-  KlSums fitted(int64_t k, KlShift<Real>& shift, double most_log_ratio) {
-    KlSums t = sums_of<REVERSE, ENTROPY>(k, shift);
+  KlTile<Real> fitted(int64_t k, const KlShift<Real>& first_shift, double most_log_ratio) {
+    KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift), first_shift, true};
     for (int attempt = 0; attempt < 3; ++attempt) {
       double log_ratio;
-      const Fit fit = judge(t, most_log_ratio, log_ratio);
+      const Fit fit = judge(tile.sums, most_log_ratio, log_ratio);
       if (fit == Fit::GOOD) break;
       if (fit == Fit::REFERENCES) {
         // Masked by huge numbers, a tile may have nothing of the other row, and is added as it is.
         const KlSample<Real> sample = sample_of(k, TILE);
         if (attempt > 0 || !(is_usable(sample.x_top) && is_usable(sample.o_top))) {
-          unfit_ |= !has_numbers(t);
+          tile.has_sums = has_numbers(tile.sums);
           break;
         }
-        shift = shift_of(sample);
+        tile.shift = shift_of(sample);
       } else {
-        shift = KlShift<Real>(inverse_t_, shift.x_ref, shift.o_ref, shift.more + log_ratio);
+        const KlShift<Real>& was = tile.shift;
+        tile.shift = KlShift<Real>(inverse_t_, was.x_ref, was.o_ref, was.more + log_ratio);
       }
       most_log_ratio = 3;
-      t = sums_of<REVERSE, ENTROPY>(k, shift);
+      tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift);
     }
-    return t;
+    return tile;
   }
 
   // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
@@ -399,13 +315,13 @@ class KlRow {
   template <bool REVERSE, bool ENTROPY>
   void add_wide(int64_t k, const KlShift<Real>& shift) {
     const KlShift<double> wide(inverse_t_, double(shift.x_ref), double(shift.o_ref), shift.more);
-    on_tile(k, [&](const auto* x, const auto* o, int64_t at, int64_t, int64_t padded) {
+    tiles_.on(k, true, [&](const auto& in, int64_t) {
       constexpr int64_t SOME = BLOCK_ENTRIES<double>;
-      double wide_x[SOME], wide_o[SOME];
+      double x[SOME], o[SOME];
       KlSums t;
-      for (int64_t i = 0; i < padded; i += SOME) {
-        for (int64_t j = 0; j < SOME; ++j) wide_x[j] = double(load(x[i + j])), wide_o[j] = double(load(o[i + j]));
-        t += kl_sums<REVERSE, ENTROPY>(entries<double>(wide_x, wide_o, SOME, at + i, true), wide);
+      for (int64_t i = 0; i < in.n; i += SOME) {
+        for (int64_t j = 0; j < SOME; ++j) x[j] = double(load(in.base[i + j])), o[j] = double(load(in.other[i + j]));
+        t += kl_sums<REVERSE, ENTROPY>(TileEntries<double>{x, o, SOME, in.bits, in.entry + i, true}, wide);
       }
       s_.slices.push_back(slice_of(t, wide, REVERSE));
     });
@@ -436,14 +352,10 @@ class KlRow {
     return slice;
   }
 
-  static double log_sum(double a, double b) {  // log(e^a + e^b)
-    if (a == -INFINITY || b != b) return b;
-    if (b == -INFINITY || a != a) return a;
-    return a > b ? a + log1p(::exp(b - a)) : b + log1p(::exp(a - b));
-  }
-
   // The slices as entries of a row of their own: all terms are >= 0.
-  KlSlice merged(const std::vector<KlSlice>& slices, bool reverse) {
+  KlSlice merged_slices() {
+    const std::vector<KlSlice>& slices = s_.slices;
+    const bool reverse = t_.reverse;
     // Relative to those that weigh most. They are found relative to the first.
     KlSlice all;
     double top_base = -INFINITY, top_other = -INFINITY;
@@ -459,8 +371,8 @@ class KlRow {
       return slice.log_other + (slice.o_ref - all.o_ref) * inverse_t_;
     };
     for (const KlSlice& slice : slices) {
-      all.log_base = log_sum(all.log_base, log_base(slice));
-      all.log_other = log_sum(all.log_other, log_other(slice));
+      all.log_base = log_add(all.log_base, log_base(slice));
+      all.log_other = log_add(all.log_other, log_other(slice));
     }
     // Of equal rows, the sums are equal.
     all.log_ratio = (all.log_other - all.log_base) + (all.o_ref - all.x_ref) * inverse_t_;
@@ -489,61 +401,117 @@ class KlRow {
   }
 
   template <bool REVERSE, bool ENTROPY>
-  Result first_pass(KlPlan<Real>& plan) {
-    unfit_ = false;
-    Result result = first_pass<REVERSE, ENTROPY>(plan, false);
-    if (!unfit_) return result;
+  KlSlice first_pass() {
+    bool has_sums = true;
+    const KlSlice kept = first_pass<REVERSE, ENTROPY>(false, has_sums);
+    if (has_sums) return kept;
     start(t_);  // some logits are larger than the first ones let expect
-    return first_pass<REVERSE, ENTROPY>(plan, true);
+    return first_pass<REVERSE, ENTROPY>(true, has_sums);
   }
 
   template <bool REVERSE, bool ENTROPY>
-  Result first_pass(KlPlan<Real>& plan, bool from_maxima) {
-    int64_t first = 0;
-    KlShift<Real> shift = first_shift(from_maxima, first);
-    KlSums total = fitted<REVERSE, ENTROPY>(first, shift, 0.25);
+  KlSlice first_pass(bool from_maxima, bool& has_sums) {
     s_.slices.clear();
-    if (is_too_wide(total)) {
-      add_wide<REVERSE, ENTROPY>(first, shift);
-      total = {};
-    }
-    for (int64_t k = 0; k < tiles_; ++k) {
-      gather_set(k);
-      if (k == first) continue;
-      KlShift<Real> own = shift;
-      const KlSums t = fitted<REVERSE, ENTROPY>(k, own, 3);
-      if (is_too_wide(t))
-        add_wide<REVERSE, ENTROPY>(k, own);
-      else if (own == shift)
-        total += t;
+    shift_.reset();
+    if (tiles_.count() == 0) return {};
+    int64_t first = 0;
+    const KlShift<Real> sampled = first_shift(from_maxima, first);
+    const KlTile<Real> first_tile = fitted<REVERSE, ENTROPY>(first, sampled, 0.25);
+    const KlShift<Real> shift = first_tile.shift;
+    s_.tiles.assign(size_t(tiles_.count()), first_tile);
+    tiles_.each(false, [&](int64_t k) {
+      tiles_.gather(k);
+      if (k != first) s_.tiles[size_t(k)] = fitted<REVERSE, ENTROPY>(k, shift, 3);
+    });
+    // The first tile's sums come first.
+    KlSums total;
+    const auto add = [&](int64_t k) {
+      const KlTile<Real>& tile = s_.tiles[size_t(k)];
+      has_sums &= tile.has_sums;
+      if (is_too_wide(tile.sums))
+        add_wide<REVERSE, ENTROPY>(k, tile.shift);
+      else if (tile.shift == shift)
+        total += tile.sums;
       else
-        s_.slices.push_back(slice_of(t, own, REVERSE));
-    }
+        s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE));
+    };
+    add(first);
+    for (int64_t k = 0; k < tiles_.count(); ++k)
+      if (k != first) add(k);
 
     // All that was read may have nothing of the other row, unless other maxima show it.
     const bool lacks_other = total.s > 0 && total.s + total.a() <= 0;
-    unfit_ |= lacks_other && total.phi() < INFINITY && s_.slices.empty();
-    KlSlice kept = slice_of(total, shift, REVERSE);
-    if (t_.partial >= 0) {
-      label_z_ = double(load(t_.z[t_.partial])), label_r_ = double(load(t_.r[t_.partial]));
-      s_.slices.push_back(slice_of_partial<REVERSE>(shift));
+    has_sums &= !(lacks_other && total.phi() < INFINITY && s_.slices.empty());
+    const KlSlice kept = slice_of(total, shift, REVERSE);
+    if (s_.slices.empty()) {
+      shift_ = shift;
+      moment_ = total.moment() / total.s;
+      return kept;
     }
-    if (s_.slices.empty() && lacks_other) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
-    double moment = total.moment() / total.s;  // of y relative to shift.a
-    if (!s_.slices.empty()) {
-      if (kept.log_base != -INFINITY || kept.log_other != -INFINITY) s_.slices.insert(s_.slices.begin(), kept);
-      kept = merged(s_.slices, REVERSE);
-      const double more = kept.log_ratio - (kept.o_ref - kept.x_ref) * inverse_t_;
-      shift = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), std::abs(more) < 1e29 ? more : 0);
-      moment = -kept.kl + (kept.log_ratio - shift.value(shift.a));  // A = M + Φ is 0, of y relative to log_ratio
-    }
-    return finish<REVERSE>(kept, shift, moment, plan);
+    if (kept.log_base != -INFINITY || kept.log_other != -INFINITY) s_.slices.insert(s_.slices.begin(), kept);
+    return merged_slices();
   }
 
-  // Of the partially pushed y, with the log-ratio as the row's shift has it.
+  // The sums of what first_pass found, for any reader: references as Reals, and relative to nothing.
+  RowSums sums_of(const KlSlice& kept) {
+    RowSums s;
+    const double x_ref = kept.x_ref + tiles_.x_zero(), o_ref = kept.o_ref + tiles_.o_zero();
+    const double x_rest = x_ref - double(Real(x_ref)), o_rest = o_ref - double(Real(o_ref));
+    LogSum base{double(Real(x_ref)), kept.log_base + x_rest * inverse_t_, 0},
+        other{double(Real(o_ref)), kept.log_other + o_rest * inverse_t_, 0};
+    (t_.reverse ? base : other).entropy = kept.policy_entropy;
+    s.policy = t_.reverse ? base : other;
+    s.reference = t_.reverse ? other : base;
+    s.policy_set = sum_of_set(policy_set(), label_z_);
+    s.reference_set = sum_of_set(reference_set(), label_r_);
+    s.label_policy = label_z_, s.label_reference = label_r_;
+    s.kl = kept.kl;
+    s.log_ratio =
+        kept.has_base() ? kept.log_ratio - (kept.o_ref - kept.x_ref) * inverse_t_ + (o_rest - x_rest) * inverse_t_ : 0;
+    s.kept = double(p_.vocab - tiles_.set_size());
+    return s;
+  }
+
+  KlSlice slice_of(const RowSums& s) const {
+    const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
+    KlSlice slice;
+    slice.x_ref = base.ref, slice.o_ref = other.ref;
+    slice.log_base = base.log;
+    // Where both exist, the logarithm of their ratio has digits that its own has lost.
+    slice.log_other = base.is_empty() || other.is_empty() ? other.log : base.log + s.log_ratio;
+    slice.log_ratio = (other.ref - base.ref) * inverse_t_ + s.log_ratio;
+    slice.kl = s.kl;
+    slice.policy_entropy = s.policy.entropy;
+    return slice;
+  }
+
+  // From the slices of a whole vocabulary.
+  Result conclude(const RowSums& s, bool gathered, KlPlan<Real>& plan) {
+    if (t_.log_kappa != 0) {
+      label_z_ = s.label_policy, label_r_ = s.label_reference;
+      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(s_.slices[0]) : slice_of_partial<false>(s_.slices[0]));
+      shift_.reset();
+    }
+    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
+    if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
+    if (gathered && std::abs(kept.log_ratio) < INFINITY && std::abs(kept.log_ratio) > CLOSE_LOGITS * inverse_t_) {
+      tiles_.read_relative_to(Real(kept.x_ref), Real(kept.o_ref));
+      kept.log_ratio -= (kept.o_ref - kept.x_ref) * inverse_t_;
+      kept.x_ref = kept.o_ref = 0;
+    }
+    if (!shift_) {
+      const double more = kept.log_ratio - (kept.o_ref - kept.x_ref) * inverse_t_;
+      shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), std::abs(more) < 1e29 ? more : 0);
+      moment_ = -kept.kl + (kept.log_ratio - shift_->value(shift_->a));  // A = M + Φ is 0, of y relative to log_ratio
+    }
+    return t_.reverse ? finish<true>(kept, s, plan) : finish<false>(kept, s, plan);
+  }
+
+  // Of the partially pushed y, with the log-ratio as the first slice has it.
   template <bool REVERSE>
-  KlSlice slice_of_partial(const KlShift<Real>& shift) const {
-    const double x = (REVERSE ? label_z_ : label_r_) - x_zero_, o = (REVERSE ? label_r_ : label_z_) - o_zero_;
+  KlSlice slice_of_partial(const KlSlice& first) const {
+    const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero(),
+                 o = (REVERSE ? label_r_ : label_z_) - tiles_.o_zero();
     const double log_kappa_x = REVERSE ? 0 : t_.log_kappa, log_kappa_o = REVERSE ? t_.log_kappa : 0;
     KlSlice slice;
     slice.x_ref = KlShift<Real>::usable(Real(x)), slice.o_ref = KlShift<Real>::usable(Real(o));
@@ -555,56 +523,42 @@ class KlRow {
       return slice;
     }
     // Where (o - x)/T is as large as log κ, their sum would show the rounding of 1/T.
-    const double apart = double(shift.o_ref) - double(shift.x_ref);
+    const double apart = first.o_ref - first.x_ref;
     slice.log_ratio = (o - x - apart) / p_.temperature + apart * inverse_t_ + (log_kappa_o - log_kappa_x);
     if (std::abs(slice.log_ratio) < 32)
       slice.log_other = slice.log_base + slice.log_ratio + (slice.x_ref - slice.o_ref) * inverse_t_;
     return slice;
   }
 
-  // `shift` has kept's references.
   template <bool REVERSE>
-  Result finish(const KlSlice& kept, const KlShift<Real>& shift, double moment, KlPlan<Real>& plan) {
-    std::vector<Real>&policy_set = REVERSE ? s_.set_x : s_.set_o, &reference_set = REVERSE ? s_.set_o : s_.set_x;
-    const ExpSum set = exp_sum_of_set(policy_set, Real(label_z_)),
-                 of_reference = exp_sum_of_set(reference_set, Real(label_r_));
-
-    Result result;
-    RowStatistics& s = result.statistics;
-    const double x_max = double(shift.x_ref) + x_zero_, o_max = double(shift.o_ref) + o_zero_;
-    const double log_policy = REVERSE ? kept.log_base : kept.log_other;
-    const double log_reference = REVERSE ? kept.log_other : kept.log_base;
-    const auto sum_of_log = [](double x) { return x < INFINITY ? ::exp(x) : NAN; };
-    const double policy_sum = sum_of_log(log_policy), policy_max = REVERSE ? x_max : o_max;
-    s.policy = {policy_max, policy_sum, policy_sum > 0 ? policy_sum * (log_policy - kept.policy_entropy) : 0};
-    s.reference = {REVERSE ? o_max : x_max, sum_of_log(log_reference), 0};
-    s.policy_set = set;
-    s.reference_set = of_reference;
-    s.label_policy = label_z_;
-    s.label_reference = label_r_;
-
-    double odds = -INFINITY;  // log p(R)/p(K)
-    if (set.sum > 0)
-      odds = log_policy > -INFINITY ? (set.max - policy_max) * inverse_t_ + ::log(set.sum) - log_policy : INFINITY;
+  Result finish(const KlSlice& kept, const RowSums& sums, KlPlan<Real>& plan) const {
+    const KlShift<Real>& shift = *shift_;  // it has kept's references
+    const LogSum& set = sums.policy_set;
+    RowSums all = sums;  // with the partially pushed y
+    all.policy.log = REVERSE ? kept.log_base : kept.log_other;
+    all.reference.log = REVERSE ? kept.log_other : kept.log_base;
+    all.policy.ref = REVERSE ? double(shift.x_ref) + tiles_.x_zero() : double(shift.o_ref) + tiles_.o_zero();
+    const double odds = log_odds(all, inverse_t_);  // p(R)/p(K)
     const double kept_mass = 1 / (1 + ::exp(odds)), removed_mass = 1 / (1 + ::exp(-odds));
     // Of the policy's whole sum to that of the kept entries' base: softplus(odds) is -log p(K). Where K has next to
     // none of p, both would be large.
     double whole = kept.log_ratio + softplus(odds);
     if (!REVERSE && odds > 40)
-      whole = (set.max - o_zero_ - double(shift.x_ref)) * inverse_t_ + ::log(set.sum) + softplus(-odds) - kept.log_base;
-    const bool broken = !(kept.log_base < INFINITY && kept.log_other < INFINITY && set.sum == set.sum &&
-                          of_reference.sum == of_reference.sum);
-    const bool undefined = broken || is_undefined(REVERSE ? REVERSE_KL : FORWARD_KL, s);
+      whole =
+          set.relative_to(double(tiles_.o_zero()) + double(shift.x_ref), inverse_t_) + softplus(-odds) - kept.log_base;
+    const int loss = REVERSE ? REVERSE_KL : FORWARD_KL;
+    const bool undefined = is_undefined(loss, all);
     const KlShift<Real> second = shift.with_sum(kept.log_base, second_sum(REVERSE ? ::log(kept_mass) * UNIT<Real> : 0));
     const double base_sum = ::exp(kept.log_base + second.lead() / UNIT<Real>);  // of the second pass's weights
     plan = {};
-    plan.x_ref = shift.x_ref, plan.o_ref = shift.o_ref, plan.c = second.c, plan.x_zero = x_zero_, plan.o_zero = o_zero_;
-    for (const char careful : s_.careful)
-      if (careful) plan.careful = 1;
-    plan.set_max = Real(set.sum > 0 ? set.max : 0);
-    if (set.sum > 0) plan.set_scale = Real(removed_mass / set.sum);
+    plan.x_ref = shift.x_ref, plan.o_ref = shift.o_ref, plan.c = second.c;
+    plan.x_zero = tiles_.x_zero(), plan.o_zero = tiles_.o_zero();
+    plan.set_max = Real(set.is_empty() ? 0 : set.ref);
+    if (!set.is_empty()) plan.set_scale = Real(removed_mass * ::exp(-set.log));
+    Result result;
+    result.sums = sums;
     if (REVERSE)
-      result.loss = reverse_coefficients(kept, set, odds, kept_mass, removed_mass, base_sum, moment, plan);
+      result.loss = reverse_coefficients(kept, set, odds, kept_mass, removed_mass, base_sum, plan);
     else
       result.loss = forward_coefficients(kept, shift, whole, odds, base_sum, plan);
     if (REVERSE) plan.shift = shift.a;
@@ -625,33 +579,32 @@ class KlRow {
     return kept.kl + softplus(odds);
   }
 
-  double reverse_coefficients(const KlSlice& kept, const ExpSum& set, double odds, double kept_mass,
-                              double removed_mass, double base_sum, double moment, KlPlan<Real>& plan) const {
+  double reverse_coefficients(const KlSlice& kept, const LogSum& set, double odds, double kept_mass,
+                              double removed_mass, double base_sum, KlPlan<Real>& plan) const {
     const double log_norm = log1p(p_.eps * double(t_.removed));
     double loss = kept.kl + log_norm, extra = 0;
-    if (set.sum > 0) {
-      const double log_eps = ::log(p_.eps), log_sum = ::log(set.sum);
-      const double mean = set.moment / set.sum - log_sum;      // of log p_R within R, -H_R
-      const double delta = kept.kl - (odds + mean - log_eps);  // D_K - D_R
+    if (!set.is_empty()) {
+      const double log_eps = ::log(p_.eps);
+      const double delta = kept.kl - (odds - set.entropy - log_eps);  // D_K - D_R
       const double small = ::exp(-std::abs(odds)),
                    entropy = log1p(small) + (small > 0 ? small / (1 + small) * std::abs(odds) : 0);
       // p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
       loss = log_norm - entropy;
       if (kept_mass > 0) loss += kept_mass * kept.kl;
-      if (removed_mass > 0) loss += removed_mass * (mean - log_eps);
+      if (removed_mass > 0) loss -= removed_mass * (set.entropy + log_eps);
       if (removed_mass > 0 && kept_mass > 0) extra = removed_mass * delta;
-      plan.set_shift = Real(-set.moment / set.sum - (kept_mass > 0 ? kept_mass * delta : 0));
+      plan.set_shift = Real(set.entropy - set.log - (kept_mass > 0 ? kept_mass * delta : 0));
     }
     const double h = kept_mass > 0 ? kept_mass / base_sum : 0;
     plan.u1 = Real(-h);
-    plan.u0 = Real(h > 0 ? h * (moment + extra) : 0);
+    plan.u0 = Real(h > 0 ? h * (moment_ + extra) : 0);
     return loss;
   }
 
   // Of the partially pushed y, as p - q* or p (log p - log q~ - loss).
   template <bool REVERSE>
   double partial_gradient(const KlSlice& kept, const KlShift<Real>& shift, double odds, double loss) const {
-    const double x = (REVERSE ? label_z_ : label_r_) - x_zero_;
+    const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero();
     const double log_x = (x - double(shift.x_ref)) * inverse_t_ - kept.log_base;
     if (REVERSE) {
       const double log_p = log_x - softplus(odds), log_norm = log1p(p_.eps * double(t_.removed));
@@ -660,23 +613,19 @@ class KlRow {
     }
     const double q = ::exp(log_x + t_.log_kappa), d = last_y_ - softplus(odds);
     if (std::abs(d) < 1) return q * ::expm1(d);
-    const double o = label_z_ - o_zero_;
+    const double o = label_z_ - tiles_.o_zero();
     return ::exp((o - double(shift.o_ref)) * inverse_t_ - kept.log_other - softplus(odds)) - q;
   }
 
   const RowCall& p_;
   KlScratch<Real>& s_;
   const double inverse_t_;  // as the loops have it: next to p = q, another rounding would show
-  const int64_t tiles_;
+  RowTiles<Logit, Gradient> tiles_;
   Task t_;
-  const Logit *base_ = nullptr, *other_ = nullptr;
-  const uint64_t* bits_ = nullptr;
-  int64_t set_size_ = 0;              // of the entries apart, the partially pushed y among them
-  bool unfit_ = false;                // some tile's sums are no numbers
-  double label_z_ = 0, label_r_ = 0;  // of the partially pushed y
-  double last_y_ = 0;                 // of the last slice merged: its log-ratio less the row's
-  int32_t gathered_ = 0;              // of which so many are in the set's arrays
-  Real x_zero_ = 0, o_zero_ = 0;      // logits are read relative to these
+  double label_z_ = 0, label_r_ = 0;    // of the partially pushed y
+  std::optional<KlShift<Real>> shift_;  // of the whole row, if its sums are of one shift
+  double moment_ = 0;                   // mean of y, relative to that shift
+  double last_y_ = 0;                   // of the last slice merged: its log-ratio less the row's
 };
 
 }  // namespace TNT_ISA

@@ -18,7 +18,6 @@
 #endif
 
 #include "cpu/kl_row.h"
-#include "cpu/storage.h"
 #include "elementary.h"
 #include "objectives.h"
 #include "row_rules.h"
@@ -29,7 +28,6 @@ inline namespace TNT_ISA {
 namespace {
 
 constexpr int TILE = 1024;  // three float tiles fill 12 KiB of a 32 KiB L1 cache
-constexpr size_t CACHE_LINE = 64;
 
 // -------------------------------------------------------------------------------------------------- tile kernels
 // Each runs over n <= TILE entries. Float sums stay within a tile; across tiles they are added in double. They are
@@ -373,6 +371,7 @@ struct alignas(CACHE_LINE) Scratch {
   std::vector<int32_t> ids;                      // the row's set, ascending
   std::vector<Real> set_z, set_r, set_gradient;  // their logits, gathered, and their gradients
   KlScratch<Real> kl;
+  TokenSet here, everywhere;  // a KL row's tokens apart: by column, and where the vocabulary is sharded all of them
 };
 
 // Past the cache, so that zeroing a row reads nothing.
@@ -393,13 +392,29 @@ void stream_zeros(void* to, size_t bytes) {
 
 // -------------------------------------------------------------------------------------------------------- one row
 
+// Those of all rows, without padding and duplicates. A bit for each token sorts thousands of them in a tenth of a
+// sort's time.
+struct SharedIds {
+  std::vector<int32_t> all, here;  // of the whole vocabulary, ascending; the columns of those that lie here
+
+  explicit SharedIds(const RowCall& p) {
+    if (!p.negative_ids || p.negative_ids_stride != 0) return;
+    TokenSet set(p.vocab_size);
+    for (int64_t k = 0; k < p.negative_ids_count; ++k)
+      if (p.negative_ids[k] >= 0) set.insert(p.negative_ids[k]);
+    all = set.ascending();
+    for (const int32_t id : all)
+      if (id >= p.vocab_offset && id < p.vocab_offset + p.vocab) here.push_back(int32_t(id - p.vocab_offset));
+  }
+};
+
 template <class Logit, class Gradient>
 class Row {
  public:
   using Real = RealOf<Logit>;
 
-  Row(const RowCall& call, const std::vector<int32_t>& shared_ids, Scratch<Real>& scratch)
-      : p_(call), shared_ids_(shared_ids), s_(scratch) {
+  Row(const RowCall& call, const SharedIds& shared_ids, int threads, Scratch<Real>& scratch)
+      : p_(call), shared_ids_(shared_ids.all), shared_here_(shared_ids.here), threads_(threads), s_(scratch) {
     row_.uniform = smooths_uniformly(p_);
     row_.eps = p_.eps;
     row_.nl_floor = p_.nl_floor;
@@ -407,12 +422,15 @@ class Row {
     row_.vocab = p_.vocab_size;
     scale_ = exponent_scale<Real>(row_.inverse_temperature);
     inverse_t_ = Real(row_.inverse_temperature);
-    const bool whole = p_.kind == Kind::FUSED || p_.kind == Kind::BACKWARD;
-    has_kl_rows_ = whole && !row_.uniform && (is_kl(p_.positive_loss) || is_kl(p_.negative_loss));
-    if (has_kl_rows_) s_.kl.removed.begin_call(p_.vocab, shared_ids_);
+    has_kl_rows_ = !row_.uniform && (is_kl(p_.positive_loss) || is_kl(p_.negative_loss));
+    if (!has_kl_rows_) return;
+    s_.here.begin_call(p_.vocab, shared_here_);
+    if (is_shard()) s_.everywhere.begin_call(p_.vocab_size, shared_ids_);
   }
   ~Row() {
-    if (has_kl_rows_) s_.kl.removed.end_call(shared_ids_);
+    if (!has_kl_rows_) return;
+    s_.here.end_call(shared_here_);
+    if (is_shard()) s_.everywhere.end_call(shared_ids_);
   }
   Row(const Row&) = delete;
 
@@ -472,7 +490,7 @@ class Row {
     if (g_) stream_zeros(g_, static_cast<size_t>(p_.vocab) * sizeof(Gradient));
     switch (p_.kind) {
       case Kind::BACKWARD: break;
-      case Kind::STATISTICS: pack(RowStatistics(), packed(p_.statistics)); break;
+      case Kind::STATISTICS: pack(RowSums(), false, packed(p_.statistics)); break;
       case Kind::PARTIAL_SUMS: write_partial_sums(0, 0); break;
       case Kind::FUSED:
         if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = 0;
@@ -491,32 +509,47 @@ class Row {
       if (ids[k] >= 0) body(ids[k]);
   }
 
-  // ---- KL rows of a whole vocabulary
+  // ---- KL rows, but for uniform smoothing
+
+  bool is_shard() const { return p_.vocab_size != p_.vocab; }
+  int64_t column_of(int64_t id) const {
+    const int64_t column = id - p_.vocab_offset;
+    return column >= 0 && column < p_.vocab ? column : -1;
+  }
+  // Puts a token into the row's set. Whether it is new, wherever it lies.
+  bool mark(int64_t id) {
+    const int64_t column = column_of(id);
+    const bool is_new_here = column >= 0 && s_.here.insert(column);
+    return is_shard() ? s_.everywhere.insert(id) : is_new_here;
+  }
+  void unmark(int64_t id) {
+    if (const int64_t column = column_of(id); column >= 0) s_.here.erase(column);
+    if (is_shard()) s_.everywhere.erase(id);
+  }
 
   // Puts the row's removed tokens, and a y with -1 < w < 0, into the scratch's set. Returns whether the row is a KL's.
   bool mark_set(double weight) {
-    TokenSet& set = s_.kl.removed;
     task_ = {};
     task_.removed = static_cast<int64_t>(shared_ids_.size());
     label_added_ = false;
-    for_each_own_id([&](int64_t id) { task_.removed += set.insert(id); });
-    if (weight < 0 && set.insert(label_)) {
+    for_each_own_id([&](int64_t id) { task_.removed += mark(id); });
+    if (weight < 0 && mark(label_)) {
       label_added_ = true;
       if (weight > -1) {
-        task_.partial = label_;
+        task_.partial = column_of(label_);
         task_.log_kappa = log1p(weight);
       } else {
         ++task_.removed;
       }
     }
+    task_.apart = task_.removed || task_.partial >= 0 ? s_.here.words() : nullptr;
     row_.loss = task_.removed || label_added_ ? p_.negative_loss : p_.positive_loss;
     return reads_reference();
   }
 
   void clear_set() {
-    TokenSet& set = s_.kl.removed;
-    for_each_own_id([&](int64_t id) { set.erase(id); });
-    if (label_added_) set.erase(label_);
+    for_each_own_id([&](int64_t id) { unmark(id); });
+    if (label_added_) unmark(label_);
   }
 
   double kl_row(double weight, double inverse_normalizer) {
@@ -526,32 +559,45 @@ class Row {
     task_.z = z_, task_.r = r_, task_.gradient = g_;
     task_.reverse = row_.loss == REVERSE_KL;
     task_.entropy = p_.diagnostics != nullptr;
-    KlRow<Logit, Gradient> row(p_, s_.kl);
+    KlRow<Logit, Gradient> row(p_, threads_, s_.kl);
     KlPlan<Real> plan;
-    const auto write_gradient = [&](double by) {
-      if (by == 0 || by != by)
-        fill(by);
-      else
-        row.second_pass(plan, by, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
+    const auto write_gradient = [&](double by, bool resume) {
+      if (by == 0 || by != by) return fill(by);
+      if (resume) row.resume(task_, plan);
+      row.second_pass(plan, by, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
     };
     static_assert(sizeof plan <= (ROW_COEFFICIENTS - 1) * sizeof(Real));
     if (p_.kind == Kind::BACKWARD) {
       memcpy(&plan, coefficients(), sizeof plan);
-      scale = with_upstream(double(coefficients()[ROW_COEFFICIENTS - 1]));
-      if (scale != 0 && scale == scale) row.resume(task_, plan);
-      write_gradient(scale);
+      write_gradient(with_upstream(double(coefficients()[ROW_COEFFICIENTS - 1])), true);
       return 0;
     }
-    const auto result = row.first_pass(task_, plan);
+    if (p_.kind == Kind::STATISTICS) {
+      pack(row.sums(task_), true, packed(p_.statistics));
+      return 0;
+    }
+    const auto result = is_sharded(p_.kind) ? row.merged(task_, gathered_sums(true), plan) : row.whole(task_, plan);
+    if (p_.kind == Kind::FINISH && p_.upstream) scale = with_upstream(scale);
     if (scale != 0 && result.lost) scale = NAN;
-    if (g_) write_gradient(scale);
+    if (g_) write_gradient(scale, is_sharded(p_.kind));
+    if (p_.kind == Kind::PARTIAL_SUMS) {
+      write_partial_sums(0, 0);
+      return 0;
+    }
     if (p_.coefficients) {
       std::fill_n(coefficients(), ROW_COEFFICIENTS, Real(0));
       memcpy(coefficients(), &plan, sizeof plan);
       coefficients()[ROW_COEFFICIENTS - 1] = Real(scale);
     }
-    log_kappa_ = task_.log_kappa;
-    return report(result.statistics, result.loss, negative, factor);
+    return report(result.sums, result.loss, negative, factor, task_.log_kappa);
+  }
+
+  std::vector<RowSums> gathered_sums(bool kl) const {
+    const Real* const first = packed(p_.gathered);
+    std::vector<RowSums> shards;
+    for (int64_t shard = 0; shard < p_.shards; ++shard)
+      shards.push_back(unpack(first + shard * p_.gathered_stride, kl));
+    return shards;
   }
 
   // The row's negative set S, ascending and without duplicates.
@@ -741,7 +787,8 @@ class Row {
       s = merge(s, of_tile, inverse_t);
       gather(tile);
     });
-    if (partial_ >= 0) s = merge(s, of_partial(), inverse_t);
+    s.label_policy = label_policy_;
+    s.label_reference = label_reference_;
     s.kept = double(p_.vocab) - double(s_.ids.size());
     s.policy_set = set_sum(s_.set_z, entropy || moment);
     if (pair && entropy) s.reference_set = set_sum(s_.set_r, false);  // a NaN in it is in `reference` too
@@ -764,16 +811,6 @@ class Row {
       if (weight != 0) sum += weight * ((double(z) - double(z_max)) - (double(tile.r[i]) - double(r_max)));
     }
     return sum;
-  }
-
-  RowStatistics of_partial() const {
-    RowStatistics s;
-    if (label_policy_ != -INFINITY) s.policy = {label_policy_, 1, 0};
-    if (label_reference_ != -INFINITY) s.reference = {label_reference_, ::exp(log_kappa_), 0};
-    if (s.policy.sum != 0) s.kl_moment = s.reference.sum != 0 ? -log_kappa_ : double(INFINITY);
-    s.label_policy = label_policy_;
-    s.label_reference = label_reference_;
-    return s;
   }
 
   // ---- second pass: the gradient (if `write`) times `scale`; returns what the loss still lacks
@@ -894,7 +931,7 @@ class Row {
     RowCoefficients c;
     if (row_.loss != NONE || p_.diagnostics) {
       s = statistics();
-      c = row_coefficients<Real>(row_, s);
+      c = row_coefficients<Real>(row_, with_label(s));
     }
     if (row_.loss == NEGATIVE_LIKELIHOOD) {
       const NegativeLikelihood sum = negative_likelihood(c);
@@ -912,7 +949,7 @@ class Row {
     }
     scale = settle(c, scale);
     if (p_.coefficients) write_coefficients(c, scale);
-    return report(s, c.loss, negative, factor);
+    return report(sums_of(s), c.loss, negative, factor, log_kappa_);
   }
 
   void backward() {
@@ -924,13 +961,13 @@ class Row {
   }
 
   void shard_statistics() {
-    pack(row_.loss != NONE || p_.diagnostics ? statistics() : RowStatistics(), packed(p_.statistics));
+    pack(sums_of(row_.loss != NONE || p_.diagnostics ? statistics() : RowStatistics()), false, packed(p_.statistics));
   }
 
   // What this shard's second pass adds up, and the gradient unless that has to wait for total sums.
   void partial_sums(double scale) {
     const RowStatistics s = gathered();
-    RowCoefficients c = row_coefficients<Real>(row_, s);
+    RowCoefficients c = row_coefficients<Real>(row_, with_label(s));
     double loss = 0, active = 0;
     if (row_.loss == NEGATIVE_LIKELIHOOD) {
       for (size_t i = 0; i < s_.ids.size(); ++i) s_.set_z[i] = load(z_[s_.ids[i]]);
@@ -951,7 +988,7 @@ class Row {
   // The loss, or a gradient that had to wait.
   double finish(bool negative, double factor, double scale) {
     const RowStatistics s = gathered();
-    RowCoefficients c = row_coefficients<Real>(row_, s);
+    RowCoefficients c = row_coefficients<Real>(row_, with_label(s));
     label_policy_ = s.label_policy;
     label_reference_ = s.label_reference;
     const Real* total_sums = static_cast<const Real*>(p_.total_sums) + index_ * ROW_PARTIAL_SUMS;
@@ -962,7 +999,7 @@ class Row {
       if (scale != 0) second_pass(c, scale, true);
       settle(c, scale);
     }
-    return report(s, c.loss, negative, factor);
+    return report(sums_of(s), c.loss, negative, factor, log_kappa_);
   }
 
   bool gradient_needs_loss() const { return uniform_kl() && row_.loss == REVERSE_KL; }
@@ -975,10 +1012,10 @@ class Row {
   }
 
   // Writes the row's diagnostics and its loss times its factor, which is returned.
-  double report(const RowStatistics& s, double loss, bool negative, double factor) {
+  double report(const RowSums& s, double loss, bool negative, double factor, double log_kappa) {
     if (p_.diagnostics) {
       const bool kl = reads_reference();
-      const RowDiagnosis d = diagnose(s, negative, kl, -::expm1(log_kappa_), row_.inverse_temperature);
+      const RowDiagnosis d = diagnose(s, negative, kl, log_kappa, row_.inverse_temperature);
       write_diagnostics(loss, kl ? loss : NAN, d.negative_mass, d.ref_negative_mass, d.entropy);
     }
     const double weighted = factor == 0 ? 0 : factor * loss;
@@ -990,11 +1027,43 @@ class Row {
   }
 
   RowStatistics gathered() const {
-    const Real* const first = packed(p_.gathered);
-    RowStatistics s = unpack(first);
-    for (int64_t shard = 1; shard < p_.shards; ++shard)
-      s = merge(s, unpack(first + shard * p_.gathered_stride), row_.inverse_temperature);
-    return s;
+    RowSums all;
+    for (const RowSums& s : gathered_sums(false)) all = merge(all, s, row_.inverse_temperature);
+    return statistics_of(all);
+  }
+
+  static RowSums sums_of(const RowStatistics& s) {
+    const auto log_sum = [](const ExpSum& sum) {
+      if (sum.sum == 0) return LogSum();
+      const double log = ::log(sum.sum);
+      return LogSum{sum.max, log, log - sum.moment / sum.sum};
+    };
+    RowSums sums;
+    sums.policy = log_sum(s.policy), sums.reference = log_sum(s.reference);
+    sums.policy_set = log_sum(s.policy_set), sums.reference_set = log_sum(s.reference_set);
+    sums.label_policy = s.label_policy, sums.label_reference = s.label_reference;
+    sums.total = s.policy_total, sums.kept = s.kept;
+    return sums;
+  }
+  RowStatistics statistics_of(const RowSums& s) const {
+    const auto exp_sum = [](const LogSum& sum) {
+      if (sum.is_empty()) return ExpSum();
+      return ExpSum{sum.ref, ::exp(sum.log), ::exp(sum.log) * (sum.log - sum.entropy)};
+    };
+    RowStatistics sums;
+    sums.policy = exp_sum(s.policy), sums.reference = exp_sum(s.reference);
+    sums.policy_set = exp_sum(s.policy_set), sums.reference_set = exp_sum(s.reference_set);
+    sums.label_policy = s.label_policy, sums.label_reference = s.label_reference;
+    sums.policy_total = s.total, sums.kept = s.kept;
+    return sums;
+  }
+  // With the partially pushed y.
+  RowStatistics with_label(const RowStatistics& s) const {
+    if (log_kappa_ == 0) return s;
+    RowStatistics label;
+    if (s.label_policy != -INFINITY) label.policy = {s.label_policy, 1, 0};
+    if (s.label_reference != -INFINITY) label.reference = {s.label_reference, ::exp(log_kappa_), 0};
+    return merge(s, label, row_.inverse_temperature);
   }
 
   Real* packed(void* to) const { return static_cast<Real*>(to) + index_ * ROW_STATISTICS; }
@@ -1046,7 +1115,8 @@ class Row {
   }
 
   const RowCall& p_;
-  const std::vector<int32_t>& shared_ids_;
+  const std::vector<int32_t>&shared_ids_, &shared_here_;  // of the whole vocabulary; the columns here
+  const int threads_;
   Scratch<Real>& s_;
   RowScalars row_;
   Real scale_, inverse_t_;
@@ -1063,16 +1133,6 @@ class Row {
 
 // ------------------------------------------------------------------------------------------------------- all rows
 
-// Those of all rows, without padding and duplicates. A bit for each token sorts thousands of them in a tenth of a
-// sort's time.
-std::vector<int32_t> shared_ids_of(const RowCall& p) {
-  if (!p.negative_ids || p.negative_ids_stride != 0) return {};
-  TokenSet set(p.vocab_size);
-  for (int64_t k = 0; k < p.negative_ids_count; ++k)
-    if (p.negative_ids[k] >= 0) set.insert(p.negative_ids[k]);
-  return set.ascending();
-}
-
 template <class Logit, class Gradient = Logit>
 void run(const RowCall& p, int most_threads) {
   using Real = RealOf<Logit>;
@@ -1083,17 +1143,19 @@ void run(const RowCall& p, int most_threads) {
       for (int64_t i = 0; i < p.rows; ++i) active += is_active<Real>(p, i);
     inverse = inverse_normalizer<Real>(p, double(active));
   }
-  const std::vector<int32_t> shared_ids = shared_ids_of(p);
+  const SharedIds shared_ids(p);
 
   std::vector<double> losses(static_cast<size_t>(p.rows));
   // Rows are handed out in blocks as threads become free, because ignored rows cost next to nothing. A thread takes its
   // next block before it works on the present one, to know what to prefetch.
   const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.vocab));
-  const int threads = int(std::min<int64_t>(most_threads, (p.rows + block - 1) / block));
+  // A row is split over threads where there are fewer rows than threads.
+  const bool splits = p.rows < most_threads;
+  const int threads = splits ? 1 : int(std::min<int64_t>(most_threads, (p.rows + block - 1) / block));
   std::atomic<int64_t> taken{0};
   const auto work = [&] {
     Scratch<Real>& scratch = Scratch<Real>::of_this_thread();
-    Row<Logit, Gradient> row(p, shared_ids, scratch);
+    Row<Logit, Gradient> row(p, shared_ids, splits ? most_threads : 1, scratch);
     for (int64_t begin = taken.fetch_add(block), next; begin < p.rows; begin = next) {
       next = taken.fetch_add(block);
       const int64_t end = std::min(begin + block, p.rows);
