@@ -45,6 +45,7 @@ struct KlShift {
   // Without a fused multiply-add, a level is subtracted before the product with 1/T would round: it is stored times T.
   Real stored(double level) const { return Real(FUSED ? level : level / double(inverse_t)); }
   double value(Real level) const { return FUSED ? double(level) : double(level) * double(inverse_t); }
+  double log_ratio() const { return value(a) - (double(o_ref) - double(x_ref)) * double(inverse_t); }
   // For a second pass.
   KlShift(double inverse_temperature, Real x_top, Real o_top, Real a_, Real c_)
       : KlShift(inverse_temperature, x_top, o_top, 0.0) {

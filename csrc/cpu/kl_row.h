@@ -25,7 +25,8 @@ struct KlSlice {
   double x_ref = 0, o_ref = 0;   // near its maxima
   double log_base = -INFINITY;   // of its base's sum, relative to x_ref/T
   double log_other = -INFINITY;  // of the other's, relative to o_ref/T
-  // Of the other's sum to the base's, where there is a base; of a slice without the other, the mean of all log-ratios.
+  // Of the other's sum to the base's, where there is a base, less the distance of the references; of a slice without
+  // the other, the mean of all log-ratios.
   double log_ratio = 0;
   double kl = 0;              // of base against other within the slice
   double policy_entropy = 0;  // within the slice
@@ -261,6 +262,12 @@ class KlRow {
   // keep: then a row is read relative to them. 16-bit logits have few digits.
   static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
 
+  bool are_close(const KlSlice& s) const {
+    const double mean = (s.o_ref - s.x_ref) + s.log_ratio / inverse_t_;
+    return is_usable(Real(s.x_ref)) && is_usable(Real(s.o_ref)) &&
+           !(std::abs(mean) > CLOSE_LOGITS && std::abs(mean) < INFINITY);
+  }
+
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
@@ -337,10 +344,10 @@ class KlRow {
     } else if (t.s != 0) {
       const double ratio = a / t.s, excess_log = log1p(ratio);
       slice.log_base = ::log(t.s) - shift.lead() / UNIT<Number>;
-      slice.log_ratio = shift.value(shift.a) + excess_log;
+      slice.log_ratio = shift.log_ratio() + excess_log;
       const double kl = t.phi() / t.s - phi_of_log(ratio, excess_log);
       slice.kl = kl < 0 ? 0 : kl;
-      if (other <= 0) slice.log_ratio = shift.value(shift.a) - 1 - t.phi() / t.s, slice.kl = 0;
+      if (other <= 0) slice.log_ratio = shift.log_ratio() - 1 - t.phi() / t.s, slice.kl = 0;
     }
     // e e^y is 2^rho at o_ref. log1p keeps what log(other) would lose next to equal sums.
     if (t.broken == 0 && t.s > 0 && other > 0)
@@ -366,6 +373,9 @@ class KlRow {
       if (base > top_base) top_base = base, all.x_ref = slice.x_ref;
       if (other > top_other) top_other = other, all.o_ref = slice.o_ref;
     }
+    const auto log_ratio = [&](const KlSlice& slice) {
+      return slice.log_ratio + ((slice.o_ref - all.o_ref) - (slice.x_ref - all.x_ref)) * inverse_t_;
+    };
     const auto log_base = [&](const KlSlice& slice) { return slice.log_base + (slice.x_ref - all.x_ref) * inverse_t_; };
     const auto log_other = [&](const KlSlice& slice) {
       return slice.log_other + (slice.o_ref - all.o_ref) * inverse_t_;
@@ -374,21 +384,27 @@ class KlRow {
       all.log_base = log_add(all.log_base, log_base(slice));
       all.log_other = log_add(all.log_other, log_other(slice));
     }
-    // Of equal rows, the sums are equal.
-    all.log_ratio = (all.log_other - all.log_base) + (all.o_ref - all.x_ref) * inverse_t_;
+    const bool lacks_other = all.has_base() && all.log_other == -INFINITY;
     double masses = 0;
+    if (lacks_other) {
+      for (const KlSlice& slice : slices)
+        if (slice.has_base()) all.log_ratio += ::exp(log_base(slice) - all.log_base) * log_ratio(slice);
+    } else {  // of equal rows, the sums are equal
+      all.log_ratio = all.log_other - all.log_base;
+    }
     for (const KlSlice& slice : slices) {
       const double base_share = slice.has_base() ? ::exp(log_base(slice) - all.log_base) : 0;
       const double other_share = slice.log_other > -INFINITY ? ::exp(log_other(slice) - all.log_other) : 0;
       // Of a slice with nearly all the mass, both differences are 0, where a large log-ratio has lost those digits.
       const bool whole = base_share != 0 && other_share != 0;
-      const double y = whole && std::abs(slice.log_ratio) > 32
+      const double y = whole && std::abs(log_ratio(slice)) > 32
                            ? (log_other(slice) - all.log_other) - (log_base(slice) - all.log_base)
-                           : slice.log_ratio - all.log_ratio;
+                           : log_ratio(slice) - all.log_ratio;
       last_y_ = y;
       if (whole && std::abs(y) < 1) {
         all.kl += base_share * (expm1_phi(y).phi + slice.kl);
-      } else {  // share φ(y) = other's share - share - share y: the first two add up apart, to about 0
+      } else if (!lacks_other) {  // share φ(y) = other's share - share - share y: the first two add up apart, to about
+                                  // 0
         masses += other_share - base_share;
         if (base_share != 0) all.kl += base_share * (slice.kl - y);
       }
@@ -466,8 +482,7 @@ class KlRow {
     s.reference_set = sum_of_set(reference_set(), label_r_);
     s.label_policy = label_z_, s.label_reference = label_r_;
     s.kl = kept.kl;
-    s.log_ratio =
-        kept.has_base() ? kept.log_ratio - (kept.o_ref - kept.x_ref) * inverse_t_ + (o_rest - x_rest) * inverse_t_ : 0;
+    s.log_ratio = kept.has_base() ? kept.log_ratio + (o_rest - x_rest) * inverse_t_ : 0;
     s.kept = double(p_.vocab - tiles_.set_size());
     return s;
   }
@@ -479,7 +494,7 @@ class KlRow {
     slice.log_base = base.log;
     // Where both exist, the logarithm of their ratio has digits that its own has lost.
     slice.log_other = base.is_empty() || other.is_empty() ? other.log : base.log + s.log_ratio;
-    slice.log_ratio = (other.ref - base.ref) * inverse_t_ + s.log_ratio;
+    slice.log_ratio = s.log_ratio;
     slice.kl = s.kl;
     slice.policy_entropy = s.policy.entropy;
     return slice;
@@ -494,15 +509,14 @@ class KlRow {
     }
     KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
-    if (gathered && std::abs(kept.log_ratio) < INFINITY && std::abs(kept.log_ratio) > CLOSE_LOGITS * inverse_t_) {
+    if (gathered && !are_close(kept)) {
       tiles_.read_relative_to(Real(kept.x_ref), Real(kept.o_ref));
-      kept.log_ratio -= (kept.o_ref - kept.x_ref) * inverse_t_;
       kept.x_ref = kept.o_ref = 0;
     }
     if (!shift_) {
-      const double more = kept.log_ratio - (kept.o_ref - kept.x_ref) * inverse_t_;
-      shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), std::abs(more) < 1e29 ? more : 0);
-      moment_ = -kept.kl + (kept.log_ratio - shift_->value(shift_->a));  // A = M + Φ is 0, of y relative to log_ratio
+      const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
+      shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
+      moment_ = kept.log_ratio - shift_->log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
     }
     return t_.reverse ? finish<true>(kept, s, plan) : finish<false>(kept, s, plan);
   }
@@ -523,10 +537,9 @@ class KlRow {
       return slice;
     }
     // Where (o - x)/T is as large as log κ, their sum would show the rounding of 1/T.
-    const double apart = first.o_ref - first.x_ref;
-    slice.log_ratio = (o - x - apart) / p_.temperature + apart * inverse_t_ + (log_kappa_o - log_kappa_x);
-    if (std::abs(slice.log_ratio) < 32)
-      slice.log_other = slice.log_base + slice.log_ratio + (slice.x_ref - slice.o_ref) * inverse_t_;
+    const double apart = first.o_ref - first.x_ref, own_apart = slice.o_ref - slice.x_ref;
+    slice.log_ratio = (o - x - apart) / p_.temperature + (apart - own_apart) * inverse_t_ + (log_kappa_o - log_kappa_x);
+    if (std::abs(slice.log_ratio + own_apart * inverse_t_) < 32) slice.log_other = slice.log_base + slice.log_ratio;
     return slice;
   }
 
@@ -542,7 +555,7 @@ class KlRow {
     const double kept_mass = 1 / (1 + ::exp(odds)), removed_mass = 1 / (1 + ::exp(-odds));
     // Of the policy's whole sum to that of the kept entries' base: softplus(odds) is -log p(K). Where K has next to
     // none of p, both would be large.
-    double whole = kept.log_ratio + softplus(odds);
+    double whole = kept.log_ratio + (double(shift.o_ref) - double(shift.x_ref)) * inverse_t_ + softplus(odds);
     if (!REVERSE && odds > 40)
       whole =
           set.relative_to(double(tiles_.o_zero()) + double(shift.x_ref), inverse_t_) + softplus(-odds) - kept.log_base;
