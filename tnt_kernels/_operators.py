@@ -80,7 +80,7 @@ def row_losses_(
 
 def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
     def facts() -> Facts:
-        return facts_of("tnt_loss", "logits", logits.dtype, call.tensors, call.scalars, {})
+        return facts_of("tnt_loss", "logits", logits.dtype, call, {})
 
     agree(shard, logits.size(-1), logits.device, facts)
 

@@ -35,19 +35,24 @@ class Scalars(NamedTuple):
         return RowLoss(self.positive_loss), RowLoss(self.negative_loss)
 
     @property
+    def smooths_uniformly(self) -> bool:
+        """Without eps the two smoothings are one."""
+        return self.uniform_smoothing and self.eps > 0
+
+    @property
     def gradient_needs_totals(self) -> bool:
         """Whether, for some row of a sharded call, the gradient needs what all shards' second passes yield."""
         sides = self.sides
-        uniform_reverse = self.uniform_smoothing and self.eps > 0 and RowLoss.REVERSE_KL in sides
-        return uniform_reverse or (
+        return (self.smooths_uniformly and RowLoss.REVERSE_KL in sides) or (
             self.nl_floor is not None and RowLoss.NEGATIVE_LIKELIHOOD in sides
         )
 
-    @property
-    def loss_needs_totals(self) -> bool:
-        """Whether some row's loss of a sharded call is not known from the statistics alone."""
+    def loss_needs_totals(self, statistics_layout: int) -> bool:
+        """Whether some row's loss of a sharded call is not known from the statistics alone (docs/sharded.md)."""
+        needed = self.smooths_uniformly or statistics_layout == 1
         return any(
-            side.reads_reference or side is RowLoss.NEGATIVE_LIKELIHOOD for side in self.sides
+            (side.reads_reference and needed) or side is RowLoss.NEGATIVE_LIKELIHOOD
+            for side in self.sides
         )
 
 

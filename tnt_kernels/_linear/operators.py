@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels._call import ROW_DIAGNOSTICS, LossCall, RowTensors, real_dtype
+from tnt_kernels._call import ROW_DIAGNOSTICS, LossCall, real_dtype
 from tnt_kernels._linear.chunks import (
     Chunks,
     LinearScalars,
@@ -22,7 +22,6 @@ from tnt_kernels._linear.chunks import (
 )
 from tnt_kernels._linear.matmul import held_dtype
 from tnt_kernels._rows.schema import operator
-from tnt_kernels._scalars import Scalars
 from tnt_kernels._sharded.agreement import Facts, agree, columns_of, facts_of, report_error
 from tnt_kernels.backends.protocol import check_indices
 
@@ -83,7 +82,12 @@ def linear_losses(
                 report_error(shard, t.hidden)
             raise
         if shard is not None:
-            agree(shard, vocab_size, device, lambda: _facts(t, rows, linear, scalars, wanted))
+            agree(
+                shard,
+                vocab_size,
+                device,
+                lambda: _facts(t, linear, call._replace(tensors=rows), wanted),
+            )
             vocab_size = columns_of(shard, vocab_size).vocab_size
         check_indices(
             rows.labels, rows.weights, rows.negative_ids, vocab_size, scalars.ignore_index
@@ -117,11 +121,7 @@ def linear_losses(
 
 
 def _facts(
-    t: LinearTensors,
-    rows: RowTensors,
-    linear: LinearScalars,
-    scalars: Scalars,
-    wanted: WantedGradients,
+    t: LinearTensors, linear: LinearScalars, call: LossCall, wanted: WantedGradients
 ) -> Facts:
     """What decides over the ranks' chunks and collectives, and their loss."""
     reference = t.ref_hidden
@@ -133,7 +133,7 @@ def _facts(
     settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
     names = (f"{name}.requires_grad" for name in ("hidden", "weight", "bias"))
     more = {**inputs, **settings, **dict(zip(names, wanted, strict=True))}
-    return facts_of("linear_tnt_loss", "hidden", t.hidden.dtype, rows, scalars, more)
+    return facts_of("linear_tnt_loss", "hidden", t.hidden.dtype, call, more)
 
 
 def _new_linear_gradients(

@@ -25,17 +25,17 @@ from tnt_kernels._call import (
     LOGITS_DTYPES,
     ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
-    RowTensors,
+    LossCall,
     Shard,
     real_dtype,
 )
-from tnt_kernels._scalars import Scalars
 from tnt_kernels._sharded.collectives import (
     all_gather,
     group_rank,
     group_size,
     process_group,
 )
+from tnt_kernels.backends import BACKENDS
 
 
 class Columns(NamedTuple):
@@ -51,12 +51,13 @@ _confirmed: WeakKeyDictionary[Any, dict[tuple[int, ...] | None, tuple[int, ...]]
     WeakKeyDictionary()
 )
 #: Integers of a call that must be the same on every rank, so that different calls exchange as many.
-_FACTS = 32
+_FACTS = 33
 _ARGUMENTS = {
     "positive_loss": "method", "negative_loss": "method", "alpha_value": "alpha", "uniform_smoothing": "smoothing",
     "normalizer_value": "normalizer",
 }  # fmt: skip
 Facts = list[tuple[str, int]]
+_LAYOUT = "the layout of the backend's statistics"
 _DTYPE = ".dtype"  # ends the name of a fact whose number says which
 
 
@@ -82,19 +83,20 @@ def facts_of(
     function: str,
     owner: str,
     dtype: torch.dtype,
-    rows: RowTensors,
-    scalars: Scalars,
+    call: LossCall,
     more: Mapping[str, object],
 ) -> Facts:
     """Argument and number, of all that must be the same on every rank.
 
-    ``dtype`` is that of the argument ``owner``. It decides over that of ``rows``, so it comes before their checksums.
+    ``dtype`` is that of the argument ``owner``. It decides over that of the rows, so it comes before their checksums.
     """
+    rows = call.tensors
     sizes = [None if x is None else tuple(x.shape) for x in (rows.alpha, rows.negative_ids)]
     facts = [
         ("rows", rows.labels.numel()),
         ("the function", _digest(function)),
         (owner + _DTYPE, _number(dtype)),
+        (_LAYOUT, BACKENDS[call.backend].STATISTICS_LAYOUT),
         ("labels", _checksum(rows.labels)),
         ("weights", _checksum(rows.weights) if rows.weights is not None else -1),
         ("alpha", _checksum(rows.alpha)),
@@ -103,7 +105,7 @@ def facts_of(
         ("negative_ids", _digest(sizes[1])),
         ("normalizer", _checksum(rows.normalizer)),
     ]
-    settings = {**scalars._asdict(), **more}
+    settings = {**call.scalars._asdict(), **more}
     facts += [(_ARGUMENTS.get(name, name), _number(value)) for name, value in settings.items()]
     assert len(facts) <= _FACTS
     return facts + [("", 0)] * (_FACTS - len(facts))
@@ -119,6 +121,11 @@ def _mismatch(name: str, first: int, other: int, rank: int) -> str:
         return (
             f"{name.removesuffix(_DTYPE)}: dtype {LOGITS_DTYPES[first]} on rank 0 and {LOGITS_DTYPES[other]} on rank "
             f"{rank} of group, expected the same on every rank"
+        )
+    if name == _LAYOUT:
+        return (
+            f"backend: its statistics have layout {first} on rank 0 and layout {other} on rank {rank} of group, "
+            "expected backends of one layout on every rank (docs/sharded.md)"
         )
     return (
         f"{name}: not the same on rank 0 and rank {rank} of group, expected the same on every rank"

@@ -50,14 +50,15 @@ def write_losses(
     n, scalars = len(call.tensors.labels), call.scalars
     packed = logits.new_empty((n + 1, ROW_STATISTICS), dtype=real_dtype(logits))
     partial_sums = packed.new_empty((n, ROW_PARTIAL_SUMS))
-    run = BACKENDS[call.backend].launch
+    backend = BACKENDS[call.backend]
+    run, totals = backend.launch, scalars.loss_needs_totals(backend.STATISTICS_LAYOUT)
     try:
         launch = _launch(Kind.STATISTICS, logits, call, shard)
         if gradient is logits:
             check_no_overlap(launch.logits, launch.tensors.ref_logits)
         run(launch._replace(statistics=packed[:n], diagnostics=diagnostics))
     except Exception:
-        join_as_failed(shard, logits, twice=scalars.loss_needs_totals)
+        join_as_failed(shard, logits, twice=totals)
         raise
     packed[n] = logits.size(-1)
     all_statistics = all_gather(packed, shard.group)
@@ -69,9 +70,9 @@ def write_losses(
     late = scalars.gradient_needs_totals
     now, later = (None, gradient) if late else (gradient, None)
     total_sums = torch.zeros_like(partial_sums)
-    if scalars.loss_needs_totals or now is not None:
+    if totals or now is not None:
         run(launch._replace(kind=Kind.PARTIAL_SUMS, partial_sums=partial_sums, gradient=now))
-    if scalars.loss_needs_totals:
+    if totals:
         for part in all_gather(partial_sums, shard.group):
             total_sums += part
     launch = launch._replace(kind=Kind.FINISH, total_sums=total_sums)

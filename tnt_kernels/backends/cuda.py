@@ -17,6 +17,8 @@ from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends.protocol import describe
 from tnt_kernels.objectives import RowLoss
 
+STATISTICS_LAYOUT = 1
+
 _T = TypeVar("_T")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

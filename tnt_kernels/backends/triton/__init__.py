@@ -21,6 +21,7 @@ from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_conf
 if TYPE_CHECKING:
     from tnt_kernels.backends.triton.row_math import Factors
 
+STATISTICS_LAYOUT = 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUM_BLOCK = 1024
 _LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
@@ -311,7 +312,7 @@ def _launch_row_kernel(
         upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
         call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
         0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums, left,
-        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.uniform_smoothing and s.eps > 0, IDS=ids.kind,
+        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.smooths_uniformly, IDS=ids.kind,
         KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
         SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
         **options(config, architecture(logits.device)),
