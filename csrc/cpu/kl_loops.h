@@ -60,9 +60,7 @@ struct KlShift {
     return to;
   }
   // log of e e^y at o_ref, which rho rounds.
-  double log_lead_of_other() const {
-    return lead() / UNIT<Real> + (double(o_ref) - double(x_ref)) * double(inverse_t) - value(a);
-  }
+  double log_lead_of_other() const { return lead() / UNIT<Real> - log_ratio(); }
   bool operator==(const KlShift& other) const { return x_ref == other.x_ref && o_ref == other.o_ref && a == other.a; }
   // log2 of the weight of an x of x_ref. In a first pass it is what rounding took from c.
   double lead() const { return (FUSED ? double(x_ref) * double(scale) : 0) - double(c); }
@@ -212,6 +210,10 @@ TNT_FN void differences(const Block<Real>& b, const KlLanes<Real>& k, Vector<Rea
 }
 
 template <class V>
+TNT_FN V greatest_of(const V (&x)[4]) {
+  return greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
+}
+template <class V>
 TNT_FN V greatest_size(const V (&y)[4]) {
   return greater_size(greater_size(y[0], y[1]), greater_size(y[2], y[3]));
 }
@@ -334,7 +336,7 @@ struct KlSample {
   Real x_top = -INFINITY, o_top = -INFINITY;
   double mean = 0;
 };
-template <class Logit, class Real = RealOf<Logit>>
+template <bool MAY_BE_INFINITE, class Logit, class Real = RealOf<Logit>>
 __attribute__((noinline)) KlSample<Real> kl_sample(const TileEntries<Logit>& in, int64_t n) {
   using V = Vector<Real>;
   const V infinity = same(Real(INFINITY)), nothing = same(Real(-INFINITY)), none = same(Real(0));
@@ -342,6 +344,8 @@ __attribute__((noinline)) KlSample<Real> kl_sample(const TileEntries<Logit>& in,
   int64_t count = n;
   for (int64_t i = 0; i < n; i += BLOCK_ENTRIES<Real>) {
     Block<Real> b(in, i);
+    V apart[4];
+    for (int j = 0; j < 4; ++j) apart[j] = b.o[j] - b.x[j];
     uint64_t removed = in.apart(i);
     count -= __builtin_popcountll(removed);
     if (n - i < BLOCK_ENTRIES<Real>) removed |= ~uint64_t(0) << (n - i);
@@ -350,15 +354,16 @@ __attribute__((noinline)) KlSample<Real> kl_sample(const TileEntries<Logit>& in,
       for (int j = 0; j < 4; ++j) {
         b.x[j] = select(masks[j], nothing, b.x[j]);
         b.o[j] = select(masks[j], nothing, b.o[j]);
-        above = above + select(masks[j], none, b.o[j] - b.x[j]);
+        apart[j] = select(masks[j], none, apart[j]);
       }
-    } else {
-      for (int j = 0; j < 4; ++j) above = above + (b.o[j] - b.x[j]);
     }
-    for (int j = 0; j < 4; ++j) {  // +inf is none
-      x_top = greater_of(select(less(b.x[j], infinity), b.x[j], nothing), x_top);
-      o_top = greater_of(select(less(b.o[j], infinity), b.o[j], nothing), o_top);
+    for (int j = 0; MAY_BE_INFINITE && j < 4; ++j) {  // +inf is no maximum
+      b.x[j] = select(less(b.x[j], infinity), b.x[j], nothing);
+      b.o[j] = select(less(b.o[j], infinity), b.o[j], nothing);
     }
+    x_top = greater_of(greatest_of(b.x), x_top);
+    o_top = greater_of(greatest_of(b.o), o_top);
+    above = above + ((apart[0] + apart[1]) + (apart[2] + apart[3]));
   }
   return {greatest(x_top), greatest(o_top), count > 0 ? sum_of(above) / double(count) : 0};
 }

@@ -15,9 +15,11 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-// φ(L) of L = log1p(ratio), without cancellation.
+// φ(L) of L = log1p(ratio): next to 0, where the difference loses its digits, as Σ L^k/k!.
 TNT_FN double phi_of_log(double ratio, double log_ratio) {
-  return std::abs(log_ratio) < 0.5 ? expm1_phi(log_ratio).phi : ratio - log_ratio;
+  const double x = log_ratio, square = x * x;
+  if (!(std::abs(x) < 0x1p-6)) return ratio - x;
+  return square * ((1. / 2 + square * (1. / 24 + square / 720)) + x * (1. / 6 + square * (1. / 120 + square / 5040)));
 }
 
 // Part of the kept entries, with sums of its own.
@@ -137,7 +139,7 @@ class KlRow {
     const double log_factor = ::log(std::abs(factor)) * UNIT<Real>;
     const Real c = Real(double(plan.c) + second_sum(0) - second_sum(log_factor));
     const KlShift<Real> shift(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, c);
-    const double by = factor * ::exp((double(c) - double(plan.c)) / UNIT<Real>);
+    const double by = c == plan.c ? factor : factor * ::exp((double(c) - double(plan.c)) / UNIT<Real>);
     const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by), Real(double(plan.u1) + log_factor),
                                         Real(factor < 0 ? -1 : 1)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
@@ -231,7 +233,10 @@ class KlRow {
 
   KlSample<Real> sample_of(int64_t k, int64_t most) const {
     KlSample<Real> sample;
-    tiles_.on(k, false, [&](const auto& in, int64_t n) { sample = kl_sample(in, std::min(n, most)); });
+    tiles_.on(k, false, [&](const auto& in, int64_t n) {
+      sample = kl_sample<false>(in, std::min(n, most));
+      if (!(sample.x_top < INFINITY && sample.o_top < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
+    });
     return sample;
   }
 
@@ -349,9 +354,9 @@ class KlRow {
       slice.kl = kl < 0 ? 0 : kl;
       if (other <= 0) slice.log_ratio = shift.log_ratio() - 1 - t.phi() / t.s, slice.kl = 0;
     }
-    // e e^y is 2^rho at o_ref. log1p keeps what log(other) would lose next to equal sums.
+    // e e^y is 2^rho at o_ref.
     if (t.broken == 0 && t.s > 0 && other > 0)
-      slice.log_other = ::log(t.s) + log1p(a / t.s) - shift.log_lead_of_other();
+      slice.log_other = slice.log_base + slice.log_ratio;
     else if (other > 0 || other != other)
       slice.log_other = ::log(other) - shift.log_lead_of_other();
     const double weight = reverse ? t.s : other;
@@ -552,44 +557,46 @@ class KlRow {
     all.reference.log = REVERSE ? kept.log_other : kept.log_base;
     all.policy.ref = REVERSE ? double(shift.x_ref) + tiles_.x_zero() : double(shift.o_ref) + tiles_.o_zero();
     const double odds = log_odds(all, inverse_t_);  // p(R)/p(K)
-    const double kept_mass = 1 / (1 + ::exp(odds)), removed_mass = 1 / (1 + ::exp(-odds));
-    // Of the policy's whole sum to that of the kept entries' base: softplus(odds) is -log p(K). Where K has next to
-    // none of p, both would be large.
-    double whole = kept.log_ratio + (double(shift.o_ref) - double(shift.x_ref)) * inverse_t_ + softplus(odds);
+    const bool removes = !set.is_empty();
+    const double kept_mass = removes ? 1 / (1 + ::exp(odds)) : 1, removed_mass = removes ? 1 / (1 + ::exp(-odds)) : 0;
+    const double pushed = removes ? softplus(odds) : 0;  // -log p(K)
+    // Of the policy's whole sum to that of the kept entries' base. Where K has next to none of p, both would be large.
+    double whole = kept.log_ratio + (double(shift.o_ref) - double(shift.x_ref)) * inverse_t_ + pushed;
     if (!REVERSE && odds > 40)
       whole =
           set.relative_to(double(tiles_.o_zero()) + double(shift.x_ref), inverse_t_) + softplus(-odds) - kept.log_base;
     const int loss = REVERSE ? REVERSE_KL : FORWARD_KL;
     const bool undefined = is_undefined(loss, all);
-    const KlShift<Real> second = shift.with_sum(kept.log_base, second_sum(REVERSE ? ::log(kept_mass) * UNIT<Real> : 0));
+    const KlShift<Real> second = shift.with_sum(kept.log_base, second_sum(REVERSE ? -pushed * UNIT<Real> : 0));
     const double base_sum = ::exp(kept.log_base + second.lead() / UNIT<Real>);  // of the second pass's weights
     plan = {};
     plan.x_ref = shift.x_ref, plan.o_ref = shift.o_ref, plan.c = second.c;
     plan.x_zero = tiles_.x_zero(), plan.o_zero = tiles_.o_zero();
-    plan.set_max = Real(set.is_empty() ? 0 : set.ref);
-    if (!set.is_empty()) plan.set_scale = Real(removed_mass * ::exp(-set.log));
+    plan.set_max = Real(removes ? set.ref : 0);
+    if (removes) plan.set_scale = Real(removed_mass * ::exp(-set.log));
     Result result;
     result.sums = sums;
     if (REVERSE)
       result.loss = reverse_coefficients(kept, set, odds, kept_mass, removed_mass, base_sum, plan);
     else
-      result.loss = forward_coefficients(kept, shift, whole, odds, base_sum, plan);
+      result.loss = forward_coefficients(kept, shift, whole, base_sum, plan) + pushed;
     if (REVERSE) plan.shift = shift.a;
     result.lost = undefined || (REVERSE && !(std::abs(result.loss) < INFINITY));
     if (undefined) result.loss = NAN;
-    if (t_.partial >= 0 && !result.lost) plan.partial = Real(partial_gradient<REVERSE>(kept, shift, odds, result.loss));
+    if (t_.partial >= 0 && !result.lost)
+      plan.partial = Real(partial_gradient<REVERSE>(kept, shift, pushed, result.loss));
     return result;
   }
 
-  double forward_coefficients(const KlSlice& kept, const KlShift<Real>& shift, double whole, double odds,
-                              double base_sum, KlPlan<Real>& plan) const {
+  double forward_coefficients(const KlSlice& kept, const KlShift<Real>& shift, double whole, double base_sum,
+                              KlPlan<Real>& plan) const {
     constexpr double MOST_SHIFT = std::numeric_limits<Real>::max() / 8;
     whole = std::max(-MOST_SHIFT, std::min(MOST_SHIFT, whole));
     plan.shift = shift.stored(whole);
     plan.rest = Real(whole - shift.value(plan.shift));
     plan.u0 = Real(1 / base_sum);
     plan.u1 = Real(-UNIT<Real> * (whole + kept.log_base + (double(plan.x_ref) - double(plan.o_ref)) * inverse_t_));
-    return kept.kl + softplus(odds);
+    return kept.kl;
   }
 
   double reverse_coefficients(const KlSlice& kept, const LogSum& set, double odds, double kept_mass,
@@ -616,18 +623,18 @@ class KlRow {
 
   // Of the partially pushed y, as p - q* or p (log p - log q~ - loss).
   template <bool REVERSE>
-  double partial_gradient(const KlSlice& kept, const KlShift<Real>& shift, double odds, double loss) const {
+  double partial_gradient(const KlSlice& kept, const KlShift<Real>& shift, double pushed, double loss) const {
     const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero();
     const double log_x = (x - double(shift.x_ref)) * inverse_t_ - kept.log_base;
     if (REVERSE) {
-      const double log_p = log_x - softplus(odds), log_norm = log1p(p_.eps * double(t_.removed));
-      const double d = log_norm - softplus(odds) - last_y_;
+      const double log_p = log_x - pushed, log_norm = log1p(p_.eps * double(t_.removed));
+      const double d = log_norm - pushed - last_y_;
       return log_p == -INFINITY ? 0 : ::exp(log_p) * (d - loss);
     }
-    const double q = ::exp(log_x + t_.log_kappa), d = last_y_ - softplus(odds);
+    const double q = ::exp(log_x + t_.log_kappa), d = last_y_ - pushed;
     if (std::abs(d) < 1) return q * ::expm1(d);
     const double o = label_z_ - tiles_.o_zero();
-    return ::exp((o - double(shift.o_ref)) * inverse_t_ - kept.log_other - softplus(odds)) - q;
+    return ::exp((o - double(shift.o_ref)) * inverse_t_ - kept.log_other - pushed) - q;
   }
 
   const RowCall& p_;

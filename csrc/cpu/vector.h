@@ -225,8 +225,11 @@ TNT_FN double sum_of(Floats x) {
 }
 TNT_FN double sum_of(double x) { return x; }
 TNT_FN float greatest(Floats x) {
-  float top = x[0];
-  for (int i = 1; i < FLOATS; ++i) top = x[i] > top ? x[i] : top;
+  HalfFloats half[2];
+  memcpy(half, &x, sizeof half);
+  const HalfFloats both = half[0] > half[1] ? half[0] : half[1];
+  float top = both[0];
+  for (int i = 1; i < FLOATS / 2; ++i) top = both[i] > top ? both[i] : top;
   return top;
 }
 TNT_FN double greatest(double x) { return x; }
