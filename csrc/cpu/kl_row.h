@@ -68,7 +68,7 @@ template <class Logit, class Gradient>
 class KlRow {
  public:
   using Real = RealOf<Logit>;
-  static constexpr int64_t TILE = TILE_ENTRIES<Real>;
+  static constexpr int64_t TILE = TILE_ENTRIES<Real>, SAMPLE = 256;
   // In a second pass weights add up to about 4, or less where the factor on them is small: what underflows is then
   // below what a float's gradient holds. The largest weights' exponents are next to 0, where they are rounded least.
   static double second_sum(double log_factor) { return 2 + std::max(-64.0, std::min(0.0, log_factor + 32)); }
@@ -99,7 +99,8 @@ class KlRow {
     start(task);
     const KlSlice kept = t_.reverse ? (t_.entropy ? first_pass<true, true>() : first_pass<true, false>())
                                     : (t_.entropy ? first_pass<false, true>() : first_pass<false, false>());
-    s_.slices.assign(1, kept);
+    s_.slices.clear();
+    s_.slices.push_back(kept);
     return sums_of(kept);
   }
 
@@ -277,7 +278,7 @@ class KlRow {
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
     while (!from_maxima && first < tiles_.count()) {
-      sample = sample_of(first, 256);
+      sample = sample_of(first, SAMPLE);
       if (is_usable(sample.x_top) && is_usable(sample.o_top)) break;
       ++first;
     }
@@ -289,7 +290,7 @@ class KlRow {
     if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && std::abs(apart) <= CLOSE_LOGITS)) {
       tiles_.read_relative_to(std::abs(sample.x_top) < INFINITY ? sample.x_top : 0,
                               std::abs(sample.o_top) < INFINITY ? sample.o_top : 0);
-      sample = sample_of(first, 256);
+      sample = sample_of(first, SAMPLE);
     }
     return shift_of(sample);
   }

@@ -191,6 +191,36 @@ TNT_FN double sinh_ratio_wide(double square) {
   return square < 1 ? sinh_ratio_near(square) : 2 * ::sinh(y / 2) / y;
 }
 
+// A vector's two halves as one by `combine`, and so on down to 16 bytes.
+template <class Number, int BYTES>
+struct VectorOfBytes;
+template <>
+struct VectorOfBytes<float, 32> {
+  typedef float type __attribute__((vector_size(32)));
+};
+template <>
+struct VectorOfBytes<float, 16> {
+  typedef float type __attribute__((vector_size(16)));
+};
+template <>
+struct VectorOfBytes<double, 32> {
+  typedef double type __attribute__((vector_size(32)));
+};
+template <>
+struct VectorOfBytes<double, 16> {
+  typedef double type __attribute__((vector_size(16)));
+};
+template <class Number, class V, class Combine>
+TNT_FN auto folded(V x, Combine combine) {
+  if constexpr (sizeof(V) == 16) {
+    return x;
+  } else {
+    typename VectorOfBytes<Number, sizeof(V) / 2>::type half[2];
+    memcpy(half, &x, sizeof half);
+    return folded<Number>(combine(half[0], half[1]), combine);
+  }
+}
+
 // Sums of many floats: a lane takes a few of them, and is then added to one of double.
 typedef float HalfFloats __attribute__((vector_size(2 * FLOATS)));
 typedef double HalfDoubles __attribute__((vector_size(4 * FLOATS)));
@@ -202,13 +232,9 @@ struct WideFloats {
     low += __builtin_convertvector(half[0], HalfDoubles);
     high += __builtin_convertvector(half[1], HalfDoubles);
   }
-  TNT_FN double sum() const {  // in pairs
-    const HalfDoubles both = low + high;
-    double part[FLOATS / 2];
-    memcpy(part, &both, sizeof part);
-    for (int half = FLOATS / 4; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+  TNT_FN double sum() const {
+    const auto two = folded<double>(low + high, [](auto a, auto b) { return a + b; });
+    return two[0] + two[1];
   }
 };
 struct WideDouble {
@@ -225,12 +251,9 @@ TNT_FN double sum_of(Floats x) {
 }
 TNT_FN double sum_of(double x) { return x; }
 TNT_FN float greatest(Floats x) {
-  HalfFloats half[2];
-  memcpy(half, &x, sizeof half);
-  const HalfFloats both = half[0] > half[1] ? half[0] : half[1];
-  float top = both[0];
-  for (int i = 1; i < FLOATS / 2; ++i) top = both[i] > top ? both[i] : top;
-  return top;
+  const auto greater = [](auto a, auto b) { return a > b ? a : b; };
+  const auto four = folded<float>(x, greater);
+  return greater(greater(four[0], four[2]), greater(four[1], four[3]));
 }
 TNT_FN double greatest(double x) { return x; }
 
