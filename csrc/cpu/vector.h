@@ -130,7 +130,7 @@ TNT_FN double greater_size(double a, double b) { return greater_of(absolute(a), 
 template <class Real>
 constexpr double UNIT = sizeof(Real) == sizeof(float) ? LOG2_E : 1;
 
-// Relative error 1.6e-7; 0 below -150, infinity from 128, NaN for NaN.
+// Relative error 1.6e-7; 0 below -150, infinity from 129, NaN for NaN.
 TNT_FN Floats power(Floats x) {
 #if defined(__AVX512F__)
   const Floats f = _mm512_maskz_reduce_ps(EVERYWHERE, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
