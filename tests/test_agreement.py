@@ -408,6 +408,27 @@ def test_threads_and_runs_agree_to_the_last_bit(dtype: torch.dtype, cpu: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_split_over_threads_has_the_same_bits(dtype: torch.dtype, cpu: str) -> None:
+    """Rows are split where there are fewer of them than threads; some tiles here need shifts of their own."""
+    for smoothing, objective in itertools.product(SMOOTHINGS, OBJECTIVES[:4]):
+        batch = mixed_batch(40_003, dtype, rows=3).with_options(
+            method=objective, smoothing=smoothing
+        )
+        batch.logits[0, 9000:12000] += 60
+        batch.ref_logits[1, 20000:] = -torch.inf
+        for name in instruction_sets():
+            with instruction_set(name):
+                first = None
+                for count in (1, 2, 4, 7):
+                    with threads(count):
+                        found = [
+                            run(batch, cpu, reduction=r, return_stats=True) for r in ("sum", "none")
+                        ]
+                    first = first or found
+                    assert identical(found, first), (name, objective, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_loss_however_it_is_asked_for(dtype: torch.dtype, backend: str) -> None:
     """With and without gradient, statistics and ``inplace``: the same bits."""
     for smoothing, objective in itertools.product(SMOOTHINGS, OBJECTIVES[:4]):
