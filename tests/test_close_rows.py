@@ -56,6 +56,7 @@ from oracle import (
     rows_where,
     run,
 )
+from shards import run_shards
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -77,6 +78,8 @@ OFFSET = 2e-6
 #: How far d is off on average, by the shift: thrice what the simulation's losses show.
 AVERAGE = {0.0: 0.0, 0.3: 2.0**-30, 5.0: 2.0**-26, 100.0: 2.0**-26}
 
+#: Backends whose shards are slices of a row (docs/sharded.md).
+LAYOUT_2 = ("cpu",)
 #: What fails as yet, some of it hardly and so not on every CPU: (what, shift, dtype, method, backend).
 FAILING: set[tuple[str, float, str, str, str]] = {
     ("gradient", 0.0, "float32", "tnff", "torch"),
@@ -380,6 +383,10 @@ def results(batch: Batch) -> Iterator[tuple[str, str, Result]]:
         for reduction in ("none", "sum") if backend == "cpu" else ("none",):
             result = run(batch, backend, reduction=reduction, return_stats=True)
             yield backend, f"{name}, {reduction}", result
+        if backend in LAYOUT_2:
+            vocab = batch.logits.size(-1)
+            sizes = (vocab // 3, vocab // 2, vocab - vocab // 3 - vocab // 2)
+            yield backend, f"{name}, shards", run_shards(batch, backend, sizes, reduction="none")
 
 
 @functools.cache

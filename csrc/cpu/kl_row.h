@@ -244,6 +244,7 @@ class KlRow {
   // Of both rows, with the partially pushed y and without the mean.
   KlSample<Real> maxima() {
     KlSample<Real> all;
+    all.mean = NAN;
     for (int64_t k = 0; k < tiles_.count(); ++k) {
       const KlSample<Real> sample = sample_of(k, TILE);
       all.x_top = std::max(all.x_top, sample.x_top);
