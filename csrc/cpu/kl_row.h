@@ -118,8 +118,9 @@ class KlRow {
     RowSums all;
     for (const RowSums& s : shards) {
       all = merge(all, s, inverse_t_);
-      s_.slices.push_back(slice_of(s));
+      if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s));
     }
+    if (s_.slices.empty()) s_.slices.emplace_back();
     return conclude(all, true, plan);
   }
 
@@ -268,12 +269,6 @@ class KlRow {
   // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
   // keep: then a row is read relative to them. 16-bit logits have few digits.
   static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
-
-  bool are_close(const KlSlice& s) const {
-    const double mean = (s.o_ref - s.x_ref) + s.log_ratio / inverse_t_;
-    return is_usable(Real(s.x_ref)) && is_usable(Real(s.o_ref)) &&
-           !(std::abs(mean) > CLOSE_LOGITS && std::abs(mean) < INFINITY);
-  }
 
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
@@ -507,6 +502,17 @@ class KlRow {
     return slice;
   }
 
+  // In a second pass a shard reads its logits as it did in its first: other roundings would not add up to 0.
+  void refer_to_here(KlSlice& kept) {
+    int64_t first = 0;
+    if (tiles_.count() > 0) first_shift(false, first);
+    const double x_zero = double(tiles_.x_zero()), o_zero = double(tiles_.o_zero());
+    if (x_zero == 0 && o_zero == 0 && is_usable(Real(kept.x_ref)) && is_usable(Real(kept.o_ref))) return;
+    const double x_by = (kept.x_ref - x_zero) * inverse_t_, o_by = (kept.o_ref - o_zero) * inverse_t_;
+    kept.log_base += x_by, kept.log_other += o_by, kept.log_ratio += o_by - x_by;
+    kept.x_ref = kept.o_ref = 0;
+  }
+
   // From the slices of a whole vocabulary.
   Result conclude(const RowSums& s, bool gathered, KlPlan<Real>& plan) {
     if (t_.log_kappa != 0) {
@@ -516,16 +522,19 @@ class KlRow {
     }
     KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
-    if (gathered && !are_close(kept)) {
-      tiles_.read_relative_to(Real(kept.x_ref), Real(kept.o_ref));
-      kept.x_ref = kept.o_ref = 0;
-    }
+    RowSums all = s;  // with the partially pushed y
+    LogSum base{kept.x_ref + tiles_.x_zero(), kept.log_base, 0}, other{kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
+    all.policy = t_.reverse ? base : other;
+    all.reference = t_.reverse ? other : base;
+    if (gathered) refer_to_here(kept);
     if (!shift_) {
       const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
       shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
       moment_ = kept.log_ratio - shift_->log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
     }
-    return t_.reverse ? finish<true>(kept, s, plan) : finish<false>(kept, s, plan);
+    Result result = t_.reverse ? finish<true>(kept, all, plan) : finish<false>(kept, all, plan);
+    result.sums = s;
+    return result;
   }
 
   // Of the partially pushed y, with the log-ratio as the first slice has it.
@@ -551,24 +560,14 @@ class KlRow {
   }
 
   template <bool REVERSE>
-  Result finish(const KlSlice& kept, const RowSums& sums, KlPlan<Real>& plan) const {
+  Result finish(const KlSlice& kept, const RowSums& all, KlPlan<Real>& plan) const {
     const KlShift<Real>& shift = *shift_;  // it has kept's references
-    const LogSum& set = sums.policy_set;
-    RowSums all = sums;  // with the partially pushed y
-    all.policy.log = REVERSE ? kept.log_base : kept.log_other;
-    all.reference.log = REVERSE ? kept.log_other : kept.log_base;
-    all.policy.ref = REVERSE ? double(shift.x_ref) + tiles_.x_zero() : double(shift.o_ref) + tiles_.o_zero();
+    const LogSum& set = all.policy_set;
     const double odds = log_odds(all, inverse_t_);  // p(R)/p(K)
     const bool removes = !set.is_empty();
     const double kept_mass = removes ? 1 / (1 + ::exp(odds)) : 1, removed_mass = removes ? 1 / (1 + ::exp(-odds)) : 0;
     const double pushed = removes ? softplus(odds) : 0;  // -log p(K)
-    // Of the policy's whole sum to that of the kept entries' base. Where K has next to none of p, both would be large.
-    double whole = kept.log_ratio + (double(shift.o_ref) - double(shift.x_ref)) * inverse_t_ + pushed;
-    if (!REVERSE && odds > 40)
-      whole =
-          set.relative_to(double(tiles_.o_zero()) + double(shift.x_ref), inverse_t_) + softplus(-odds) - kept.log_base;
-    const int loss = REVERSE ? REVERSE_KL : FORWARD_KL;
-    const bool undefined = is_undefined(loss, all);
+    const bool undefined = is_undefined(REVERSE ? REVERSE_KL : FORWARD_KL, all);
     const KlShift<Real> second = shift.with_sum(kept.log_base, second_sum(REVERSE ? -pushed * UNIT<Real> : 0));
     const double base_sum = ::exp(kept.log_base + second.lead() / UNIT<Real>);  // of the second pass's weights
     plan = {};
@@ -577,11 +576,10 @@ class KlRow {
     plan.set_max = Real(removes ? set.ref : 0);
     if (removes) plan.set_scale = Real(removed_mass * ::exp(-set.log));
     Result result;
-    result.sums = sums;
     if (REVERSE)
       result.loss = reverse_coefficients(kept, set, odds, kept_mass, removed_mass, base_sum, plan);
     else
-      result.loss = forward_coefficients(kept, shift, whole, base_sum, plan) + pushed;
+      result.loss = forward_coefficients(kept, shift, set, odds, pushed, base_sum, plan);
     if (REVERSE) plan.shift = shift.a;
     result.lost = undefined || (REVERSE && !(std::abs(result.loss) < INFINITY));
     if (undefined) result.loss = NAN;
@@ -590,15 +588,23 @@ class KlRow {
     return result;
   }
 
-  double forward_coefficients(const KlSlice& kept, const KlShift<Real>& shift, double whole, double base_sum,
-                              KlPlan<Real>& plan) const {
+  double forward_coefficients(const KlSlice& kept, const KlShift<Real>& shift, const LogSum& set, double odds,
+                              double pushed, double base_sum, KlPlan<Real>& plan) const {
+    // Of the policy's whole sum: the logarithm, and that of its ratio to the base's sum. Where K has next to none of p,
+    // terms of theirs would be large.
+    double log_policy = kept.log_other + pushed, whole = kept.log_ratio + pushed;
+    if (odds > 40) {
+      log_policy = set.relative_to(double(tiles_.o_zero()) + double(shift.o_ref), inverse_t_) + softplus(-odds);
+      whole = log_policy - kept.log_base;
+    }
     constexpr double MOST_SHIFT = std::numeric_limits<Real>::max() / 8;
+    whole += (double(shift.o_ref) - double(shift.x_ref)) * inverse_t_;
     whole = std::max(-MOST_SHIFT, std::min(MOST_SHIFT, whole));
     plan.shift = shift.stored(whole);
     plan.rest = Real(whole - shift.value(plan.shift));
     plan.u0 = Real(1 / base_sum);
-    plan.u1 = Real(-UNIT<Real> * (whole + kept.log_base + (double(plan.x_ref) - double(plan.o_ref)) * inverse_t_));
-    return kept.kl;
+    plan.u1 = Real(-UNIT<Real> * log_policy);
+    return kept.kl + pushed;
   }
 
   double reverse_coefficients(const KlSlice& kept, const LogSum& set, double odds, double kept_mass,
