@@ -8,7 +8,9 @@ import hard_rows
 import pytest
 import torch
 from oracle import (
+    BF16,
     DTYPES,
+    F16,
     F32,
     F64,
     INF,
@@ -26,6 +28,7 @@ from oracle import (
     truth,
 )
 from shards import assert_rounds_its_gradient, cuts, run_shards
+from test_close_rows import cases_at, worst_of
 from test_edge_rows import masked_batch, uneven_rows
 
 import tnt_kernels as tnt
@@ -176,10 +179,24 @@ def test_close_to_the_fixed_point(cpu: str) -> None:
         batch = batch.with_options(method=tnt.Objective(kind, kind))
         expected = truth(batch)
         exact = expected.terms.loss
-        result = run_shards(batch, cpu, (10000, 22000), reduction="none")
-        assert ((result.loss - exact) / exact).abs().max() < 1e-3
-        error = (result.gradient - expected.gradient).norm(dim=-1) / expected.gradient.norm(dim=-1)
-        assert error[sizes >= 1e-4].max() < 1e-3
+        for backend in (cpu, "torch"):
+            result = run_shards(batch, backend, (10000, 22000), reduction="none")
+            assert ((result.loss - exact) / exact).abs().max() < 1e-3
+            error = (result.gradient - expected.gradient).norm(dim=-1)
+            error /= expected.gradient.norm(dim=-1)
+            assert error[sizes >= 1e-4].max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("shift", [0.0, 0.3, 100.0])
+def test_close_rows(shift: float, dtype: torch.dtype) -> None:
+    """What is measured of whole rows, of one backend whose shards tell each other their KLs."""
+    for distance, (vocab, t) in itertools.product((1e-1, 1e-3, 1e-6), ((1000, 1.0), (1000, 0.7))):
+        for case in cases_at(dtype, distance, shift, vocab, t):
+            for sizes in cuts(vocab):
+                result = run_shards(case.batch, "torch", sizes, reduction="none")
+                worst = worst_of(case, result, f"V = {vocab}, T = {t}, {distance:.0e}, {sizes}")
+                assert all(w.times <= 1 for w in worst.values()), worst
 
 
 def test_backends_understand_each_other(cpu: str) -> None:
