@@ -1,6 +1,7 @@
 """Plain PyTorch, on any device: the fallback, slow and generous with memory.
 
-The names are those of csrc/statistics.h and csrc/objectives.h. A whole row is the one shard of its vocabulary.
+docs/numerics.md derives the formulas and has the names. An entry, a shard and a whole row are all parts of a row, and
+one function merges parts into a larger one: entries into a shard, shards into a row, and into that a y with -1 < w < 0.
 Everything of a row is (N, 1), everything of its entries (N, V), in the dtype of the arithmetic. Both sides' losses are
 computed on all rows and then chosen from: to pick the rows out would wait for the device.
 """
@@ -36,125 +37,184 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
         gradient.mul_(scale)
 
 
-#: Rows whose maxima are this close to each other are compared by z − r.
-CLOSE = 1.0
+# --- parts of a row -----------------------------------------------------------------------------------------------
+
+#: Log-ratios beyond are far: e^d and its product with a share are numbers below.
+FAR = 32.0
 
 
-def _difference(z: Tensor, r: Tensor, z_max: Tensor, r_max: Tensor) -> Tensor:
-    """(z − z_max) − (r − r_max), (N, V), with the maxima (N, 1).
+def _gap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a − b, and what rounding took from it, exactly."""
+    gap = a - b
+    back = gap - a
+    return gap, (a - (gap - back)) - (b + back)
 
-    z − r is exact next to p = q. Where one row is shifted against the other it has lost the digits that the differences
-    to the maxima keep.
+
+def _difference(o: Tensor, x: Tensor, o_ref: Tensor, x_ref: Tensor) -> Tensor:
+    """(o − x) − (o_ref − x_ref), (N, parts), with references (N, 1): all digits of it, and 0 where o is x.
+
+    Where a difference of the two sides is infinite, it is taken on each side alone.
     """
-    gap = z_max - r_max
-    return torch.where(gap.abs() <= CLOSE, (z - r) - gap, (z - z_max) - (r - r_max))
+    (gap, rest), (ref_gap, ref_rest) = _gap(o, x), _gap(o_ref, x_ref)
+    exact = (gap - ref_gap) + (rest - ref_rest)
+    return torch.where(exact.isfinite(), exact, (o - o_ref) - (x - x_ref))
 
 
 def _phi(d: Tensor) -> Tensor:
-    """φ(d) = e^d − 1 − d for |d| < 1: next to 0 the closed form has no digit left, so its series is summed."""
+    """φ(d) = e^d − 1 − d: next to 0 the closed form has no digit left, so its series is summed."""
     last = 19 if d.dtype == torch.float64 else 11
     total = torch.full_like(d, 1 / math.factorial(last))
     for k in reversed(range(2, last)):
         total = torch.add(1 / math.factorial(k), total * d)
-    return d * d * total
+    return torch.where(d.abs() < 1, d * d * total, d.expm1() - d)
 
 
-class _ExpSum(NamedTuple):
-    """Σ e^((x − max)/T) and its moment Σ e^((x − max)/T) (x − max)/T, each (N, 1).
-
-    Where the sum is 0 there is no entry, or none but -inf, and the maximum says nothing.
-    """
-
-    max: Tensor
-    sum: Tensor
-    moment: Tensor
-
-    def merged(self, other: _ExpSum, inverse_t: float) -> _ExpSum:
-        top = torch.maximum(
-            torch.where(self.sum == 0, other.max, self.max),
-            torch.where(other.sum == 0, self.max, other.max),
-        )
-        total, moment = torch.zeros_like(top), torch.zeros_like(top)
-        for part in (self, other):
-            shift = (part.max - top) * inverse_t
-            scale = shift.exp().masked_fill(part.sum == 0, 0.0)
-            total = total + scale * part.sum
-            moment = moment + (scale * (part.moment + part.sum * shift)).masked_fill(
-                scale == 0, 0.0
-            )
-        return _ExpSum(top, total, moment)
+def _normalised(level: Tensor, log: Tensor) -> Tensor:
+    """softmax(level), given the log of its sum, up to rounding: torch.softmax adds up with less care than torch.sum."""
+    share = (level - log).exp()
+    return share / share.sum(-1, keepdim=True)
 
 
-def _share(part: _ExpSum, whole: _ExpSum, inverse_t: float) -> Tensor:
-    """Of a part in the whole."""
-    found = part.sum * ((part.max - whole.max) * inverse_t).exp() / whole.sum
-    return found.masked_fill((part.sum == 0) & (whole.sum > 0), 0.0)
+class _LogSum(NamedTuple):
+    """log Σ e^(x/T) = ref/T + log, of parts of a row, (N, parts) each."""
+
+    ref: Tensor  # near the maximum: finite unless the part is an entry, which is its own reference
+    log: Tensor  # -inf where there is nothing
+    entropy: Tensor  # of softmax(x/T) within the part
+
+    @staticmethod
+    def of(x: Tensor, among: Tensor, log_weight: float | Tensor = 0.0) -> _LogSum:
+        """Of entries, those ``among`` alone, with a weight each."""
+        nothing = torch.zeros_like(x)
+        return _LogSum(x, (nothing + log_weight).masked_fill(~among, -math.inf), nothing)
+
+    def joined(self, other: _LogSum) -> _LogSum:
+        return _LogSum(*(torch.cat(x, -1) for x in zip(self, other, strict=True)))
+
+    def relative_to(self, ref: Tensor, t: float) -> Tensor:
+        """The logs with another reference."""
+        log = self.log + (self.ref - ref) / t
+        return log.masked_fill(self.log == -math.inf, -math.inf)
+
+    def merged(self, t: float) -> _LogSum:
+        """(N, 1): of all parts."""
+        known = self.ref.isfinite() & (self.log != -math.inf)
+        # The further column is for rows without parts.
+        refs = F.pad(self.ref.masked_fill(~known, -math.inf), (0, 1), value=-math.inf)
+        ref = refs.amax(-1, keepdim=True)
+        ref = ref.masked_fill(ref == -math.inf, 0.0)
+        level = self.relative_to(ref, t)
+        log = level.logsumexp(-1, keepdim=True)
+        share = _normalised(level, log)
+        entropy = (share * (self.entropy - (level - log))).masked_fill(share == 0, 0.0)
+        nothing = log == -math.inf
+        return _LogSum(ref, log, entropy.sum(-1, keepdim=True).masked_fill(nothing, 0.0))
+
+    def shares(self, x: Tensor, t: float) -> Tensor:
+        """(N, V): of the entries ``x`` in a whole, (N, 1)."""
+        return ((x - self.ref) / t).exp() * self.log.neg().exp()
 
 
-def _moved(z_from: Tensor, z_to: Tensor, r_from: Tensor, r_to: Tensor) -> Tensor:
-    """What z − r loses when its maxima move: 0 where both move alike."""
-    close = ((z_from - r_from).abs() <= CLOSE) & ((z_to - r_to).abs() <= CLOSE)
-    far = (z_from - z_to) - (r_from - r_to)
-    return torch.where(close, (z_from - r_from) - (z_to - r_to), far)
+def _log_odds(part: _LogSum, rest: _LogSum, t: float) -> Tensor:
+    """(N, 1): from the two sums alone, right for shares near 0 and near 1."""
+    odds = (part.ref - rest.ref) / t + (part.log - rest.log)
+    odds = odds.masked_fill(rest.log == -math.inf, math.inf)
+    return odds.masked_fill(part.log == -math.inf, -math.inf)
+
+
+def _compared(
+    base: _LogSum, other: _LogSum, log_ratio: Tensor, kl: Tensor, t: float
+) -> tuple[_LogSum, _LogSum, Tensor, Tensor]:
+    """The parts of a KL merged: its two sides, ``log_ratio`` and ``kl`` as ``_Statistics`` has them, (N, 1) each."""
+    # The slot of the other's own log is rounded, which would show next to p = q.
+    both = base.log.isfinite() & other.log.isfinite()
+    other = other._replace(log=torch.where(both, base.log + log_ratio, other.log))
+    all_base, all_other = base.merged(t), other.merged(t)
+    y = log_ratio + _difference(other.ref, base.ref, all_other.ref, all_base.ref) / t
+    share = _normalised(base.relative_to(all_base.ref, t), all_base.log)
+    other_level = other.relative_to(all_other.ref, t) - all_base.log
+    # Rounded to eighths, it is 0 next to p = q, whatever the sums round. Then y is centred by what it leaves of A: next
+    # to 0, that is as exact as y. Centred again, Φ is the KL itself, and A is what the centre rounds.
+    total = ((all_other.log - all_base.log) * 8).round() / 8
+    for _ in range(2):
+        d = y - total
+        near = (d.abs() < FAR) & (share > 0)
+        excess = torch.where(near, share * d.expm1(), (other_level - total).exp() - share)
+        more = excess.sum(-1, keepdim=True).log1p()
+        total = total + more
+    far = excess + (share * (kl - d)).masked_fill(share == 0, 0.0)
+    phi = torch.where(near, share * (_phi(d) + kl), far).sum(-1, keepdim=True)
+    all_kl = (phi - _phi(more)).clamp_min(0.0)
+    no_base, no_other = all_base.log == -math.inf, all_other.log == -math.inf
+    total = total.masked_fill(no_other, -math.inf).masked_fill(no_base, 0.0)
+    return (
+        all_base,
+        all_other,
+        total,
+        all_kl.masked_fill(no_other, math.inf).masked_fill(no_base, 0.0),
+    )
 
 
 class _Statistics(NamedTuple):
-    """A slice's, unpacked."""
+    """Of parts of a row, (N, parts) each, in the order in which they travel.
 
-    policy: _ExpSum
-    reference: _ExpSum
-    policy_set: _ExpSum
-    reference_set: _ExpSum
-    kl_moment: Tensor
-    policy_total: Tensor
-    kept: Tensor
-    label_policy: Tensor
-    label_reference: Tensor
+    K: the columns outside the row's set, and in a KL without a y that is pushed down in part.
+    """
+
+    policy: _LogSum  # over K
+    reference: _LogSum  # over K; its entropy does not travel
+    label_policy: Tensor  # z_y of a y that a KL pushes down in part, where this part has it; else 0
+    policy_set: _LogSum
+    reference_set: _LogSum  # its entropy does not travel
+    label_reference: Tensor  # r_y of that y
+    #: Of the KL's base against its other within K: +inf where its base meets -inf
+    kl: Tensor
+    #: log Σ e^(o/T) − log Σ e^(x/T) − (o_ref − x_ref)/T over K, x the base's logits and o the other's: 0 without the
+    #: base, -inf without the other alone. Of LL Σ (z − policy.ref)/T over K.
+    log_ratio: Tensor
+    kept: Tensor  # columns in K
 
     def packed(self) -> Tensor:
+        """(N, ROW_STATISTICS) of one part."""
         return torch.cat(
             (
                 *self.policy, *self.reference[:2], self.label_policy, *self.policy_set,
-                *self.reference_set[:2], self.label_reference, self.kl_moment,
-                self.policy_total, self.kept,
+                *self.reference_set[:2], self.label_reference, self.kl, self.log_ratio, self.kept,
             ),
             dim=-1,
         )  # fmt: skip
 
     @staticmethod
-    def unpacked(x: Tensor) -> _Statistics:
-        c = x.split(1, dim=-1)
+    def unpacked(shards: Tensor) -> _Statistics:
+        """Of (S, N, ROW_STATISTICS)."""
+        c = [x.t() for x in shards.unbind(-1)]
         nothing = torch.zeros_like(c[0])
         return _Statistics(
-            _ExpSum(*c[:3]), _ExpSum(c[3], c[4], nothing), _ExpSum(*c[6:9]),
-            _ExpSum(c[9], c[10], nothing), c[12], c[13], c[14], c[5], c[11],
+            _LogSum(*c[:3]), _LogSum(c[3], c[4], nothing), c[5], _LogSum(*c[6:9]),
+            _LogSum(c[9], c[10], nothing), *c[11:],
         )  # fmt: skip
 
-    def merged(self, other: _Statistics, inverse_t: float) -> _Statistics:
-        policy = self.policy.merged(other.policy, inverse_t)
-        reference = self.reference.merged(other.reference, inverse_t)
-        moment, total = torch.zeros_like(policy.sum), torch.zeros_like(policy.sum)
-        for part in (self, other):
-            shift = (part.policy.max - policy.max) * inverse_t
-            scale = shift.exp()
-            x = _moved(part.policy.max, policy.max, part.reference.max, reference.max)
-            # In this order: where the reference is masked by the lowest number, x alone is almost too large.
-            added = scale * part.kl_moment + scale * part.policy.sum * x * inverse_t
-            nothing = (part.policy.sum == 0) | (scale == 0)
-            moment = moment + added.masked_fill(nothing, 0.0)
-            added = part.policy_total + part.kept * shift
-            total = total + added.masked_fill(part.kept == 0, 0.0)
+    def merged(self, loss: RowLoss, t: float) -> _Statistics:
+        """(N, 1): of all parts."""
+        if loss is RowLoss.FORWARD_KL:
+            reference, policy, log_ratio, kl = _compared(
+                self.reference, self.policy, self.log_ratio, self.kl, t
+            )
+        elif loss is RowLoss.REVERSE_KL:
+            policy, reference, log_ratio, kl = _compared(
+                self.policy, self.reference, self.log_ratio, self.kl, t
+            )
+        else:
+            policy, reference = self.policy.merged(t), self.reference.merged(t)
+            moved = self.log_ratio + self.kept * ((self.policy.ref - policy.ref) / t)
+            log_ratio = moved.masked_fill(self.kept == 0, 0.0).sum(-1, keepdim=True)
+            kl = torch.zeros_like(log_ratio)
         return _Statistics(
-            policy,
-            reference,
-            self.policy_set.merged(other.policy_set, inverse_t),
-            self.reference_set.merged(other.reference_set, inverse_t),
-            moment,
-            total,
-            self.kept + other.kept,
-            self.label_policy + other.label_policy,
-            self.label_reference + other.label_reference,
-        )
+            policy, reference, self.label_policy.sum(-1, keepdim=True),
+            self.policy_set.merged(t), self.reference_set.merged(t),
+            self.label_reference.sum(-1, keepdim=True), kl, log_ratio,
+            self.kept.sum(-1, keepdim=True),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,7 +232,7 @@ class _Rows:
     removed_count: Tensor  # (N, 1), over all shards
     set_count: Tensor  # (N, 1), of S, over all shards
     in_part: Tensor  # (N, 1) bool: y is pushed down in part, whichever shard holds it
-    log_kappa: Tensor  # (N, 1), of that y, else 0
+    pushed_by: Tensor  # (N, 1): w of that y, else 0
     scale: Tensor  # (N, 1): w, or α (α |w| for NL and UL) on negative rows
 
     def set_of(self, loss: RowLoss) -> Tensor:
@@ -180,6 +240,10 @@ class _Rows:
         if loss is RowLoss.LOG_LIKELIHOOD:
             return self.label
         return self.removed if loss.reads_reference else self.negative
+
+    def partial(self, loss: RowLoss) -> Tensor:
+        """(N, V) bool: a y that a loss pushes down in part."""
+        return self.label & self.in_part & loss.reads_reference
 
 
 def _rows(call: RowCall) -> _Rows:
@@ -228,7 +292,7 @@ def _rows(call: RowCall) -> _Rows:
     return _Rows(
         z, r, active, invalid, negative_row, label, named | (label & pushed), removed,
         count + (extra & ~in_part), count + extra, in_part,
-        torch.where(in_part, w, 0.0).log1p(), scale.masked_fill(~active, 0.0),
+        torch.where(in_part, w, 0.0), scale.masked_fill(~active, 0.0),
     )  # fmt: skip
 
 
@@ -240,158 +304,147 @@ def _chosen(call: RowCall, rows: _Rows, value: Callable[[RowLoss], Tensor]) -> T
     return torch.where(rows.negative_row, value(negative), value(positive))
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------
+def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> _Statistics:
+    """(N, 1): of this shard, as one part."""
+    z, r, in_set, partial = rows.z, rows.r, rows.set_of(loss), rows.partial(loss)
+    kept, nothing = ~(in_set | partial), torch.zeros_like(rows.z)
+    entries = _Statistics(
+        _LogSum.of(z, kept), _LogSum.of(r, kept), z.masked_fill(~partial, 0.0),
+        _LogSum.of(z, in_set), _LogSum.of(r, in_set), r.masked_fill(~partial, 0.0),
+        nothing, nothing, kept.to(z),
+    )  # fmt: skip
+    return entries.merged(loss, call.scalars.temperature)
 
 
-def _exp_sum(x: Tensor, keep: Tensor, inverse_t: float, factor: Tensor | None = None) -> _ExpSum:
-    x = x.masked_fill(~keep, -math.inf)
-    # also the maximum of no entry, or of -inf alone
-    least = x.new_full((len(x), 1), torch.finfo(x.dtype).min)
-    top = torch.cat((least, x), -1).amax(-1, keepdim=True)
-    centred = (x - top) * inverse_t
-    weight = centred.exp() if factor is None else centred.exp() * factor
-    moment = (weight * centred).masked_fill(weight == 0, 0.0)
-    return _ExpSum(top, weight.sum(-1, keepdim=True), moment.sum(-1, keepdim=True))
+def _target_of_label(r: Tensor, in_part: Tensor, w: Tensor, t: float) -> _LogSum:
+    """(N, 1): r_y + T log κ of a y that is pushed down in part.
+
+    At its target z_y is about that sum, whose rounding would be the whole of their difference: what it loses is the
+    log. T log κ takes float64, which not every device has: elsewhere that difference is off by 1e-7.
+    """
+    wide = torch.float64 if r.device.type in ("cpu", "cuda") else r.dtype
+    shift = w.to(wide).log1p() * t
+    rounded = shift.to(r.dtype)
+    ref, rest = _gap(r, -rounded)
+    log = (rest + (shift - rounded).to(r.dtype)) / t
+    return _LogSum.of(ref, in_part, log.masked_fill(~log.isfinite(), 0.0))
 
 
-def _statistics(call: RowCall, rows: _Rows, loss: RowLoss) -> Tensor:
-    z, r, inverse_t = rows.z, rows.r, 1 / call.scalars.temperature
-    in_set = rows.set_of(loss)
-    partial = rows.label & rows.in_part
-    log_kappa = torch.where(partial, rows.log_kappa, 0.0)
-    policy = _exp_sum(z, ~in_set, inverse_t)
-    reference = _exp_sum(r, ~in_set, inverse_t, log_kappa.exp())
-    weight = ((z - policy.max) * inverse_t).exp().masked_fill(in_set, 0.0)
-    moment = weight * (_difference(z, r, policy.max, reference.max) * inverse_t - log_kappa)
-    total = ((z - policy.max) * inverse_t).masked_fill(in_set, 0.0)
-
-    def of_label(x: Tensor) -> Tensor:
-        return x.masked_fill(~partial, 0.0).sum(-1, keepdim=True)
-
-    return _Statistics(
-        policy,
-        reference,
-        _exp_sum(z, in_set, inverse_t),
-        _exp_sum(r, in_set, inverse_t),
-        moment.masked_fill(weight == 0, 0.0).sum(-1, keepdim=True),
-        total.sum(-1, keepdim=True),
-        (~in_set).sum(-1, keepdim=True).to(z.dtype),
-        of_label(z),
-        of_label(r),
-    ).packed()
-
-
-# --- coefficients, loss and gradient of the entries ---------------------------------------------------------------
+# --- loss and gradient --------------------------------------------------------------------------------------------
 
 
 class _Row:
-    """A row's coefficients under one loss, from all shards' statistics, and what its entries then have."""
+    """A row under one loss, from the statistics of the whole vocabulary, and what its entries then have."""
 
-    def __init__(self, call: RowCall, rows: _Rows, loss: RowLoss, s: _Statistics) -> None:
-        self.rows, self.kind, self.scalars, self.s = rows, loss, call.scalars, s
-        self.t = t = 1 / call.scalars.temperature
+    def __init__(self, call: RowCall, rows: _Rows, loss: RowLoss, kept: _Statistics) -> None:
+        self.rows, self.kind, self.scalars = rows, loss, call.scalars
+        self.t = t = call.scalars.temperature
         self.vocab_size = call.vocab_size
         self.eps = call.scalars.eps
-        self.uniform = call.scalars.uniform_smoothing and self.eps > 0
-        self.all = s.policy.merged(s.policy_set, t)
-        self.no_policy = ~(self.all.sum > 0)
-        self.no_reference = ~(s.reference.sum + s.reference_set.sum > 0)
-        self.log_sum = self.all.sum.log()
-        self.kept_max = torch.where(s.policy.sum == 0, self.all.max, s.policy.max)
-        self.kept_inverse = ((self.kept_max - self.all.max) * t).exp() / self.all.sum
-        self.mass = _share(s.policy_set, self.all, t)
-        odds = (s.policy_set.max - s.policy.max) * t + (s.policy_set.sum / s.policy.sum).log()
-        odds = torch.where(s.policy.sum == 0, math.inf, odds)
-        self.log_odds = torch.where(s.policy_set.sum == 0, -math.inf, odds)
+        self.uniform = call.scalars.smooths_uniformly
         self.in_set = rows.set_of(loss)
-        # Where no kept entry has any p, d is -inf whatever is added to it.
-        self.offset = (s.reference.sum / s.policy.sum).log() + F.logsigmoid(-self.log_odds)
-        self.offset = self.offset.masked_fill(s.policy.sum == 0, 0.0)
-        n = rows.removed_count.to(self.log_sum.dtype)
-        reverse = loss is RowLoss.REVERSE_KL and not self.uniform
-        self.log_norm = (self.eps * n).log1p() if reverse else torch.zeros_like(self.offset)
-        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
-        self.set_offset = self.log_norm - log_eps - self.log_sum
-        # d − KL = (d − M) + p(other group) (M − M of the other group), M the mean of d over a group
-        self.kept_mean = (s.kl_moment / s.policy.sum).masked_fill(s.policy.sum == 0, 0.0)
-        set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - self.all.max) * t
-        excess = self.kept_mean + self.offset + self.log_norm - (set_mean + self.set_offset)
-        kept = s.policy.sum * self.kept_inverse
-        self.set_centre = set_mean + (kept * excess).masked_fill(kept == 0, 0.0)
-        none = (self.mass == 0) | (kept == 0)
-        self.kl_centre = self.kept_mean - (self.mass * excess).masked_fill(none, 0.0)
-        if self.eps == 0:
-            self.kl_centre = self.kl_centre.masked_fill(self.mass > 0, math.inf)  # as is the loss
+        self.kept = kept  # without a y that is pushed down in part
+        in_part = rows.in_part & loss.reads_reference
+        self.label_policy = _LogSum.of(kept.label_policy, in_part)
+        self.label_reference = _LogSum.of(kept.label_reference, in_part)
+        self.label_target = _target_of_label(kept.label_reference, in_part, rows.pushed_by, t)
+        sign = 1.0 if loss is RowLoss.REVERSE_KL else -1.0  # of the reference in a log-ratio
+        nothing = torch.zeros_like(kept.kl)
+        self.s = s = kept._replace(
+            policy=kept.policy.joined(self.label_policy),
+            reference=kept.reference.joined(self.label_target),
+            kl=torch.cat((kept.kl, nothing), -1),
+            log_ratio=torch.cat((kept.log_ratio, sign * self.label_target.log), -1),
+            kept=torch.cat((kept.kept, nothing), -1),
+        ).merged(loss, t)
+        self.all = s.policy.joined(s.policy_set).merged(t)
+        self.log_odds = _log_odds(s.policy_set, s.policy, t)
+        self.log_set_mass = F.logsigmoid(self.log_odds)
+        self.log_kept_mass = F.logsigmoid(-self.log_odds)
+        # torch.sigmoid is 0 where e^88 would overflow, and p is not.
+        self.set_mass, self.kept_mass = self.log_set_mass.exp(), self.log_kept_mass.exp()
+        # Of a reverse KL: the removed tokens' mean of log p_R − log ε, and Δ, which counts where both sides have mass.
+        self.set_mean = -s.policy_set.entropy - (math.log(self.eps) if self.eps > 0 else -math.inf)
+        one_sided = (self.set_mass == 0) | (self.kept_mass == 0)
+        self.delta = (s.kl - (self.log_odds + self.set_mean)).masked_fill(one_sided, 0.0)
 
     @property
     def undefined(self) -> Tensor:
         """(N, 1) bool: a distribution that the loss needs does not exist, or a label or an id lies outside."""
         if self.kind is RowLoss.NONE:
-            return torch.zeros_like(self.no_policy)
-        undefined = self.no_policy | self.rows.invalid
+            return torch.zeros_like(self.rows.invalid)
+        undefined = self.rows.invalid | ~self.all.log.isfinite()
         if self.kind.reads_reference:
-            undefined = undefined | self.no_reference | (self.s.reference.sum == 0)
+            defined = self.s.reference.log.isfinite() & (self.s.reference_set.log < math.inf)
+            undefined = undefined | ~defined
         return undefined
 
     def lost(self, loss: Tensor) -> Tensor:
         """(N, 1) bool: the gradient of the row is NaN, whichever shard holds the cause."""
         lost = self.undefined | loss.isnan()
-        if self.kind is RowLoss.REVERSE_KL:
+        if self.kind in (RowLoss.REVERSE_KL, RowLoss.UNLIKELIHOOD):
             lost = lost | (loss == math.inf)
-            if not self.uniform:
-                lost = lost | ~self.kl_centre.isfinite()
-        if self.kind is RowLoss.UNLIKELIHOOD:
-            lost = lost | (loss == math.inf)
-        return lost & (self.kind is not RowLoss.NONE)
+        return lost
 
-    @property
+    @cached_property
     def known_loss(self) -> Tensor:
         """(N, 1): the part of the loss that needs no pass over the entries; NaN where there is no loss."""
-        s, known = self.s, torch.zeros_like(self.mass)
+        s, odds, known = self.s, self.log_odds, torch.zeros_like(self.log_odds)
         if self.kind is RowLoss.LOG_LIKELIHOOD:
-            known = -F.logsigmoid(self.log_odds)
+            known = -self.log_set_mass
             if self.uniform:
                 v = self.vocab_size
-                shift = self.log_sum + (self.all.max - self.kept_max) * self.t
-                total = s.policy_total - (v - 1) * shift - known
+                shift = self.all.log + (self.all.ref - s.policy.ref) / self.t
+                total = s.log_ratio - (v - 1) * shift - known
                 known = (known - self.eps * total) / (1 + v * self.eps)
         elif self.kind is RowLoss.UNLIKELIHOOD:
-            known = -F.logsigmoid(-self.log_odds)
+            known = -self.log_kept_mass
         elif self.kind is RowLoss.FORWARD_KL and not self.uniform:
-            known = self.mass
+            known = s.kl - self.log_kept_mass
+        elif self.kind is RowLoss.REVERSE_KL and not self.uniform:
+            # The removed tokens' mass times the odds is in the entropy: apart from log p(K) it would cancel against it.
+            small = torch.minimum(self.set_mass, self.kept_mass)
+            entropy = (small * odds.abs()).masked_fill(small == 0, 0.0) - F.logsigmoid(odds.abs())
+            known = (self.eps * self.rows.removed_count.to(odds)).log1p() - entropy
+            known = known + (self.kept_mass * s.kl).masked_fill(self.kept_mass == 0, 0.0)
+            known = known + (self.set_mass * self.set_mean).masked_fill(self.set_mass == 0, 0.0)
         return known.masked_fill(self.undefined, math.nan)
 
     @cached_property
-    def relative(self) -> Tensor:
-        return (self.rows.z - self.all.max) * self.t
-
-    @cached_property
     def p(self) -> Tensor:
-        return self.relative.exp() / self.all.sum
+        return self.all.shares(self.rows.z, self.t)
 
     @cached_property
     def log_p(self) -> Tensor:
-        return self.relative - self.log_sum
+        return (self.rows.z - self.all.ref) / self.t - self.all.log
 
     @cached_property
-    def target(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q̃, d = log p − log q̃ and, of the kept entries of an unsmoothed reverse KL, d − offset."""
-        rows, s = self.rows, self.s
-        partial = rows.label & rows.in_part
-        log_kappa = torch.where(partial, rows.log_kappa, 0.0)
-        q = ((rows.r - s.reference.max) * self.t + log_kappa).exp() / s.reference.sum
-        q = q.masked_fill(self.in_set, 0.0)
-        if self.uniform:
-            v = self.vocab_size
-            d = self.log_p - (q + self.eps).log() + math.log1p(v * self.eps)
-            return (q + self.eps) / (1 + v * self.eps), d, d
-        x = _difference(rows.z, rows.r, s.policy.max, s.reference.max) * self.t - log_kappa
-        d = x + self.offset + self.log_norm
-        if self.kind is RowLoss.REVERSE_KL:
-            norm = self.log_norm.exp()
-            d = torch.where(self.in_set, self.relative + self.set_offset, d)
-            q = torch.where(self.in_set, self.eps / norm, q / norm)
-        return q, d, x
+    def target(self) -> tuple[Tensor, Tensor]:
+        """r, with T log κ where y is pushed down in part, and what that sum has lost, divided by T."""
+        partial, label = self.rows.partial(self.kind), self.label_target
+        return torch.where(partial, label.ref, self.rows.r), torch.where(partial, label.log, 0.0)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """q*"""
+        r, rest = self.target
+        return (self.s.reference.shares(r, self.t) * rest.exp()).masked_fill(self.in_set, 0.0)
+
+    @cached_property
+    def smoothed(self) -> tuple[Tensor, Tensor]:
+        """Uniformly: q̃ and d = log p − log q̃."""
+        norm = self.vocab_size * self.eps
+        q = self.q + self.eps
+        return q / (1 + norm), self.log_p - q.log() + math.log1p(norm)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Log-ratios of a KL's other to its base, less (o_ref − x_ref)/T."""
+        z, z_ref, r_ref = self.rows.z, self.s.policy.ref, self.s.reference.ref
+        r, rest = self.target
+        if self.kind is RowLoss.FORWARD_KL:
+            return _difference(z, r, z_ref, r_ref) / self.t - rest
+        return _difference(r, z, r_ref, z_ref) / self.t + rest
 
     @cached_property
     def pushed(self) -> Tensor:
@@ -401,41 +454,43 @@ class _Row:
 
     def partial_sums(self) -> Tensor:
         """(N, ROW_PARTIAL_SUMS): the entries' loss terms, and NL's active tokens."""
-        p, terms, active = self.p, torch.zeros_like(self.mass), torch.zeros_like(self.mass)
-        if self.kind.reads_reference:
-            q, d, _ = self.target
-            near = d.abs() < 1
+        terms, active = torch.zeros_like(self.log_odds), torch.zeros_like(self.log_odds)
+        if self.kind.reads_reference and self.uniform:
+            p, (q, d) = self.p, self.smoothed
             if self.kind is RowLoss.FORWARD_KL:
-                term = torch.where(near, q * _phi(d), p - q - q * d)
-                term = torch.where(q == 0, p, term)
-                if not self.uniform:  # the removed tokens' p is in the known part
-                    term = term.masked_fill(self.in_set, 0.0)
+                term = torch.where(d.abs() < 1, q * _phi(d), p - q - q * d)
             else:
-                term = torch.where(near, p * _phi(-d), p * d - p + q)
+                term = torch.where(d.abs() < 1, p * _phi(-d), p * d - p + q)
                 term = torch.where(p == 0, q, term)
             terms = term.sum(-1, keepdim=True)
         elif self.kind is RowLoss.NEGATIVE_LIKELIHOOD:
             floor, log_p = self.scalars.nl_floor, self.log_p
             clamped = log_p if floor is None else log_p.clamp_min(floor)
             terms = clamped.masked_fill(~self.in_set, 0.0).sum(-1, keepdim=True)
-            active = self.pushed.sum(-1, keepdim=True).to(p.dtype)
+            active = self.pushed.sum(-1, keepdim=True).to(terms)
         return torch.cat((terms, active), dim=-1)
 
     def gradient(self, loss: Tensor, active: Tensor) -> Tensor:
         """(N, V), of ``loss``, the row's as far as it is known, and NL's ``active`` tokens, both (N, 1)."""
-        p = self.p
-        if self.kind.reads_reference:
-            q, d, x = self.target
+        p, s = self.p, self.s
+        if self.kind.reads_reference and self.uniform:
+            q, d = self.smoothed
             if self.kind is RowLoss.FORWARD_KL:
-                gradient = torch.where((d.abs() < 1) & (q > 0), q * d.expm1(), p - q)
-                return gradient if self.uniform else torch.where(self.in_set, p, gradient)
-            centred = d - loss
-            if not self.uniform:
-                kept, removed = x - self.kl_centre, self.relative - self.set_centre
-                centred = torch.where(self.in_set, removed, kept)
-            return (p * centred).masked_fill(p == 0, 0.0)
+                return torch.where(d.abs() < 1, q * d.expm1(), p - q)
+            return (p * (d - loss)).masked_fill(p == 0, 0.0)
+        if self.kind is RowLoss.FORWARD_KL:
+            d = self.y - (s.log_ratio - self.log_kept_mass)
+            kept = torch.where(d.abs() < 1, self.q * d.expm1(), p - self.q)
+            return torch.where(self.in_set, p, kept)
+        if self.kind is RowLoss.REVERSE_KL:
+            kept = (s.log_ratio - s.kl + self.set_mass * self.delta) - self.y
+            log_p_in_set = (self.rows.z - s.policy_set.ref) / self.t - s.policy_set.log
+            removed = log_p_in_set + (s.policy_set.entropy - self.kept_mass * self.delta)
+            # The smallest p may be there yet where their mass, as the loss takes it, is none.
+            nothing = (p == 0) | (torch.where(self.in_set, self.set_mass, self.kept_mass) == 0)
+            return (p * torch.where(self.in_set, removed, kept)).masked_fill(nothing, 0.0)
         if self.kind is RowLoss.LOG_LIKELIHOOD:
-            at_label, elsewhere = -self.s.policy.sum * self.kept_inverse, p
+            at_label, elsewhere = -self.kept_mass, p
             if self.uniform:  # p − ỹ; at the label as whichever difference keeps its digits
                 norm = 1 + self.vocab_size * self.eps
                 rest = (self.vocab_size - 1) * self.eps / norm
@@ -443,11 +498,30 @@ class _Row:
                 elsewhere = p - self.eps / norm
             return torch.where(self.in_set, at_label, elsewhere)
         if self.kind is RowLoss.UNLIKELIHOOD:
-            share = ((self.rows.z - self.s.policy.max) * self.t).exp() / self.s.policy.sum
-            return torch.where(self.in_set, p, -self.mass * share)
+            share = s.policy.shares(self.rows.z, self.t)
+            return torch.where(self.in_set, p, -self.set_mass * share)
         if self.kind is RowLoss.NEGATIVE_LIKELIHOOD:
             return self.pushed.to(p.dtype) - active * p
         return torch.zeros_like(p)
+
+    def diagnosis(self, loss: Tensor) -> Tensor:
+        """(N, 4): the loss if it is a KL, p(S), q(S), the entropy of p; NaN where the distribution does not exist or is
+        not read, and without a policy."""
+
+        def mass(in_set: _LogSum, label: _LogSum, kept: _LogSum) -> Tensor:
+            """Of S, with a y that is pushed down in part, and without its κ."""
+            in_set = in_set.joined(label).merged(self.t)
+            mass = F.logsigmoid(_log_odds(in_set, kept, self.t)).exp()
+            mass = mass.masked_fill(~self.rows.negative_row, 0.0)
+            return mass.masked_fill(~in_set.joined(kept).merged(self.t).log.isfinite(), math.nan)
+
+        s, kept = self.s, self.kept
+        kl = ref_mass = torch.full_like(loss, math.nan)
+        if self.kind.reads_reference:
+            kl, ref_mass = loss, mass(s.reference_set, self.label_reference, kept.reference)
+        policy_mass = mass(s.policy_set, self.label_policy, kept.policy)
+        diagnosis = torch.cat((kl, policy_mass, ref_mass, self.all.entropy), dim=-1)
+        return diagnosis.masked_fill(~self.all.log.isfinite(), math.nan)
 
 
 def _inverse_normalizer(call: RowCall) -> Tensor:
@@ -465,14 +539,11 @@ def _inverse_normalizer(call: RowCall) -> Tensor:
     return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
 
-def _merged(call: RowCall, rows: _Rows) -> _Statistics:
-    """Of the whole vocabulary."""
+def _row(call: RowCall, rows: _Rows, loss: RowLoss) -> _Row:
     if call.gathered is None:
-        return _Statistics.unpacked(_chosen(call, rows, lambda kind: _statistics(call, rows, kind)))
-    merged = _Statistics.unpacked(call.gathered[0])
-    for shard in call.gathered[1:]:
-        merged = merged.merged(_Statistics.unpacked(shard), 1 / call.scalars.temperature)
-    return merged
+        return _Row(call, rows, loss, _statistics(call, rows, loss))
+    shards = _Statistics.unpacked(call.gathered)
+    return _Row(call, rows, loss, shards.merged(loss, call.scalars.temperature))
 
 
 def launch(call: RowCall) -> None:
@@ -484,11 +555,10 @@ def launch(call: RowCall) -> None:
     rows = _rows(call)
     if call.kind is Kind.STATISTICS:
         assert call.statistics is not None
-        packed = _chosen(call, rows, lambda kind: _statistics(call, rows, kind))
+        packed = _chosen(call, rows, lambda kind: _statistics(call, rows, kind).packed())
         call.statistics.copy_(packed.masked_fill(~rows.active, 0.0))
         return
-    statistics = _merged(call, rows)
-    row = {kind: _Row(call, rows, kind, statistics) for kind in {*call.scalars.sides}}
+    row = {kind: _row(call, rows, kind) for kind in {*call.scalars.sides}}
     loss = {kind: x.known_loss for kind, x in row.items()}
     active = rows.set_count.to(rows.z)
     sums = call.total_sums
@@ -527,30 +597,6 @@ def launch(call: RowCall) -> None:
         per_row = call.scalars.reduction == "none"
         call.loss.copy_(weighted.view_as(call.loss) if per_row else weighted.sum())
     if call.diagnostics is not None:
-        diagnosis = _chosen(call, rows, lambda kind: _diagnosis(row[kind], value))
+        diagnosis = _chosen(call, rows, lambda kind: row[kind].diagnosis(value))
         diagnosis = diagnosis.masked_fill(~rows.active | rows.invalid, math.nan)
         call.diagnostics.copy_(torch.cat((value, diagnosis), -1).t().view_as(call.diagnostics))
-
-
-def _diagnosis(row: _Row, loss: Tensor) -> Tensor:
-    """(N, 4): the loss if it is a KL, p(S), q(S), the entropy of p; NaN where the distribution does not exist or is not
-    read, and without a policy."""
-    rows, s, t = row.rows, row.s, row.t
-    entropy = row.log_sum - row.all.moment / row.all.sum
-    in_part = rows.in_part & row.kind.reads_reference
-    of_label = ((s.label_policy - row.all.max) * t).exp() / row.all.sum
-    mass = row.mass + of_label.masked_fill(~in_part, 0.0)
-    mass = mass.masked_fill(~rows.negative_row, 0.0)
-    kl, ref_mass = torch.full_like(mass, math.nan), torch.full_like(mass, math.nan)
-    if row.kind.reads_reference:
-        # q itself: without κ on a y that is pushed down in part
-        out = ~in_part | (s.label_reference == -math.inf)
-        at, nothing = s.label_reference.masked_fill(out, 0.0), torch.zeros_like(mass)
-        label = _ExpSum(at, (~out).to(at), nothing)
-        removed = _ExpSum(at, (-rows.log_kappa.expm1()).masked_fill(out, 0.0), nothing)
-        inside = s.reference_set.merged(label, t)
-        whole = s.reference.merged(s.reference_set, t).merged(removed, t)
-        ref_mass = _share(inside, whole, t)
-        ref_mass = ref_mass.masked_fill(~rows.negative_row, 0.0)
-        kl, ref_mass = loss, ref_mass.masked_fill(row.no_reference, math.nan)
-    return torch.cat((kl, mass, ref_mass, entropy), dim=-1).masked_fill(row.no_policy, math.nan)
