@@ -57,6 +57,11 @@ TNT_FN void leave_out(uint64_t bits, Vector<Real> (&x)[4], Real by) {
   for (int j = 0; j < 4; ++j) x[j] = select(masks[j], same(by), x[j]);
 }
 
+template <class V>
+TNT_FN double sum_of(const V (&x)[4]) {
+  return sum_of((x[0] + x[1]) + (x[2] + x[3]));
+}
+
 // `x`: the tile's part of the stream, in.base or in.other.
 template <bool ENTROPY, class Logit, class Real>
 __attribute__((noinline)) ExpSums exp_sums(const TileEntries<Logit>& in, const Logit* x, int64_t n,
@@ -84,12 +89,7 @@ __attribute__((noinline)) ExpSums exp_sums(const TileEntries<Logit>& in, const L
       if (ENTROPY) moments[j] = fused_multiply_add(e[j], greater_of(at[j], same(Real(-256))), moments[j]);
     }
   }
-  decltype(wide(V{})) sum, moment;
-  for (int j = 0; j < 4; ++j) {
-    sum.add(sums[j]);
-    if (ENTROPY) moment.add(moments[j]);
-  }
-  return {sum.sum(), moment.sum()};
+  return {sum_of(sums), ENTROPY ? sum_of(moments) : 0};
 }
 
 // Σ (x - ref) of the base.
@@ -106,9 +106,7 @@ __attribute__((noinline)) double sum_of_differences(const TileEntries<Logit>& in
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[j] = sums[j] + x[j];
   }
-  decltype(wide(V{})) sum;
-  for (int j = 0; j < 4; ++j) sum.add(sums[j]);
-  return sum.sum();
+  return sum_of(sums);
 }
 
 // The greatest finite x of the first `most` entries; -inf if there is none.

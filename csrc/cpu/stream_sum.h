@@ -21,29 +21,29 @@ class StreamSum {
   void begin(const Tiles& tiles, double inverse_t, Stream stream) {
     inverse_t_ = inverse_t;
     tiles_.assign(size_t(tiles.count()), {});
-    ref_ = first_of(tiles, stream);
+    level_ = ExpLevel<Real>(inverse_t, first_of(tiles, stream), 0);
   }
-  Real ref() const { return ref_; }
+  Real ref() const { return level_.ref; }
 
   template <bool ENTROPY, class Logit>
   void add(int64_t k, const TileEntries<Logit>& in, const Logit* x, int64_t n) {
     Tile& tile = tiles_[size_t(k)];
-    tile = {ref_, sums<ENTROPY>(in, x, n, ref_)};
+    tile = {level_.ref, sums<ENTROPY>(in, x, n, level_)};
     if (tile.sums.sum < MOST) return;
     const Real top = greatest_of(in, x, n, n);
-    if (top > -INFINITY) tile = {top, sums<ENTROPY>(in, x, n, top)};
+    if (top > -INFINITY) tile = {top, sums<ENTROPY>(in, x, n, ExpLevel<Real>(inverse_t_, top, 0))};
   }
 
   LogSum sum() const {
     ExpSums total;
     for (const Tile& tile : tiles_) {
-      if (tile.ref != ref_) continue;
+      if (tile.ref != level_.ref) continue;
       total.sum += tile.sums.sum;
       total.moment += tile.sums.moment;
     }
-    LogSum all = log_sum({ref_, total});
+    LogSum all = log_sum({level_.ref, total});
     for (const Tile& tile : tiles_)
-      if (tile.ref != ref_) all = merge(all, log_sum(tile), inverse_t_);
+      if (tile.ref != level_.ref) all = merge(all, log_sum(tile), inverse_t_);
     return all;
   }
 
@@ -69,11 +69,10 @@ class StreamSum {
   }
 
   template <bool ENTROPY, class Logit>
-  ExpSums sums(const TileEntries<Logit>& in, const Logit* x, int64_t n, Real ref) const {
-    const ExpLevel<Real> level(inverse_t_, ref, 0);
+  ExpSums sums(const TileEntries<Logit>& in, const Logit* x, int64_t n, const ExpLevel<Real>& level) const {
     if (level.is_fine()) return exp_sums<ENTROPY>(in, x, n, level);
     Real* const centred = TileCopy<Real>::of_this_thread().gradient;  // nothing is written in a first pass
-    for (int64_t i = 0; i < in.n; ++i) centred[i] = load(x[i]) - ref;
+    for (int64_t i = 0; i < in.n; ++i) centred[i] = load(x[i]) - level.ref;
     return exp_sums<ENTROPY>(TileEntries<Real>{centred, nullptr, in.n, in.bits, in.entry, false}, centred, n,
                              ExpLevel<Real>(inverse_t_, 0, 0));
   }
@@ -86,7 +85,7 @@ class StreamSum {
   }
 
   double inverse_t_ = 1;
-  Real ref_ = 0;
+  ExpLevel<Real> level_{1, 0, 0};
   std::vector<Tile> tiles_;
 };
 
