@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -405,6 +406,26 @@ def test_threads_and_runs_agree_to_the_last_bit(dtype: torch.dtype, cpu: str) ->
                     for count in (2, 2):
                         with threads(count):
                             assert identical(runs(), first), (name, objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_threads_share(dtype: torch.dtype, cpu: str) -> None:
+    """Fewer rows than threads, of a ragged last tile and a tile far above the others: the same bits."""
+    vocab = 17001
+    ids = torch.tensor([[3, vocab - 1, vocab // 2]])
+    for w, some in ((1.0, None), (-1.0, None), (-0.3, ids)):
+        batch = mixed_batch(vocab, dtype, rows=1, ids=0)
+        batch.logits[0, vocab // 2 + 7] += 40
+        batch = replace(batch, weights=torch.full_like(batch.weights, w))
+        for objective, smoothing in itertools.product(OBJECTIVES[:4], SMOOTHINGS):
+            row = batch.with_options(method=objective, smoothing=smoothing, negative_ids=some)
+            for name, reduction in itertools.product(instruction_sets(), ("mean", "none")):
+                with instruction_set(name):
+                    with threads(1):
+                        want = run(row, cpu, reduction=reduction, return_stats=True)
+                    with threads(2):
+                        got = run(row, cpu, reduction=reduction, return_stats=True)
+                assert identical(got, want), (name, row.options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
