@@ -48,6 +48,7 @@ const std::map<std::string, std::function<double(double)>>& functions() {
       {"softplus", [](double x) { return softplus(x); }},
       {"phi of a logarithm", [](double x) { return phi_of_log(::expm1(x), x); }},
       {"power", of_lane([](Floats x) { return power(x); })},
+      {"short power", of_lane([](Floats x) { return power(x, SHORT_POWER); })},
       {"phi_near", of_lane([](Floats x) { return phi_near(x); })},
       {"phi_wide", of_lane([](Floats x) { return phi_wide(x); })},
       {"sinh_ratio_near", of_lane([](Floats x) { return sinh_ratio_near(x); })},
@@ -56,6 +57,12 @@ const std::map<std::string, std::function<double(double)>>& functions() {
       {"sinh_ratio_wide double", [](double x) { return sinh_ratio_wide(x); }},
       {"stored as float32", rounded<float>},
       {"stored as bfloat16", rounded<BFloat16>},
+      {"stored as loaded",
+       [](double x) {
+         BFloat16 memory[2 * FLOATS];
+         store_even_and_odd(memory, {same(float(x)), same(float(x))});
+         return double(load(memory[1]));
+       }},
       {"stored as float16", rounded<Float16>},
   };
   return all;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -408,24 +409,25 @@ def test_threads_and_runs_agree_to_the_last_bit(dtype: torch.dtype, cpu: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_split_over_threads_has_the_same_bits(dtype: torch.dtype, cpu: str) -> None:
-    """Rows are split where there are fewer of them than threads; some tiles here need shifts of their own."""
-    for smoothing, objective in itertools.product(SMOOTHINGS, OBJECTIVES[:4]):
-        batch = mixed_batch(40_003, dtype, rows=3).with_options(
-            method=objective, smoothing=smoothing
-        )
-        batch.logits[0, 9000:12000] += 60
-        batch.ref_logits[1, 20000:] = -torch.inf
-        for name in instruction_sets():
-            with instruction_set(name):
-                first = None
-                for count in (1, 2, 4, 7):
-                    with threads(count):
-                        found = [
-                            run(batch, cpu, reduction=r, return_stats=True) for r in ("sum", "none")
-                        ]
-                    first = first or found
-                    assert identical(found, first), (name, objective, count)
+def test_a_row_that_threads_share(dtype: torch.dtype, cpu: str) -> None:
+    """Fewer rows than threads, of a ragged last tile and a tile far above the others: the same bits."""
+    vocab = 40_003
+    ids = torch.tensor([[3, vocab - 1, vocab // 2]])
+    for w, some in ((1.0, None), (-1.0, None), (-0.3, ids)):
+        batch = mixed_batch(vocab, dtype, rows=1, ids=0)
+        batch.logits[0, vocab // 2 + 7] += 40
+        batch.ref_logits[0, 3 * vocab // 4 :] -= 1e4
+        batch = replace(batch, weights=torch.full_like(batch.weights, w))
+        for objective, smoothing in itertools.product(OBJECTIVES[:4], SMOOTHINGS):
+            row = batch.with_options(method=objective, smoothing=smoothing, negative_ids=some)
+            for name, reduction in itertools.product(instruction_sets(), ("mean", "none")):
+                with instruction_set(name):
+                    with threads(1):
+                        want = run(row, cpu, reduction=reduction, return_stats=True)
+                    for count in (2, 5):
+                        with threads(count):
+                            got = run(row, cpu, reduction=reduction, return_stats=True)
+                        assert identical(got, want), (name, row.options, count)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,6 +35,7 @@ from oracle import (
     truth,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 import tnt_kernels as tnt
 
@@ -395,6 +396,28 @@ def test_what_is_left_of_almost_nothing(backend: str) -> None:
     expected = -q * q[0, 3] / (1 - q[0, 3])
     expected[0, 3] = q[0, 3]
     torch.testing.assert_close(result.gradient.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("height", [4.0, 20.0, 45.0, 70.0])
+def test_likelihoods_of_a_token_with_nearly_all_the_mass(height: float, cpu: str) -> None:
+    """LL where p_y, and UL where p(S), is down to 1 - 1e-27 in float32: what is left keeps its digits."""
+    torch.manual_seed(1)
+    vocab, y = 5000, 4000
+    z = 2 * torch.randn(2, vocab)
+    z[:, y] = 10 + height
+    x = z.double()
+    rest = x.index_fill(-1, torch.tensor(y), -INF)
+    odds = x[:, y] - rest.logsumexp(-1)
+    share, left = rest.softmax(-1), (-odds).sigmoid()
+    exact = torch.stack([share[0] * left[0], -share[1] * odds[1].sigmoid()])
+    exact[:, y] = torch.stack([-left[0], odds[1].sigmoid()])
+    losses = torch.stack([F.softplus(-odds[0]), F.softplus(odds[1])])
+    batch = Batch(z, None, torch.tensor([y, y]), torch.tensor([1.0, -1.0]), {"method": "ul+ll"})
+    for name in instruction_sets():
+        with instruction_set(name):
+            result = run(batch, cpu, reduction="none")
+        torch.testing.assert_close(result.loss.double(), losses, rtol=5e-7, atol=0, msg=name)
+        torch.testing.assert_close(result.gradient.double(), exact, rtol=2e-6, atol=1e-38)
 
 
 # --- next to the fixed point ---------------------------------------------------------------------------

@@ -36,15 +36,15 @@ struct KlShift {
         inverse_t(Real(inverse_temperature)),
         x_ref(usable(x_top)),
         o_ref(usable(o_top)),
-        c(FUSED ? x_ref * scale : Real(0)),
+        c(FUSED<Real> ? x_ref * scale : Real(0)),
         more(more_) {
     const double apart = (double(o_ref) - double(x_ref)) * double(inverse_t);
     a = stored(apart + more);
     rho = Real(lead() + (apart - value(a)) * UNIT<Real>);
   }
   // Without a fused multiply-add, a level is subtracted before the product with 1/T would round: it is stored times T.
-  Real stored(double level) const { return Real(FUSED ? level : level / double(inverse_t)); }
-  double value(Real level) const { return FUSED ? double(level) : double(level) * double(inverse_t); }
+  Real stored(double level) const { return Real(FUSED<Real> ? level : level / double(inverse_t)); }
+  double value(Real level) const { return FUSED<Real> ? double(level) : double(level) * double(inverse_t); }
   double log_ratio() const { return value(a) - (double(o_ref) - double(x_ref)) * double(inverse_t); }
   // For a second pass.
   KlShift(double inverse_temperature, Real x_top, Real o_top, Real a_, Real c_)
@@ -56,21 +56,15 @@ struct KlShift {
   KlShift with_sum(double log_sum, double sum) const {
     KlShift to = *this;
     const double by = log_sum * UNIT<Real> - sum;
-    if (std::abs(by) < 1e9) to.c = Real((FUSED ? double(x_ref) * double(scale) : 0) + by);
+    if (std::abs(by) < 1e9) to.c = Real((FUSED<Real> ? double(x_ref) * double(scale) : 0) + by);
     return to;
   }
   // log of e e^y at o_ref, which rho rounds.
   double log_lead_of_other() const { return lead() / UNIT<Real> - log_ratio(); }
   bool operator==(const KlShift& other) const { return x_ref == other.x_ref && o_ref == other.o_ref && a == other.a; }
   // log2 of the weight of an x of x_ref. In a first pass it is what rounding took from c.
-  double lead() const { return (FUSED ? double(x_ref) * double(scale) : 0) - double(c); }
+  double lead() const { return (FUSED<Real> ? double(x_ref) * double(scale) : 0) - double(c); }
 
-  // Without a fused multiply-add, x scale - c would lose digits that (x - x_ref) scale keeps.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  static constexpr bool FUSED = sizeof(Real) == sizeof(float);
-#else
-  static constexpr bool FUSED = false;
-#endif
   static Real usable(Real top) { return top < Real(1e29) && top > Real(-1e29) ? top : Real(0); }
 };
 
@@ -88,10 +82,10 @@ struct KlLanes {
         a(same(k.a)),
         rho(same(k.rho)) {}
   TNT_FN V y(V x, V o, V level) const {
-    return KlShift<Real>::FUSED ? fused_multiply_add(o - x, inverse_t, -level) : ((o - x) - level) * inverse_t;
+    return FUSED<Real> ? fused_multiply_add(o - x, inverse_t, -level) : ((o - x) - level) * inverse_t;
   }
   TNT_FN V at(V x) const {  // log2 of the weight
-    return KlShift<Real>::FUSED ? fused_multiply_add(x, scale, -c) : (x - x_ref) * scale - c;
+    return FUSED<Real> ? fused_multiply_add(x, scale, -c) : (x - x_ref) * scale - c;
   }
 };
 

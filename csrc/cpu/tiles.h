@@ -190,9 +190,12 @@ class RowTiles {
     set_.begin.assign(size_t(count_) + 1, 0);
     if (!bits_) return;
     for (int64_t k = 0; k < count_; ++k) {
+      uint64_t any = 0;
       int32_t size = 0;
-      for (int64_t word = k * TILE / 64; word <= (end_of(k) - 1) / 64; ++word)
-        size += __builtin_popcountll(bits_[word]);
+      for (int64_t word = k * TILE / 64; word <= (end_of(k) - 1) / 64; ++word) any |= bits_[word];
+      if (any)
+        for (int64_t word = k * TILE / 64; word <= (end_of(k) - 1) / 64; ++word)
+          size += __builtin_popcountll(bits_[word]);
       set_.begin[size_t(k) + 1] = set_.begin[size_t(k)] + size;
     }
     const size_t room = size_t(set_size()) + PUT_SLACK;

@@ -44,6 +44,7 @@ template <class Real>
 constexpr int LANES = int(sizeof(Vector<Real>) / sizeof(Real));
 
 TNT_FN Floats same(float x) { return Floats{} + x; }
+TNT_FN Floats same(Floats x) { return x; }
 TNT_FN double same(double x) { return x; }
 
 // ------------------------------------------------------------------------------------------------------------- masks
@@ -98,6 +99,15 @@ TNT_FN Floats fused_multiply_add(Floats a, Floats b, Floats c) {
 }
 #endif
 
+// Whether fused_multiply_add rounds once.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+template <class Real>
+constexpr bool FUSED = sizeof(Real) == sizeof(float);
+#else
+template <class Real>
+constexpr bool FUSED = false;
+#endif
+
 // The second operand where one of them is NaN, as x86 has it.
 #if defined(__AVX512F__)
 // With a mask, as GCC 12 takes the operand that the plain intrinsics leave undefined for an uninitialised one.
@@ -130,39 +140,39 @@ TNT_FN double greater_size(double a, double b) { return greater_of(absolute(a), 
 template <class Real>
 constexpr double UNIT = sizeof(Real) == sizeof(float) ? LOG2_E : 1;
 
-// Relative error 1.6e-7; 0 below -150, infinity from 129, NaN for NaN.
-TNT_FN Floats power(Floats x) {
-#if defined(__AVX512F__)
-  const Floats f = _mm512_maskz_reduce_ps(EVERYWHERE, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-  Floats y = same(0x1.ec320ap-10f);
-  y = fused_multiply_add(y, f, same(0x1.26900ep-7f));
-  y = fused_multiply_add(y, f, same(0x1.c95446p-5f));
-  y = fused_multiply_add(y, f, same(0x1.ebd5a8p-3f));
-  y = fused_multiply_add(y, f, same(0x1.62e4f6p-1f));
-  y = fused_multiply_add(y, f, same(0x1.fffffep-1f));
-  return _mm512_maskz_scalef_ps(EVERYWHERE, y, x);  // y 2^floor(x)
-#else
-  x = lesser_of(same(128.0f), greater_of(same(-127.0f), x));
-  const Floats shifted = x + ROUNDER, f = x - (shifted - ROUNDER);
-  Floats y = same(0x1.5bba14p-10f);
-  y = fused_multiply_add(y, f, same(0x1.3cea88p-7f));
-  y = fused_multiply_add(y, f, same(0x1.c6b752p-5f));
-  y = fused_multiply_add(y, f, same(0x1.ebf9bcp-3f));
-  y = fused_multiply_add(y, f, same(0x1.62e42ap-1f));
-  y = fused_multiply_add(y, f, same(1.0f));
-  return y * Floats(Words(shifted) << 23);
-#endif
-}
-TNT_FN double power(double x) { return exponential(x); }
-
 // The polynomial of given coefficients, that of the highest power first.
-template <int N>
-TNT_FN Floats polynomial(const float (&coefficients)[N], Floats x) {
+template <class Number, int N>
+TNT_FN Floats polynomial(const Number (&coefficients)[N], Floats x) {
   Floats p = same(coefficients[0]);
 #pragma GCC unroll 16
   for (int k = 1; k < N; ++k) p = fused_multiply_add(p, x, same(coefficients[k]));
   return p;
 }
+
+// 2^f of the fraction that power() leaves: relative error 1.6e-7, and 2.7e-6.
+#if defined(__AVX512F__)
+constexpr float POWER[] = {0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f,
+                           0x1.ebd5a8p-3f,  0x1.62e4f6p-1f, 0x1.fffffep-1f};
+constexpr float SHORT_POWER[] = {0x1.bb7cd4p-7f, 0x1.aa13f0p-5f, 0x1.ee798ap-3f, 0x1.62d166p-1f, 0x1.00002cp+0f};
+#else
+constexpr float POWER[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+constexpr float SHORT_POWER[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f, 0x1.ffffe8p-1f};
+#endif
+
+// 2^x: 0 below -150, infinity from 129, NaN for NaN. It is multiplied by what the coefficients are.
+template <class Number, int N>
+TNT_FN Floats power(Floats x, const Number (&coefficients)[N]) {
+#if defined(__AVX512F__)
+  const Floats f = _mm512_maskz_reduce_ps(EVERYWHERE, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  return _mm512_maskz_scalef_ps(EVERYWHERE, polynomial(coefficients, f), x);      // y 2^floor(x)
+#else
+  x = lesser_of(same(128.0f), greater_of(same(-127.0f), x));
+  const Floats shifted = x + ROUNDER, f = x - (shifted - ROUNDER);
+  return polynomial(coefficients, f) * Floats(Words(shifted) << 23);
+#endif
+}
+TNT_FN Floats power(Floats x) { return power(x, POWER); }
+TNT_FN double power(double x) { return exponential(x); }
 
 // φ(y) = e^y - 1 - y for |y| <= 1, and for |y| <= 4; relative error of the polynomials 1.7e-7.
 constexpr float PHI_NEAR[] = {2.4891523e-05f, 0.00020324344f, 0.0013892363f, 0.0083309449f,
@@ -294,8 +304,9 @@ TNT_FN void store_even_and_odd(BFloat16* to, Pair<float> x) {  // as load_pair h
   *reinterpret_cast<LooseWords*>(to) = LooseWords(even | (odd & 0xffff0000u));
 #endif
 }
-TNT_FN void store_pair(BFloat16* to, Pair<float> x) {  // one after the other
-  const Words a = rounded_to_bfloat16(x.a), b = rounded_to_bfloat16(x.b);
+// One after the other; a tie goes to the even one, as where PyTorch rounds the float32 gradient.
+TNT_FN void store_pair(BFloat16* to, Pair<float> x) {
+  const Words a = Words(x.a) + 0x7fffu + (Words(x.a) >> 16 & 1u), b = Words(x.b) + 0x7fffu + (Words(x.b) >> 16 & 1u);
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(EVERYWHERE, __m512i(a >> 16)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + FLOATS),

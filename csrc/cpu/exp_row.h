@@ -1,0 +1,267 @@
+// A row whose loss reads the policy alone: log-likelihood, unlikelihood, negative likelihood, or none. The set is kept
+// apart: y of LL, S of the others. p(set) and p(K), K what stays, come from the log-odds of two sums, and within either
+// a softmax has a sum of its own: where one of them is next to nothing, it keeps its digits.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/stream_sum.h"
+
+namespace tnt {
+inline namespace TNT_ISA {
+
+// What shards add up between their statistics and the loss.
+struct PartialSums {
+  double loss = 0;    // of NL, Σ max(log p_s, floor)
+  double active = 0;  // of NL: how many log p_s are not below the floor
+};
+
+// A row's loss, and its gradient: kept p_K(v) + bias on K, set p_set(v) + push in the set. What is below `least` there,
+// as (z - its ref)/T, is not pushed.
+struct ExpLoss {
+  double loss = 0, kept = 0, bias = 0, set = 0, push = 0, least = -INFINITY;
+};
+
+// log p of an entry of the set = (z - the set's ref)/T - this.
+TNT_FN double set_normalizer(const RowSums& s, double inverse_t) {
+  return merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy_set.ref, inverse_t);
+}
+
+// -log p_y; p - [v = y], which at y is -p(K).
+TNT_FN ExpLoss log_likelihood(double odds) {
+  const double kept = 1 / (1 + ::exp(odds));
+  ExpLoss row;
+  row.loss = softplus(-odds);
+  row.kept = kept;
+  row.push = -kept;
+  return row;
+}
+
+// The cross-entropy against y~ = ([v = y] + ε)/(1 + V ε); p - y~.
+TNT_FN ExpLoss smoothed_log_likelihood(const RowSums& s, double odds, double eps, double vocab, double inverse_t) {
+  const double norm = 1 / (1 + vocab * eps), others = vocab - 1;
+  ExpLoss row = log_likelihood(odds);
+  const double log_sum = merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy.ref, inverse_t);
+  const double log_p_total = s.total - (others > 0 ? others * log_sum : 0) - row.loss;
+  row.loss = (row.loss - eps * log_p_total) * norm;
+  row.bias = -eps * norm;
+  row.push += others * eps * norm;
+  return row;
+}
+
+// -log(1 - p(S)) = -log p(K); p_v in S, -p(S) p_K(v) on K.
+TNT_FN ExpLoss unlikelihood(double odds) {
+  ExpLoss row;
+  row.loss = softplus(odds);
+  row.set = 1 / (1 + ::exp(-odds));
+  row.kept = -row.set;
+  return row;
+}
+
+// Σ_{s∈S} max(log p_s, floor); Σ ([v = s] - p_v) over the active s, whose log p_s is not below the floor.
+TNT_FN ExpLoss negative_likelihood(const RowSums& s, double odds, const PartialSums& of_set, double floor,
+                                   double inverse_t) {
+  ExpLoss row;
+  row.loss = of_set.loss;
+  row.kept = -of_set.active / (1 + ::exp(odds));
+  row.set = -of_set.active / (1 + ::exp(-odds));
+  row.push = 1;
+  row.least = floor + set_normalizer(s, inverse_t);
+  return row;
+}
+
+// What a row's second pass takes, for a factor of 1. It may have to wait for its factor: as Reals it is kept till then.
+template <class Real>
+struct ExpPlan {
+  Real zero;                // what logits are read relative to
+  Real ref, c;              // of ExpLevel
+  Real weight, bias;        // on K
+  Real set_ref, set, push;  // in the set, of t = (z - set_ref)/T: set e^t, and push unless t < least
+  Real least;
+};
+
+template <class Real>
+struct ExpScratch {
+  SetScratch<Real> set;
+  StreamSum<Real> policy;
+  std::vector<double> totals;  // of every tile
+};
+
+template <class Logit, class Gradient>
+class ExpRow {
+ public:
+  using Real = RealOf<Logit>;
+
+  struct Task {
+    const Logit* z;
+    Gradient* gradient;
+    int loss;
+    bool entropy;
+    const uint64_t* apart;  // the bits of the set's tokens here; null: there are none
+    PartialSums totals;     // of all shards, for what follows from theirs
+  };
+  struct Result {
+    double loss;
+    bool lost;  // the gradient is NaN
+    RowSums sums;
+  };
+
+  ExpRow(const RowCall& call, int threads, ExpScratch<Real>& scratch)
+      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.set) {}
+
+  // The first pass over this slice of the vocabulary.
+  RowSums sums(const Task& task) {
+    start(task);
+    s_.policy.begin(tiles_, inverse_t_, [](const auto& in) { return in.base; });
+    s_.totals.assign(size_t(tiles_.count()), 0);
+    tiles_.each(false, [&](int64_t k) {
+      tiles_.on(k, false, [&](const auto& in, int64_t n) {
+        t_.entropy ? s_.policy.template add<true>(k, in, in.base, n) : s_.policy.template add<false>(k, in, in.base, n);
+        if (is_smoothed()) s_.totals[size_t(k)] = sum_of_differences(in, n, s_.policy.ref());
+      });
+      tiles_.gather(k);
+    });
+    gathered_ = true;
+    RowSums s;
+    s.policy = s_.policy.sum();
+    s.policy_set = log_sum_of(s_.set.x.data(), tiles_.set_size(), inverse_t_);
+    s.kept = double(p_.vocab - tiles_.set_size());
+    for (const double total : s_.totals) s.total += total * inverse_t_;
+    if (s.kept != 0) s.total += s.kept * (double(s_.policy.ref()) - s.policy.ref) * inverse_t_;
+    return s;
+  }
+
+  // The first pass over a whole vocabulary, and what follows from it.
+  Result whole(const Task& task, ExpPlan<Real>& plan) {
+    const RowSums s = sums(task);
+    t_.totals = of_set(s);
+    return conclude(s, plan);
+  }
+
+  // What this slice adds to the sums of all shards.
+  PartialSums partial_sums(const Task& task, const std::vector<RowSums>& shards) {
+    start(task);
+    return of_set(merged(shards));
+  }
+
+  // What follows from the sums of all shards.
+  Result merged(const Task& task, const std::vector<RowSums>& shards, ExpPlan<Real>& plan) {
+    start(task);
+    return conclude(merged(shards), plan);
+  }
+
+  // A second pass whose first was in another launch.
+  void resume(const Task& task, const ExpPlan<Real>&) { start(task); }
+
+  // Writes the gradient times `factor`; calls done(first, n) with as many columns as are written, for prefetches.
+  template <class Done>
+  void second_pass(const ExpPlan<Real>& plan, double factor, Done done) {
+    if (plan.zero != 0) {
+      tiles_.read_relative_to(plan.zero, 0);
+      gathered_ = false;  // in another order
+    }
+    gather();
+    set_gradients(plan, factor);
+    ExpLevel<Real> level(inverse_t_, plan.ref, 0);
+    level.c = plan.c;
+    const Real weight = Real(plan.weight * factor), bias = Real(plan.bias * factor);
+    tiles_.each(true, [&](int64_t k) {
+      tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to, const Real* set) {
+        write_weights<sizeof(Logit) == 2>(in, level, weight, bias, to, set);
+      });
+      done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE_ENTRIES<Real>);
+    });
+  }
+
+ private:
+  void start(const Task& task) {
+    t_ = task;
+    tiles_.begin(task.z, nullptr, task.apart);
+    gathered_ = false;
+  }
+  bool is_smoothed() const { return t_.loss == LOG_LIKELIHOOD && smooths_uniformly(p_); }
+
+  RowSums merged(const std::vector<RowSums>& shards) const {
+    RowSums all;
+    for (const RowSums& s : shards) all = merge(all, s, inverse_t_);
+    return all;
+  }
+
+  void gather() {
+    if (!gathered_) tiles_.each(false, [&](int64_t k) { tiles_.gather(k); });
+    gathered_ = true;
+  }
+
+  PartialSums of_set(const RowSums& s) {
+    PartialSums sums;
+    if (t_.loss != NEGATIVE_LIKELIHOOD) return sums;
+    gather();
+    const double normalizer = set_normalizer(s, inverse_t_);
+    const Real ref = Real(s.policy_set.ref), inverse_t = Real(inverse_t_), least = Real(p_.nl_floor + normalizer);
+    for (int64_t i = 0; i < tiles_.set_size(); ++i) {
+      const Real log_weight = (s_.set.x[size_t(i)] - ref) * inverse_t;
+      const bool at_rest = log_weight < least;
+      sums.loss += at_rest ? p_.nl_floor : double(log_weight) - normalizer;
+      sums.active += !at_rest;
+    }
+    return sums;
+  }
+
+  ExpLoss loss_of(const RowSums& s) const {
+    const double odds = log_odds(s, inverse_t_);  // p(set)/p(K)
+    switch (t_.loss) {
+      case LOG_LIKELIHOOD:
+        if (!is_smoothed()) return log_likelihood(odds);
+        return smoothed_log_likelihood(s, odds, p_.eps, double(p_.vocab_size), inverse_t_);
+      case UNLIKELIHOOD: return unlikelihood(odds);
+      case NEGATIVE_LIKELIHOOD: return negative_likelihood(s, odds, t_.totals, p_.nl_floor, inverse_t_);
+      default: return {};
+    }
+  }
+
+  Result conclude(const RowSums& s, ExpPlan<Real>& plan) const {
+    const ExpLoss row = loss_of(s);
+    plan = {};
+    if (!s.policy.is_empty()) {  // weights add up to 4: the largest ones' exponents are rounded least
+      const double shift = 2 - s.policy.log * UNIT<Real>;
+      ExpLevel<Real> level(inverse_t_, Real(s.policy.ref), shift);
+      if (!level.is_fine()) {
+        plan.zero = level.ref;
+        level = ExpLevel<Real>(inverse_t_, 0, shift);
+      }
+      plan.ref = level.ref, plan.c = level.c;
+      plan.weight = Real(row.kept * ::exp(-s.policy.log - level.lead() / UNIT<Real>));
+    }
+    plan.bias = Real(row.bias), plan.push = Real(row.push), plan.least = Real(row.least);
+    plan.set_ref = Real(s.policy_set.ref);
+    if (!s.policy_set.is_empty()) plan.set = Real(row.set * ::exp(-s.policy_set.log));
+    Result result{row.loss, is_undefined(t_.loss, s), s};
+    if (result.lost) result.loss = NAN;
+    if (t_.loss == UNLIKELIHOOD && row.loss == INFINITY) result.lost = true;
+    return result;
+  }
+
+  void set_gradients(const ExpPlan<Real>& plan, double factor) {
+    const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_), ref = plan.set_ref,
+               least = plan.least, weight = Real(plan.set * factor), push = Real(plan.push * factor);
+    const Real* const z = s_.set.x.data();
+    Real* const to = s_.set.gradient.data();
+    const int64_t size = tiles_.set_size();
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const Real centred = z[i] - ref, share = weight * exponential(centred * scale);
+      to[i] = share + (centred * inverse_t < least ? Real(0) : push);
+    }
+  }
+
+  const RowCall& p_;
+  ExpScratch<Real>& s_;
+  const double inverse_t_;
+  RowTiles<Logit, Gradient> tiles_;
+  Task t_;
+  bool gathered_ = false;  // the set's logits
+};
+
+}  // namespace TNT_ISA
+}  // namespace tnt

@@ -1,0 +1,198 @@
+// A KL row under uniform smoothing: every token's target is (q* + ε)/(1 + V ε), a removed one's too, and its logarithm
+// takes one an entry. Two log-sum-exps in a first pass, then the entries' losses and gradients (csrc/objectives.h). The
+// reverse KL's gradient needs its loss first.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/kl_row.h"
+#include "cpu/stream_sum.h"
+#include "objectives.h"
+
+namespace tnt {
+inline namespace TNT_ISA {
+
+// What entries take. It may have to wait for the gradient's factor: as Reals it is kept till then.
+template <class Real>
+struct UniformPlan {
+  Real z_ref, p_inverse, p_log_sum;  // p = e^{(z - z_ref)/T} p_inverse, log p = (z - z_ref)/T - p_log_sum
+  Real r_ref, q_inverse;             // q* = e^{(r - r_ref)/T} q_inverse of what is not removed
+  Real loss;
+};
+
+// The same with what is the call's.
+template <class Real>
+struct UniformNumbers {
+  UniformPlan<Real> row;
+  Real scale, inverse_t;     // of exponents; of differences
+  Real eps, norm, log_norm;  // 1/(1 + V ε)
+  Real factor;               // on the gradient
+  template <bool REVERSE, class Number>
+  TNT_FN Element<Number> element(Number log_p, Number p, Number q_star) const {
+    const Number smoothed = q_star + eps, q = smoothed * norm, d = log_p - (logarithm(smoothed) + log_norm);
+    return REVERSE ? reverse_kl_element(p, q, d, d - row.loss) : forward_kl_element(p, q, d);
+  }
+};
+
+// A tile's loss, without the columns of `skipped` and what is behind its n, and to `to` its gradients, if it is not
+// null. A block's entries lie in arrays, because a logarithm of vectors is the compiler's to make.
+template <bool REVERSE, class Logit, class Gradient, class Real>
+__attribute__((noinline)) double uniform_tile(const TileEntries<Logit>& in, int64_t n, int64_t skipped,
+                                              const UniformNumbers<Real>& c, Gradient* to) {
+  constexpr int BLOCK = BLOCK_ENTRIES<Real>;
+  const UniformPlan<Real> row = c.row;
+  Real sums[BLOCK]{}, loss[BLOCK], gradient[BLOCK], r[BLOCK];
+  for (int64_t i = 0; i < in.n; i += BLOCK) {
+    for (int j = 0; j < BLOCK; ++j) r[j] = load(in.other[i + j]);
+    for (uint64_t bits = in.apart(i); bits; bits &= bits - 1) r[__builtin_ctzll(bits)] = -INFINITY;
+#pragma omp simd
+    for (int j = 0; j < BLOCK; ++j) {
+      const Real centred = load(in.base[i + j]) - row.z_ref;
+      const Real p = exponential(centred * c.scale) * row.p_inverse;
+      const Real q_star = exponential((r[j] - row.r_ref) * c.scale) * row.q_inverse;
+      const auto e = c.template element<REVERSE>(centred * c.inverse_t - row.p_log_sum, p, q_star);
+      loss[j] = e.loss;
+      gradient[j] = e.gradient * c.factor;
+    }
+    if (skipped >= i && skipped < i + BLOCK) loss[skipped - i] = 0;
+    for (int64_t j = n - i; j < BLOCK; ++j) loss[j] = 0;
+    for (int j = 0; j < BLOCK; ++j) sums[j] += loss[j];
+    if (!to) continue;
+#pragma omp simd
+    for (int j = 0; j < BLOCK; ++j) store(to + i + j, gradient[j]);
+  }
+  double sum = 0;
+  for (const Real part : sums) sum += part;
+  return sum;
+}
+
+template <class Real>
+struct UniformScratch {
+  SetScratch<Real> set;  // the removed entries, and a partially pushed y
+  StreamSum<Real> policy, reference;
+  std::vector<double> losses;  // of every tile
+};
+
+template <class Logit, class Gradient>
+class UniformRow {
+ public:
+  using Real = RealOf<Logit>;
+  using Task = typename KlRow<Logit, Gradient>::Task;
+
+  UniformRow(const RowCall& call, int threads, UniformScratch<Real>& scratch)
+      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.set) {}
+
+  void start(const Task& task) {
+    t_ = task;
+    tiles_.begin(task.z, task.r, task.apart);
+  }
+
+  // The first pass over this slice of the vocabulary.
+  RowSums sums() {
+    s_.policy.begin(tiles_, inverse_t_, [](const auto& in) { return in.base; });
+    s_.reference.begin(tiles_, inverse_t_, [](const auto& in) { return in.other; });
+    tiles_.each(false, [&](int64_t k) {
+      tiles_.on(k, false, [&](const auto& in, int64_t n) {
+        t_.entropy ? s_.policy.template add<true>(k, in, in.base, n) : s_.policy.template add<false>(k, in, in.base, n);
+        s_.reference.template add<false>(k, in, in.other, n);
+      });
+      tiles_.gather(k);
+    });
+    RowSums s;
+    if (t_.partial >= 0) s.label_policy = load(t_.z[t_.partial]), s.label_reference = load(t_.r[t_.partial]);
+    s.policy = s_.policy.sum();
+    s.reference = s_.reference.sum();
+    s.policy_set = sum_of_set(s_.set.x, Real(s.label_policy));
+    s.reference_set = sum_of_set(s_.set.o, Real(s.label_reference));
+    const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
+    s.log_ratio = base.is_empty() ? 0 : other.log - base.log;
+    s.kept = double(p_.vocab - tiles_.set_size());
+    return s;
+  }
+
+  RowSums merged(const std::vector<RowSums>& shards) const {
+    RowSums all;
+    for (const RowSums& s : shards) all = merge(all, s, inverse_t_);
+    return all;
+  }
+
+  // What follows from the sums of a whole vocabulary. Whether the row has a loss.
+  bool conclude(const RowSums& sums, UniformPlan<Real>& plan) const {
+    RowSums s = sums;
+    if (t_.log_kappa != 0) {
+      s.policy = merge(s.policy, sum_of_one(s.label_policy, 0), inverse_t_);
+      s.reference = merge(s.reference, sum_of_one(s.label_reference, t_.log_kappa), inverse_t_);
+    }
+    const LogSum all = merge(s.policy, s.policy_set, inverse_t_);
+    plan = {};
+    plan.z_ref = Real(all.ref), plan.p_inverse = Real(::exp(-all.log)), plan.p_log_sum = Real(all.log);
+    plan.r_ref = Real(s.reference.ref), plan.q_inverse = Real(::exp(-s.reference.log));
+    return !is_undefined(t_.reverse ? REVERSE_KL : FORWARD_KL, s);
+  }
+
+  // The loss of this slice's entries, and their gradients times `factor`, unless it is 0; calls done(first, n) with as
+  // many columns as are done, for prefetches.
+  template <class Done>
+  double second_pass(const UniformPlan<Real>& plan, double factor, Done done) {
+    UniformNumbers<Real> numbers{plan,        exponent_scale<Real>(inverse_t_), Real(inverse_t_), Real(p_.eps), 0, 0,
+                                 Real(factor)};
+    numbers.norm = Real(1 / (1 + double(p_.vocab_size) * p_.eps));
+    numbers.log_norm = Real(-log1p(double(p_.vocab_size) * p_.eps));
+    const double label_z = t_.partial >= 0 ? load(t_.z[t_.partial]) : 0,
+                 label_r = t_.partial >= 0 ? load(t_.r[t_.partial]) : 0;  // before a gradient takes its place
+    s_.losses.assign(size_t(tiles_.count()), 0);
+    tiles_.each(true, [&](int64_t k) {
+      const int64_t n = tiles_.end_of(k) - k * TILE_ENTRIES<Real>;
+      const auto tile = [&](const auto& in, Gradient* to) {
+        const int64_t skipped = t_.partial >= 0 ? t_.partial - in.entry : -1;
+        s_.losses[size_t(k)] = t_.reverse ? uniform_tile<true>(in, n, skipped, numbers, to)
+                                          : uniform_tile<false>(in, n, skipped, numbers, to);
+      };
+      if (factor != 0)
+        tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to, const Real*) { tile(in, to); });
+      else
+        tiles_.on(k, false, [&](const auto& in, int64_t) { tile(in, static_cast<Gradient*>(nullptr)); });
+      done(p_.vocab - tiles_.end_of(k), n);
+    });
+    double loss = 0;
+    for (const double part : s_.losses) loss += part;
+    if (t_.partial < 0) return loss;
+    return loss + (t_.reverse ? partial_element<true>(numbers, label_z, label_r)
+                              : partial_element<false>(numbers, label_z, label_r));
+  }
+
+ private:
+  static LogSum sum_of_one(double logit, double log_weight) {
+    if (logit == -INFINITY) return {};
+    return {logit, is_finite(logit) ? log_weight : NAN, 0};
+  }
+
+  // The partially pushed y is among them: an entry that equals it stands in for it, and is left out.
+  LogSum sum_of_set(std::vector<Real>& logits, Real partial) const {
+    Real *const x = logits.data(), *const end = x + tiles_.set_size();
+    Real* const out = t_.partial >= 0 ? std::find(x, end, partial) : end;
+    if (out != end) *out = -INFINITY;
+    return log_sum_of(x, tiles_.set_size(), inverse_t_);
+  }
+
+  // Of y, pushed down in part.
+  template <bool REVERSE>
+  double partial_element(const UniformNumbers<Real>& c, double z, double r) const {
+    const double log_weight = (z - double(c.row.z_ref)) * inverse_t_;
+    const double q_star = ::exp((r - double(c.row.r_ref)) * inverse_t_ + t_.log_kappa) * double(c.row.q_inverse);
+    const auto e = c.template element<REVERSE>(log_weight - double(c.row.p_log_sum),
+                                               ::exp(log_weight) * double(c.row.p_inverse), q_star);
+    if (c.factor != 0) store(t_.gradient + t_.partial, Real(e.gradient * double(c.factor)));
+    return e.loss;
+  }
+
+  const RowCall& p_;
+  UniformScratch<Real>& s_;
+  const double inverse_t_;
+  RowTiles<Logit, Gradient> tiles_;
+  Task t_;
+};
+
+}  // namespace TNT_ISA
+}  // namespace tnt
