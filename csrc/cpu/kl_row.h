@@ -163,6 +163,18 @@ class KlRow {
 
   // ---- the removed entries
 
+  // All that the NaN rule asks of a set: NaN if a logit is NaN or +inf, else empty.
+  LogSum existence_of_set(const std::vector<Real>& logits) const {
+    const int64_t size = tiles_.set_size();
+    const Real* const x = logits.data();
+    int missing = 0;
+#pragma omp simd reduction(| : missing)
+    for (int64_t i = 0; i < size; ++i) missing |= !(x[i] < INFINITY);
+    LogSum sum;
+    if (missing) sum.log = NAN;
+    return sum;
+  }
+
   // NaN if a logit is none. The partially pushed y is among them, as `partial`: an entry that equals it stands in for
   // it, and is left out.
   LogSum sum_of_set(std::vector<Real>& logits, double partial) const {
@@ -463,7 +475,7 @@ class KlRow {
     s.policy = t_.reverse ? base : other;
     s.reference = t_.reverse ? other : base;
     s.policy_set = sum_of_set(policy_set(), label_z_);
-    s.reference_set = sum_of_set(reference_set(), label_r_);
+    s.reference_set = t_.entropy ? sum_of_set(reference_set(), label_r_) : existence_of_set(reference_set());
     s.label_policy = label_z_, s.label_reference = label_r_;
     s.kl = kept.kl;
     s.log_ratio =
