@@ -90,14 +90,19 @@ __attribute__((visibility("default"))) void folds(const float* x, double* sum, d
   *sum = tnt::sum_of(v);
   *top = double(tnt::greatest(v));
 }
-// The entries of a block whose bit is set: taken from `from`, and put into a block of zeros.
-__attribute__((visibility("default"))) int take_and_put(uint64_t bits, const float* from, float* taken, float* put) {
-  float* end = taken;
-  tnt::take(bits, from, end);
-  const float* set = taken;
-  const tnt::Floats zeros[4] = {};
-  tnt::put<float, float, float>(put, zeros, bits, set);
-  return int(end - taken);
+// The entries of a block, with 0 for those whose bit is set, as logits of float32 or of bfloat16.
+__attribute__((visibility("default"))) void leave_out(int sixteen_bits, uint64_t bits, const float* from, float* to) {
+  const auto run = [&](auto logit) {
+    using Logit = decltype(logit);
+    Logit memory[4 * tnt::FLOATS];
+    for (int i = 0; i < 4 * tnt::FLOATS; ++i) tnt::store(memory + i, from[i]);
+    tnt::Floats x[4];
+    tnt::load_block(memory, x);
+    tnt::leave_out(tnt::BlockMasks<Logit>(bits), x, 0.0f);
+    tnt::put<Logit, Logit, float>(memory, x);
+    for (int i = 0; i < 4 * tnt::FLOATS; ++i) to[i] = tnt::load(memory[i]);
+  };
+  sixteen_bits ? run(tnt::BFloat16{}) : run(float{});
 }
 __attribute__((visibility("default"))) double log_add(double a, double b) { return tnt::log_add(a, b); }
 }

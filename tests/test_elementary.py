@@ -169,22 +169,19 @@ def test_folds(library: ctypes.CDLL) -> None:
         assert top.value == float(x.max())
 
 
-def test_entries_apart(library: ctypes.CDLL) -> None:
-    """Taken from a block, and put back where they were."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entries_left_out(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     n = 4 * library.vector_floats()
     generator = np.random.default_rng(0)
     for share in (0.0, 0.02, 0.5, 1.0):
         for _ in range(50):
-            x = generator.normal(size=n).astype(np.float32)
+            x = torch.from_numpy(generator.normal(size=n)).to(dtype).float().numpy()
             chosen = generator.random(n) < share
             bits = sum(1 << i for i in np.flatnonzero(chosen).tolist())
-            taken, put = np.full(n + 16, np.nan, np.float32), np.empty(n, np.float32)
-            pointers = (a.ctypes.data_as(ctypes.c_void_p) for a in (x, taken, put))
-            count = library.take_and_put(ctypes.c_uint64(bits), *pointers)
-            assert count == chosen.sum()
-            np.testing.assert_array_equal(taken[:count], x[chosen])
-            assert np.isnan(taken[count:]).all()
-            np.testing.assert_array_equal(put, np.where(chosen, x, 0))
+            left = np.empty(n, np.float32)
+            pointers = (a.ctypes.data_as(ctypes.c_void_p) for a in (x, left))
+            library.leave_out(dtype == torch.bfloat16, ctypes.c_uint64(bits), *pointers)
+            np.testing.assert_array_equal(left, np.where(chosen, 0, x))
 
 
 def test_log_add(library: ctypes.CDLL) -> None:

@@ -49,14 +49,6 @@ TNT_FN uint64_t left_out(const TileEntries<Logit>& in, int64_t n, int64_t i) {
   return in.apart(i) | (n - i < BLOCK_ENTRIES<RealOf<Logit>> ? ~uint64_t(0) << (n - i) : 0);
 }
 
-// Replaces them.
-template <class Logit, class Real>
-TNT_FN void leave_out(uint64_t bits, Vector<Real> (&x)[4], Real by) {
-  const BlockMasks<Logit> masks(bits);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) x[j] = select(masks[j], same(by), x[j]);
-}
-
 template <class V>
 TNT_FN double sum_of(const V (&x)[4]) {
   return sum_of((x[0] + x[1]) + (x[2] + x[3]));
@@ -79,8 +71,9 @@ __attribute__((noinline)) ExpSums exp_sums(const TileEntries<Logit>& in, const L
       e[j] = power(at[j]);
     }
     if (const uint64_t bits = left_out(in, n, i); __builtin_expect(bits != 0, 0)) {
-      leave_out<Logit>(bits, e, Real(0));
-      if (ENTROPY) leave_out<Logit>(bits, at, Real(0));
+      const BlockMasks<Logit> masks(bits);
+      leave_out(masks, e, Real(0));
+      if (ENTROPY) leave_out(masks, at, Real(0));
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -102,7 +95,7 @@ __attribute__((noinline)) double sum_of_differences(const TileEntries<Logit>& in
     load_block(in.base + i, x);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) x[j] = x[j] - same(ref);
-    if (const uint64_t bits = left_out(in, n, i)) leave_out<Logit>(bits, x, Real(0));
+    if (const uint64_t bits = left_out(in, n, i)) leave_out(BlockMasks<Logit>(bits), x, Real(0));
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[j] = sums[j] + x[j];
   }
@@ -117,7 +110,7 @@ __attribute__((noinline)) Real greatest_of(const TileEntries<Logit>& in, const L
   for (int64_t i = 0; i < std::min(n, most); i += BLOCK_ENTRIES<Real>) {
     Vector<Real> block[4];
     load_block(x + i, block);
-    leave_out<Logit>(left_out(in, n, i), block, Real(-INFINITY));
+    leave_out(BlockMasks<Logit>(left_out(in, n, i)), block, Real(-INFINITY));
     for (int j = 0; j < 4; ++j) top = greater_of(select(less(block[j], infinity), block[j], nothing), top);
   }
   return greatest(top);
@@ -138,11 +131,10 @@ struct WeightedExponential {
   TNT_FN double operator()(double x) const { return weight * power(x); }
 };
 
-// Writes the tile's gradients. Those of entries kept apart come from `set`, in `take`'s order. `to` may lie where the
-// row does.
+// Writes the tile's gradients: numbers that say nothing where an entry is kept apart. `to` may lie where the row does.
 template <bool SHORT, class Logit, class Gradient, class Real>
 __attribute__((noinline)) void write_weights(const TileEntries<Logit>& in, const ExpLevel<Real>& level, Real weight,
-                                             Real bias, Gradient* to, const Real* set) {
+                                             Real bias, Gradient* to) {
   using V = Vector<Real>;
   const ExpLanes<Real> lanes(level);
   const std::conditional_t<std::is_same_v<Real, double>, WeightedExponential, WeightedPower<SHORT>> weighted{weight};
@@ -156,7 +148,7 @@ __attribute__((noinline)) void write_weights(const TileEntries<Logit>& in, const
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) x[j] = x[j] + more;
     }
-    put<Logit, Gradient, Real>(to + i, x, in.apart(i), set);
+    put<Logit, Gradient, Real>(to + i, x);
   }
 }
 

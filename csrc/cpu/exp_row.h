@@ -157,19 +157,17 @@ class ExpRow {
   // Writes the gradient times `factor`; calls done(first, n) with as many columns as are written, for prefetches.
   template <class Done>
   void second_pass(const ExpPlan<Real>& plan, double factor, Done done) {
-    if (plan.zero != 0) {
-      tiles_.read_relative_to(plan.zero, 0);
-      gathered_ = false;  // in another order
-    }
+    tiles_.read_relative_to(plan.zero, 0);
     gather();
     set_gradients(plan, factor);
     ExpLevel<Real> level(inverse_t_, plan.ref, 0);
     level.c = plan.c;
     const Real weight = Real(plan.weight * factor), bias = Real(plan.bias * factor);
     tiles_.each(true, [&](int64_t k) {
-      tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to, const Real* set) {
-        write_weights<sizeof(Logit) == 2>(in, level, weight, bias, to, set);
+      tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to) {
+        write_weights<sizeof(Logit) == 2>(in, level, weight, bias, to);
       });
+      tiles_.scatter(k, t_.gradient);
       done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE_ENTRIES<Real>);
     });
   }
@@ -246,12 +244,12 @@ class ExpRow {
     const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_), ref = plan.set_ref,
                least = plan.least, weight = Real(plan.set * factor), push = Real(plan.push * factor);
     const Real* const z = s_.set.x.data();
-    Real* const to = s_.set.gradient.data();
+    Gradient* const to = tiles_.set_gradient();
     const int64_t size = tiles_.set_size();
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       const Real centred = z[i] - ref, share = weight * exponential(centred * scale);
-      to[i] = share + (centred * inverse_t < least ? Real(0) : push);
+      store(to + i, share + (centred * inverse_t < least ? Real(0) : push));
     }
   }
 

@@ -203,6 +203,15 @@ TNT_FN void differences(const Block<Real>& b, const KlLanes<Real>& k, Vector<Rea
   for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level);
 }
 
+// Removed entries weigh nothing, and are next to each other.
+template <class Logit, class Real>
+TNT_FN void leave_out(uint64_t removed, Block<Real>& b, Vector<Real> (&y)[4]) {
+  const BlockMasks<Logit> masks(removed);
+  leave_out(masks, b.x, Real(AWAY));
+  leave_out(masks, b.o, Real(AWAY));
+  leave_out(masks, y, Real(0));
+}
+
 template <class V>
 TNT_FN V greatest_of(const V (&x)[4]) {
   return greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
@@ -212,16 +221,16 @@ TNT_FN V greatest_size(const V (&y)[4]) {
   return greater_size(greater_size(y[0], y[1]), greater_size(y[2], y[3]));
 }
 
-// The loops take turns, so that their sums stay in registers. The first stops at a block that is not near, or has
-// removed entries; the second, WIDE, at one that is not wide, has removed entries, or is the second near one in turn;
-// the last behind a wide one, at one that is wide and has none removed. They return where. A stretch is as long as a
-// lane's sum may be.
+// The loops take turns, so that their sums stay in registers. That of near blocks is another one where entries may be
+// removed (REMOVED), as they would take registers from the rest. The first stops at a block that is not near; the
+// second, WIDE, at one that is not wide, or is the second near one in turn; the last behind a wide one, at one that is
+// wide. They return where. A stretch is as long as a lane's sum may be.
 template <bool WIDE, class V>
 TNT_FN bool is_near(V size) {
   return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? PHI_WIDE_BOUND : PHI_NEAR_BOUND))));
 }
 
-template <bool REVERSE, bool ENTROPY, bool WIDE, class Logit, class Real>
+template <bool REVERSE, bool ENTROPY, bool REMOVED, bool WIDE, class Logit, class Real>
 __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                   KlTotals<Real>& totals, bool& near_before) {
   using V = Vector<Real>;
@@ -229,11 +238,12 @@ __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, 
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real>);
   KlAccumulators<Real> t, odd;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in, i);
+    Block<Real> b(in, i);
     V y[4];
     differences(b, k, k.a, y);
+    if (const uint64_t removed = REMOVED ? in.apart(i) : 0) leave_out<Logit>(removed, b, y);
     const V size = greatest_size(y);
-    if (__builtin_expect(in.apart(i) != 0 || !is_near<WIDE>(size), 0)) break;
+    if (__builtin_expect(!is_near<WIDE>(size), 0)) break;
     if (WIDE) {
       const bool near = is_near<false>(size);
       if (near && near_before) break;
@@ -262,19 +272,10 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
     Block<Real> b(in, i);
     V y[4];
     differences(b, k, k.a, y);
-    const uint64_t removed = in.apart(i);
-    if (removed) {
-      const BlockMasks<Logit> masks(removed);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        b.x[j] = select(masks[j], same(Real(AWAY)), b.x[j]);
-        b.o[j] = select(masks[j], same(Real(AWAY)), b.o[j]);
-        y[j] = select(masks[j], same(Real(0)), y[j]);
-      }
-    }
+    if (const uint64_t removed = in.apart(i)) leave_out<Logit>(removed, b, y);
     const V size = greatest_size(y);
     const bool wide = is_everywhere(less(size, wide_bound));
-    if (wide && !removed && wide_before) {
+    if (wide && wide_before) {
       near = is_near<false>(size);
       break;
     }
@@ -299,17 +300,21 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
   return i;
 }
 
-template <bool REVERSE, bool ENTROPY, class Logit, class Real>
+template <bool REVERSE, bool ENTROPY, bool REMOVED, class Logit, class Real>
 KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift) {
   KlTotals<Real> totals;
   bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
-    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, false>(in, i, shift, totals, near);
+    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, false>(in, i, shift, totals, near);
     near = false;
-    if (!in.careful && i < in.n) i = add_near_blocks<REVERSE, ENTROPY, true>(in, i, shift, totals, near);
+    if (!in.careful && i < in.n) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, true>(in, i, shift, totals, near);
     if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, totals, near);
   }
   return totals.sums();
+}
+template <bool REVERSE, bool ENTROPY, class Logit, class Real>
+KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift) {
+  return in.bits ? kl_sums<REVERSE, ENTROPY, true>(in, shift) : kl_sums<REVERSE, ENTROPY, false>(in, shift);
 }
 
 // Whether some o - x is no number that the near loops may meet.
@@ -345,11 +350,9 @@ __attribute__((noinline)) KlSample<Real> kl_sample(const TileEntries<Logit>& in,
     if (n - i < BLOCK_ENTRIES<Real>) removed |= ~uint64_t(0) << (n - i);
     if (removed) {
       const BlockMasks<Logit> masks(removed);
-      for (int j = 0; j < 4; ++j) {
-        b.x[j] = select(masks[j], nothing, b.x[j]);
-        b.o[j] = select(masks[j], nothing, b.o[j]);
-        apart[j] = select(masks[j], none, apart[j]);
-      }
+      leave_out(masks, b.x, Real(-INFINITY));
+      leave_out(masks, b.o, Real(-INFINITY));
+      leave_out(masks, apart, Real(0));
     }
     for (int j = 0; MAY_BE_INFINITE && j < 4; ++j) {  // +inf is no maximum
       b.x[j] = select(less(b.x[j], infinity), b.x[j], nothing);
@@ -403,7 +406,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
     const V size = greatest_size(y);
-    if (__builtin_expect(in.apart(i) != 0 || !is_everywhere(less(size, bound)), 0)) break;
+    if (__builtin_expect(!is_everywhere(less(size, bound)), 0)) break;
     if (WIDE) {
       const bool near = is_everywhere(less(size, near_bound));
       if (near && near_before) break;
@@ -419,7 +422,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
 template <class Logit, class Gradient, class Real>
 __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& in, int64_t i,
                                                      const KlShift<Real>& shift, const ForwardGradient<Real>& g,
-                                                     Gradient* to, const Real*& set) {
+                                                     Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V wide_bound = same(Real(in.careful ? 0 : SINH_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
@@ -430,19 +433,9 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
     V y[4], d[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) y[j] = k.y(b.x[j], b.o[j], level) - rest;
-    const uint64_t removed = in.apart(i);
-    if (removed) {  // what is computed there does not count
-      const BlockMasks<Logit> masks(removed);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) y[j] = select(masks[j], same(Real(0)), y[j]);
-    }
     const V size = greatest_size(y);
-    const bool wide = is_everywhere(less(size, wide_bound));
-    if (wide && !removed) break;
-    if (wide) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) d[j] = near_gradient<true>(k.at(b.x[j]), y[j], half, h);
-    } else if (is_everywhere(less(size, middle_bound))) {
+    if (is_everywhere(less(size, wide_bound))) break;
+    if (is_everywhere(less(size, middle_bound))) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {  // e^y of an e that underflows need not
         const V at = k.at(b.x[j]), square = y[j] * y[j];
@@ -460,7 +453,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
         d[j] = select(is_near, q * near, p - q);
       }
     }
-    put<Logit, Gradient, Real>(to + i, d, removed, set);
+    put<Logit, Gradient, Real>(to + i, d);
   }
   return i;
 }
@@ -475,7 +468,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
     const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    if (__builtin_expect(in.apart(i) != 0 || !is_everywhere(less(greatest_size(y), bound)), 0)) break;
+    if (__builtin_expect(!is_everywhere(less(greatest_size(y), bound)), 0)) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
     put<Logit, Gradient, Real>(to + i, d);
@@ -486,7 +479,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
 template <class Logit, class Gradient, class Real>
 __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& in, int64_t i,
                                                      const KlShift<Real>& shift, const ReverseGradient<Real>& g,
-                                                     Gradient* to, const Real*& set) {
+                                                     Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V k0 = same(g.k0), k1 = same(g.k1), none = same(Real(0));
@@ -495,27 +488,25 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
     const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    const uint64_t removed = in.apart(i);
-    if (!removed && is_everywhere(less(greatest_size(y), bound))) break;
+    if (is_everywhere(less(greatest_size(y), bound))) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const V e = power(k.at(b.x[j]));
       d[j] = select(equal(e, none), none, e * fused_multiply_add(y[j], k1, k0));
     }
-    put<Logit, Gradient, Real>(to + i, d, removed, set);
+    put<Logit, Gradient, Real>(to + i, d);
   }
   return i;
 }
 
-// Writes the tile's gradients. Those of removed entries come from `set`, in `take`'s order.
+// Writes the tile's gradients: numbers that say nothing where an entry is removed.
 template <class Logit, class Gradient, class Real, class Numbers>
-void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to,
-                    const Real* set) {
+void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to) {
   for (int64_t i = 0; i < in.n;) {
     if (!in.careful) i = write_near_blocks<false>(in, i, shift, g, to);
     if (!in.careful && i < in.n && std::is_same_v<Numbers, ForwardGradient<Real>>)
       i = write_near_blocks<true>(in, i, shift, g, to);
-    if (i < in.n) i = write_other_blocks(in, i, shift, g, to, set);
+    if (i < in.n) i = write_other_blocks(in, i, shift, g, to);
   }
 }
 

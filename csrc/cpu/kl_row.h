@@ -129,8 +129,8 @@ class KlRow {
     start(task);
     tiles_.read_relative_to(plan.x_zero, plan.o_zero);
     tiles_.each(false, [&](int64_t k) {
-      tiles_.gather(k);
       tiles_.on(k, false, [&](const auto& in, int64_t) { s_.careful[size_t(k)] = has_infinite(in); });
+      tiles_.gather(k);
     });
   }
 
@@ -146,9 +146,10 @@ class KlRow {
                                         Real(factor < 0 ? -1 : 1)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
     tiles_.each(true, [&](int64_t k) {
-      tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to, const Real* set) {
-        t_.reverse ? write_gradient(in, shift, reverse, to, set) : write_gradient(in, shift, forward, to, set);
+      tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to) {
+        t_.reverse ? write_gradient(in, shift, reverse, to) : write_gradient(in, shift, forward, to);
       });
+      tiles_.scatter(k, t_.gradient);
       done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE);
     });
     if (t_.partial >= 0) store(t_.gradient + t_.partial, Real(double(plan.partial) * factor));
@@ -168,6 +169,18 @@ class KlRow {
 
   // ---- the removed entries
 
+  // All that the NaN rule asks of a set: NaN if a logit is NaN or +inf, else empty.
+  LogSum existence_of_set(const std::vector<Real>& logits) const {
+    const int64_t size = tiles_.set_size();
+    const Real* const x = logits.data();
+    int missing = 0;
+#pragma omp simd reduction(| : missing)
+    for (int64_t i = 0; i < size; ++i) missing |= !(x[i] < INFINITY);
+    LogSum sum;
+    if (missing) sum.log = NAN;
+    return sum;
+  }
+
   // NaN if a logit is none. The partially pushed y is among them, as `partial`: an entry that equals it stands in for
   // it, and is left out.
   LogSum sum_of_set(std::vector<Real>& logits, double partial) const {
@@ -181,18 +194,17 @@ class KlRow {
   }
 
   void set_gradients(const KlPlan<Real>& plan, double factor) {
-    const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_),
-               by = Real(plan.set_scale * factor);
-    const Real max = plan.set_max, shift = plan.set_shift;
-    Real* const to = s_.set.gradient.data();
-    const Real* const z = policy_set().data();
-    const bool reverse = t_.reverse;
-    const int64_t size = tiles_.set_size();
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      const Real centred = z[i] - max, weight = by * exponential(centred * scale);
-      const Real slope = reverse ? centred * inverse_t + shift : Real(1);
-      to[i] = weight == Real(0) ? Real(0) : weight * slope;
+    using V = Vector<Real>;
+    const V max = same(plan.set_max), scale = same(exponent_scale<Real>(inverse_t_)), none = same(Real(0)),
+            by = same(Real(plan.set_scale * factor)), inverse_t = same(Real(inverse_t_)), shift = same(plan.set_shift);
+    const auto gradient = [&](V z) {
+      const V centred = z - max, weight = by * power(centred * scale);
+      if (!t_.reverse) return weight;
+      return select(equal(weight, none), none, weight * fused_multiply_add(centred, inverse_t, shift));
+    };
+    for (int64_t i = 0; i < tiles_.set_size(); i += 2 * LANES<Real>) {
+      const auto z = load_pair(policy_set().data() + i);
+      store_pair(tiles_.set_gradient() + i, Pair<Real>{gradient(z.a), gradient(z.b)});
     }
   }
 
@@ -438,8 +450,8 @@ class KlRow {
     const KlShift<Real> shift = first_tile.shift;
     s_.tiles.assign(size_t(tiles_.count()), first_tile);
     tiles_.each(false, [&](int64_t k) {
-      tiles_.gather(k);
       if (k != first) s_.tiles[size_t(k)] = fitted<REVERSE, ENTROPY>(k, shift, 3);
+      tiles_.gather(k);
     });
     // The first tile's sums come first.
     KlSums total;
@@ -481,7 +493,7 @@ class KlRow {
     s.policy = t_.reverse ? base : other;
     s.reference = t_.reverse ? other : base;
     s.policy_set = sum_of_set(policy_set(), label_z_);
-    s.reference_set = sum_of_set(reference_set(), label_r_);
+    s.reference_set = t_.entropy ? sum_of_set(reference_set(), label_r_) : existence_of_set(reference_set());
     s.label_policy = label_z_, s.label_reference = label_r_;
     s.kl = kept.kl;
     s.log_ratio = kept.has_base() ? kept.log_ratio + (o_rest - x_rest) * inverse_t_ : 0;

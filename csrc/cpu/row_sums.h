@@ -36,6 +36,7 @@ LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
   constexpr int64_t SOME = 1024;  // that are added up as Real
   const Real scale = exponent_scale<Real>(inverse_temperature), inverse_t = Real(inverse_temperature);
   Real top = std::numeric_limits<Real>::lowest();
+#pragma omp simd reduction(max : top)
   for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
   double sum = 0, moment = 0;
   for (int64_t at = 0; at < n; at += SOME) {

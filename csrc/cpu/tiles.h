@@ -44,23 +44,11 @@ struct BlockMasks {
   TNT_FN auto operator[](int j) const { return j == 0 ? first.a : j == 1 ? first.b : j == 2 ? second.a : second.b; }
 };
 
-// Appends the logits of the block that begins at `from` whose bit is set. Their order is the loops' own.
+// Replaces the entries whose bits are set.
 template <class Logit, class Real>
-TNT_FN void take(uint64_t bits, const Logit* from, Real*& to) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    const BlockMasks<Logit> masks(bits);
-    Vector<Real> x[4];
-    load_block(from, x);
-    for (int j = 0; j < 4; ++j) {
-      const int count = __builtin_popcount(masks[j]);
-      _mm512_mask_storeu_ps(to, Mask((1u << count) - 1), _mm512_maskz_compress_ps(masks[j], x[j]));
-      to += count;
-    }
-    return;
-  }
-#endif
-  for (; bits; bits &= bits - 1) *to++ = load(from[__builtin_ctzll(bits)]);
+TNT_FN void leave_out(const BlockMasks<Logit>& masks, Vector<Real> (&x)[4], Real by) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) x[j] = select(masks[j], same(by), x[j]);
 }
 
 // Stores a pair in the order in which load_pair has it.
@@ -72,38 +60,18 @@ TNT_FN void store_as_loaded(Gradient* to, Vector<Real> a, Vector<Real> b) {
     store_pair(to, Pair<Real>{a, b});
 }
 
-// Stores a block, its entries kept apart from `set`.
 template <class Logit, class Gradient, class Real>
 TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4]) {
   store_as_loaded<Logit, Gradient, Real>(to, g[0], g[1]);
   store_as_loaded<Logit, Gradient, Real>(to + 2 * LANES<Real>, g[2], g[3]);
 }
-template <class Logit, class Gradient, class Real>
-TNT_FN void put(Gradient* to, const Vector<Real> (&g)[4], uint64_t apart, const Real*& set) {
-  if (!apart) return put<Logit, Gradient, Real>(to, g);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    Floats all[4];
-    const BlockMasks<Logit> masks(apart);
-    for (int j = 0; j < 4; ++j) {
-      all[j] = _mm512_mask_expand_ps(g[j], masks[j], _mm512_loadu_ps(set));
-      set += __builtin_popcount(masks[j]);
-    }
-    return put<Logit, Gradient, Real>(to, all);
-  }
-#endif
-  put<Logit, Gradient, Real>(to, g);
-  for (; apart; apart &= apart - 1) store(to + __builtin_ctzll(apart), *set++);
-}
-// How many entries past a set's last one `put` may read.
-constexpr int PUT_SLACK = FLOATS;
 
 // A tile's entries, a multiple of a block's, from `entry` of the row on; the bits of those kept apart are set.
 template <class Logit>
 struct TileEntries {
   const Logit *base, *other;  // the other is null where a loss reads one row alone
   int64_t n;
-  const uint64_t* bits;
+  const uint64_t* bits;  // null if none is
   int64_t entry;
   bool careful;  // of a KL: all blocks are far
   using Real = RealOf<Logit>;
@@ -111,6 +79,13 @@ struct TileEntries {
 };
 
 // ------------------------------------------------------------------------------------------------------------- tokens
+
+// Those of the bits that are set in words [begin, end), in ascending order.
+inline void append_positions(const uint64_t* words, size_t begin, size_t end, std::vector<int32_t>& to) {
+  for (size_t i = begin; i < end; ++i)
+    for (uint64_t word = words[i]; word; word &= word - 1)
+      to.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
+}
 
 // A set of a vocabulary's tokens, a bit each. Between rows it holds the tokens that all rows share.
 class TokenSet {
@@ -135,9 +110,7 @@ class TokenSet {
   const uint64_t* words() const { return words_.data(); }
   std::vector<int32_t> ascending() const {
     std::vector<int32_t> ids;
-    for (size_t i = 0; i < words_.size(); ++i)
-      for (uint64_t word = words_[i]; word; word &= word - 1)
-        ids.push_back(int32_t(i * 64 + size_t(__builtin_ctzll(word))));
+    append_positions(words_.data(), 0, words_.size(), ids);
     return ids;
   }
 
@@ -162,11 +135,29 @@ struct alignas(CACHE_LINE) TileCopy {
   }
 };
 
-// The entries of a row that are kept apart, tile after tile.
+// The entries of a row that are kept apart, in ascending order.
 template <class Real>
 struct SetScratch {
-  std::vector<int32_t> begin;        // of every tile, and the end of the last
-  std::vector<Real> x, o, gradient;  // their logits and gradients
+  std::vector<uint64_t> bits;        // of the row that it was made for: often the next one has the same
+  std::vector<int32_t> columns;      // where the entries are
+  std::vector<size_t> begin;         // of every tile, and the end of the last
+  std::vector<Real> x, o, gradient;  // their logits, and their gradients of any type that is stored
+
+  void find(const uint64_t* row_bits, int64_t vocab) {
+    constexpr size_t TILE_WORDS = TILE_ENTRIES<Real> / 64;
+    const size_t words = size_t(vocab + 63) / 64;
+    if (bits.size() == words && std::equal(bits.begin(), bits.end(), row_bits)) return;
+    bits.assign(row_bits, row_bits + words);
+    columns.clear();
+    begin.assign(1, 0);
+    for (size_t word = 0; word < words; word += TILE_WORDS) {
+      append_positions(row_bits, word, std::min(words, word + TILE_WORDS), columns);
+      begin.push_back(columns.size());
+    }
+    const size_t room = columns.size() + 2 * LANES<Real>;  // they are computed in pairs of vectors
+    for (std::vector<Real>* const array : {&x, &o, &gradient})
+      if (array->size() < room) array->resize(room);
+  }
 };
 
 template <class Logit, class Gradient>
@@ -187,25 +178,13 @@ class RowTiles {
   void begin(const Logit* base, const Logit* other, const uint64_t* apart) {
     base_ = base, other_ = other, bits_ = apart;
     read_relative_to(0, 0);
-    set_.begin.assign(size_t(count_) + 1, 0);
-    if (!bits_) return;
-    for (int64_t k = 0; k < count_; ++k) {
-      uint64_t any = 0;
-      int32_t size = 0;
-      for (int64_t word = k * TILE / 64; word <= (end_of(k) - 1) / 64; ++word) any |= bits_[word];
-      if (any)
-        for (int64_t word = k * TILE / 64; word <= (end_of(k) - 1) / 64; ++word)
-          size += __builtin_popcountll(bits_[word]);
-      set_.begin[size_t(k) + 1] = set_.begin[size_t(k)] + size;
-    }
-    const size_t room = size_t(set_size()) + PUT_SLACK;
-    for (std::vector<Real>* const array : {&set_.x, &set_.o, &set_.gradient})
-      if (array->size() < room) array->resize(room);
+    if (bits_) set_.find(bits_, vocab_);
   }
   void read_relative_to(Real x_zero, Real o_zero) { x_zero_ = x_zero, o_zero_ = o_zero; }
 
   int64_t count() const { return count_; }
-  int64_t set_size() const { return set_.begin.back(); }
+  int64_t set_size() const { return bits_ ? int64_t(set_.columns.size()) : 0; }
+  Gradient* set_gradient() const { return reinterpret_cast<Gradient*>(set_.gradient.data()); }
   Real x_zero() const { return x_zero_; }
   Real o_zero() const { return o_zero_; }
 
@@ -228,8 +207,9 @@ class RowTiles {
   void on(int64_t k, bool careful, Body body) const {
     const int64_t at = k * TILE, n = end_of(k) - at;
     const int64_t padded = (n + BLOCK_ENTRIES<Real> - 1) / BLOCK_ENTRIES<Real> * BLOCK_ENTRIES<Real>;
+    const uint64_t* const bits = apart_begin(k) == apart_begin(k + 1) ? nullptr : bits_;
     if (n == padded && is_read_in_place())
-      return body(TileEntries<Logit>{base_ + at, other_ ? other_ + at : nullptr, padded, bits_, at, careful}, n);
+      return body(TileEntries<Logit>{base_ + at, other_ ? other_ + at : nullptr, padded, bits, at, careful}, n);
     TileCopy<Real>& copy = TileCopy<Real>::of_this_thread();
     const auto load_row = [&](const Logit* from, Real zero, Real* to) {
       for (int64_t i = 0; i < n; ++i) to[i] = load(from[at + i]) - zero;
@@ -237,46 +217,45 @@ class RowTiles {
     };
     load_row(base_, x_zero_, copy.x);
     if (other_) load_row(other_, o_zero_, copy.o);
-    body(TileEntries<Real>{copy.x, other_ ? copy.o : nullptr, padded, bits_, at, careful}, n);
+    body(TileEntries<Real>{copy.x, other_ ? copy.o : nullptr, padded, bits, at, careful}, n);
   }
 
-  // write(entries, to, set): writes the gradients of the tile's entries to `to`, those kept apart from `set`.
+  // write(entries, to): writes the gradients of the tile's entries to `to`.
   template <class Write>
   void write(int64_t k, bool careful, Gradient* row, Write write) const {
     on(k, careful, [&](const auto& in, int64_t n) {
       Gradient* const own = row + in.entry;
       Gradient* const to = n == in.n ? own : reinterpret_cast<Gradient*>(TileCopy<Real>::of_this_thread().gradient);
-      write(in, to, static_cast<const Real*>(set_.gradient.data() + set_.begin[size_t(k)]));
+      write(in, to);
       if (n != in.n) memcpy(own, to, size_t(n) * sizeof(Gradient));
     });
   }
 
+  // Writes the gradients of the tile's entries that are kept apart, over whatever is there.
+  void scatter(int64_t k, Gradient* row) const {
+    const Gradient* const apart = set_gradient();
+    // A copy of bits: processors store twice as many integers a cycle as floats.
+    each_apart(k, [&](int64_t column, size_t i) { memcpy(row + column, apart + i, sizeof(Gradient)); });
+  }
+
   // Puts the tile's logits that are kept apart beside each other: best when the tile has just been read.
   void gather(int64_t k) const {
-    const int32_t first = set_.begin[size_t(k)];
-    if (!bits_ || first == set_.begin[size_t(k) + 1]) return;
-    Real *x = set_.x.data() + first, *o = set_.o.data() + first;
-    const int64_t begin = k * TILE, end = end_of(k);
-    // A padded tile is Real, and its order that of Real.
-    const bool in_place = is_read_in_place() && (end - begin) % BLOCK_ENTRIES<Real> == 0;
-    for (int64_t at = begin; at < end; at += BLOCK_ENTRIES<Real>) {
-      uint64_t apart = block_bits<Real>(bits_, at);
-      if (!apart) continue;
-      if (in_place) {
-        take(apart, base_ + at, x);
-        if (other_) take(apart, other_ + at, o);
-        continue;
-      }
-      for (; apart; apart &= apart - 1) {
-        *x++ = load(base_[at + __builtin_ctzll(apart)]);
-        if (other_) *o++ = load(other_[at + __builtin_ctzll(apart)]);
-      }
-    }
+    Real *const x = set_.x.data(), *const o = set_.o.data();
+    each_apart(k, [&](int64_t column, size_t i) {
+      x[i] = load(base_[column]);
+      if (other_) o[i] = load(other_[column]);
+    });
   }
 
   int64_t end_of(int64_t k) const { return std::min((k + 1) * TILE, vocab_); }
 
  private:
+  size_t apart_begin(int64_t k) const { return bits_ ? set_.begin[size_t(k)] : 0; }
+  template <class Body>
+  TNT_FN void each_apart(int64_t k, Body body) const {
+    const int32_t* const columns = set_.columns.data();
+    for (size_t i = apart_begin(k), end = apart_begin(k + 1); i < end; ++i) body(columns[i], i);
+  }
   bool is_read_in_place() const { return x_zero_ == 0 && o_zero_ == 0; }
 
   const int64_t vocab_, count_;

@@ -42,13 +42,14 @@ __attribute__((noinline)) double uniform_tile(const TileEntries<Logit>& in, int6
                                               const UniformNumbers<Real>& c, Gradient* to) {
   constexpr int BLOCK = BLOCK_ENTRIES<Real>;
   const UniformPlan<Real> row = c.row;
-  Real sums[BLOCK]{}, loss[BLOCK], gradient[BLOCK], r[BLOCK];
+  Real sums[BLOCK]{}, loss[BLOCK], gradient[BLOCK], z[BLOCK], r[BLOCK];
   for (int64_t i = 0; i < in.n; i += BLOCK) {
+    for (int j = 0; j < BLOCK; ++j) z[j] = load(in.base[i + j]);
     for (int j = 0; j < BLOCK; ++j) r[j] = load(in.other[i + j]);
     for (uint64_t bits = in.apart(i); bits; bits &= bits - 1) r[__builtin_ctzll(bits)] = -INFINITY;
 #pragma omp simd
     for (int j = 0; j < BLOCK; ++j) {
-      const Real centred = load(in.base[i + j]) - row.z_ref;
+      const Real centred = z[j] - row.z_ref;
       const Real p = exponential(centred * c.scale) * row.p_inverse;
       const Real q_star = exponential((r[j] - row.r_ref) * c.scale) * row.q_inverse;
       const auto e = c.template element<REVERSE>(centred * c.inverse_t - row.p_log_sum, p, q_star);
@@ -150,7 +151,7 @@ class UniformRow {
                                           : uniform_tile<false>(in, n, skipped, numbers, to);
       };
       if (factor != 0)
-        tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to, const Real*) { tile(in, to); });
+        tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to) { tile(in, to); });
       else
         tiles_.on(k, false, [&](const auto& in, int64_t) { tile(in, static_cast<Gradient*>(nullptr)); });
       done(p_.vocab - tiles_.end_of(k), n);

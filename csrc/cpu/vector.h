@@ -368,11 +368,15 @@ struct PairMasks<BFloat16> {
   Mask a, b;
   TNT_FN explicit PairMasks(uint32_t bits) : a(lanes(every_other(bits))), b(lanes(every_other(bits >> 1))) {}
   TNT_FN static uint32_t every_other(uint32_t bits) {
+#if defined(__AVX512F__)  // older processors may take a hundred cycles for it
+    return _pext_u32(bits, 0x55555555u);
+#else
     bits &= 0x55555555u;
     bits = (bits | bits >> 1) & 0x33333333u;
     bits = (bits | bits >> 2) & 0x0f0f0f0fu;
     bits = (bits | bits >> 4) & 0x00ff00ffu;
     return (bits | bits >> 8) & 0xffffu;
+#endif
   }
 };
 template <>
