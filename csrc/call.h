@@ -72,7 +72,7 @@ constexpr int ROW_DIAGNOSTICS = 5;
                                  /* FUSED writes them, BACKWARD reads them */                                   \
   FIELD(void*, gradient)         /* (N, V), may be the logits themselves */                                     \
   FIELD(const void*, upstream)   /* (N) or (1) Real: d(final loss)/d(loss) */                                   \
-  FIELD(void*, statistics)       /* (N, ROW_STATISTICS) Real: this shard's, as statistics.h packs them */       \
+  FIELD(void*, statistics)       /* (N, ROW_STATISTICS) Real: this shard's, in the backend's layout */          \
   FIELD(const void*, gathered)   /* (S, N, ROW_STATISTICS) Real: those of all shards */                         \
   FIELD(void*, partial_sums)     /* (N, ROW_PARTIAL_SUMS) Real, of this shard's second pass: its loss terms */  \
                                  /* (of the KLs in Bregman form; log p_s of NL), NL's active tokens */          \

@@ -1,5 +1,6 @@
-// Statistics of a row, for host and device: the sums over its logits that loss and gradient begin from, of the whole
-// vocabulary or of any slice of it; those of slices merge. z are the policy's logits, r the reference's (objectives.h).
+// Statistics of a row as CUDA's kernels have them, for host and device: the sums over its logits that loss and gradient
+// begin from, of the whole vocabulary or of any slice of it; those of slices merge. z are the policy's logits, r the
+// reference's (objectives.h). The CPU's are in cpu/row_sums.h.
 #pragma once
 
 #include <cmath>
