@@ -1,5 +1,5 @@
-// A KL row of a whole vocabulary: from the sums of its tiles to its loss, to the numbers of its gradient, to the
-// gradient. docs/numerics.md derives the formulas; kl_loops.h has the names.
+// A KL row, of a whole vocabulary or of a shard: from the sums of its tiles to its loss, to the numbers of its
+// gradient, to the gradient. docs/numerics.md derives the formulas; kl_loops.h has the names.
 //
 // Every tile takes the shift of the row's first one, so that sums just add. A tile whose sums do not fit is summed anew
 // with a shift of its own, and becomes a slice: what a tile yields depends on itself and on the first one alone.
@@ -9,31 +9,11 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kl_loops.h"
-#include "cpu/row_sums.h"
+#include "cpu/kl_gradient.h"
+#include "cpu/kl_slices.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
-
-// φ(L) of L = log1p(ratio): next to 0, where the difference loses its digits, as Σ L^k/k!.
-TNT_FN double phi_of_log(double ratio, double log_ratio) {
-  const double x = log_ratio, square = x * x;
-  if (!(std::abs(x) < 0x1p-6)) return ratio - x;
-  return square * ((1. / 2 + square * (1. / 24 + square / 720)) + x * (1. / 6 + square * (1. / 120 + square / 5040)));
-}
-
-// Part of the kept entries, with sums of its own.
-struct KlSlice {
-  double x_ref = 0, o_ref = 0;   // near its maxima
-  double log_base = -INFINITY;   // of its base's sum, relative to x_ref/T
-  double log_other = -INFINITY;  // of the other's, relative to o_ref/T
-  // Of the other's sum to the base's, where there is a base, less the distance of the references; of a slice without
-  // the other, the mean of all log-ratios.
-  double log_ratio = 0;
-  double kl = 0;              // of base against other within the slice
-  double policy_entropy = 0;  // within the slice
-  bool has_base() const { return log_base > -INFINITY; }
-};
 
 // Of a tile of the first pass.
 template <class Real>
@@ -118,7 +98,7 @@ class KlRow {
     RowSums all;
     for (const RowSums& s : shards) {
       all = merge(all, s, inverse_t_);
-      if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s));
+      if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s, t_.reverse));
     }
     if (s_.slices.empty()) s_.slices.emplace_back();
     return conclude(all, true, plan);
@@ -344,91 +324,11 @@ class KlRow {
         for (int64_t j = 0; j < SOME; ++j) x[j] = double(load(in.base[i + j])), o[j] = double(load(in.other[i + j]));
         t += kl_sums<REVERSE, ENTROPY>(TileEntries<double>{x, o, SOME, in.bits, in.entry + i, true}, wide);
       }
-      s_.slices.push_back(slice_of(t, wide, REVERSE));
+      s_.slices.push_back(slice_of(t, wide, REVERSE, ENTROPY));
     });
   }
 
-  template <class Number>
-  KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse) const {
-    const double a = t.a(), other = t.s + a;
-    KlSlice slice;
-    slice.x_ref = shift.x_ref, slice.o_ref = shift.o_ref;
-    if (t.broken != 0) {
-      slice.log_base = slice.log_ratio = slice.kl = NAN;
-    } else if (t.s != 0) {
-      const double ratio = a / t.s, excess_log = log1p(ratio);
-      slice.log_base = ::log(t.s) - shift.lead() / UNIT<Number>;
-      slice.log_ratio = shift.log_ratio() + excess_log;
-      const double kl = t.phi() / t.s - phi_of_log(ratio, excess_log);
-      slice.kl = kl < 0 ? 0 : kl;
-      if (other <= 0) slice.log_ratio = shift.log_ratio() - 1 - t.phi() / t.s, slice.kl = 0;
-    }
-    // e e^y is 2^rho at o_ref.
-    if (t.broken == 0 && t.s > 0 && other > 0)
-      slice.log_other = slice.log_base + slice.log_ratio;
-    else if (other > 0 || other != other)
-      slice.log_other = ::log(other) - shift.log_lead_of_other();
-    const double weight = reverse ? t.s : other;
-    if (t_.entropy && weight > 0) slice.policy_entropy = ::log(weight) - t.entropy / UNIT<Number> / weight;
-    return slice;
-  }
-
-  // The slices as entries of a row of their own: all terms are >= 0.
-  KlSlice merged_slices() {
-    const std::vector<KlSlice>& slices = s_.slices;
-    const bool reverse = t_.reverse;
-    // Relative to those that weigh most. They are found relative to the first.
-    KlSlice all;
-    double top_base = -INFINITY, top_other = -INFINITY;
-    all.x_ref = slices[0].x_ref, all.o_ref = slices[0].o_ref;
-    for (const KlSlice& slice : slices) {
-      const double base = slice.log_base + (slice.x_ref - slices[0].x_ref) * inverse_t_;
-      const double other = slice.log_other + (slice.o_ref - slices[0].o_ref) * inverse_t_;
-      if (base > top_base) top_base = base, all.x_ref = slice.x_ref;
-      if (other > top_other) top_other = other, all.o_ref = slice.o_ref;
-    }
-    const auto log_ratio = [&](const KlSlice& slice) {
-      return slice.log_ratio + ((slice.o_ref - all.o_ref) - (slice.x_ref - all.x_ref)) * inverse_t_;
-    };
-    const auto log_base = [&](const KlSlice& slice) { return slice.log_base + (slice.x_ref - all.x_ref) * inverse_t_; };
-    const auto log_other = [&](const KlSlice& slice) {
-      return slice.log_other + (slice.o_ref - all.o_ref) * inverse_t_;
-    };
-    for (const KlSlice& slice : slices) {
-      all.log_base = log_add(all.log_base, log_base(slice));
-      all.log_other = log_add(all.log_other, log_other(slice));
-    }
-    const bool lacks_other = all.has_base() && all.log_other == -INFINITY;
-    double masses = 0;
-    if (lacks_other) {
-      for (const KlSlice& slice : slices)
-        if (slice.has_base()) all.log_ratio += ::exp(log_base(slice) - all.log_base) * log_ratio(slice);
-    } else {  // of equal rows, the sums are equal
-      all.log_ratio = all.log_other - all.log_base;
-    }
-    for (const KlSlice& slice : slices) {
-      const double base_share = slice.has_base() ? ::exp(log_base(slice) - all.log_base) : 0;
-      const double other_share = slice.log_other > -INFINITY ? ::exp(log_other(slice) - all.log_other) : 0;
-      // Of a slice with nearly all the mass, both differences are 0, where a large log-ratio has lost those digits.
-      const bool whole = base_share != 0 && other_share != 0;
-      const double y = whole && std::abs(log_ratio(slice)) > 32
-                           ? (log_other(slice) - all.log_other) - (log_base(slice) - all.log_base)
-                           : log_ratio(slice) - all.log_ratio;
-      last_y_ = y;
-      if (whole && std::abs(y) < 1) {
-        all.kl += base_share * (expm1_phi(y).phi + slice.kl);
-      } else if (!lacks_other) {  // share φ(y) = other's share - share - share y: the first two add up apart, to about
-                                  // 0
-        masses += other_share - base_share;
-        if (base_share != 0) all.kl += base_share * (slice.kl - y);
-      }
-      const double share = reverse ? base_share : other_share;
-      if (share > 0) all.policy_entropy += share * (slice.policy_entropy - ::log(share));
-    }
-    all.kl += masses;
-    if (all.kl < 0) all.kl = 0;
-    return all;
-  }
+  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_y_); }
 
   template <bool REVERSE, bool ENTROPY>
   KlSlice first_pass() {
@@ -463,7 +363,7 @@ class KlRow {
       else if (tile.shift == shift)
         total += tile.sums;
       else
-        s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE));
+        s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE, ENTROPY));
     };
     add(first);
     for (int64_t k = 0; k < tiles_.count(); ++k)
@@ -472,7 +372,7 @@ class KlRow {
     // All that was read may have nothing of the other row, unless other maxima show it.
     const bool lacks_other = total.s > 0 && total.s + total.a() <= 0;
     has_sums &= !(lacks_other && total.phi() < INFINITY && s_.slices.empty());
-    const KlSlice kept = slice_of(total, shift, REVERSE);
+    const KlSlice kept = slice_of(total, shift, REVERSE, ENTROPY);
     if (s_.slices.empty()) {
       shift_ = shift;
       moment_ = total.moment() / total.s;
@@ -499,19 +399,6 @@ class KlRow {
     s.log_ratio = kept.has_base() ? kept.log_ratio + (o_rest - x_rest) * inverse_t_ : 0;
     s.kept = double(p_.vocab - tiles_.set_size());
     return s;
-  }
-
-  KlSlice slice_of(const RowSums& s) const {
-    const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
-    KlSlice slice;
-    slice.x_ref = base.ref, slice.o_ref = other.ref;
-    slice.log_base = base.log;
-    // Where both exist, the logarithm of their ratio has digits that its own has lost.
-    slice.log_other = base.is_empty() || other.is_empty() ? other.log : base.log + s.log_ratio;
-    slice.log_ratio = s.log_ratio;
-    slice.kl = s.kl;
-    slice.policy_entropy = s.policy.entropy;
-    return slice;
   }
 
   // In a second pass a shard reads its logits as it did in its first: other roundings would not add up to 0.
