@@ -35,6 +35,17 @@ struct UniformNumbers {
   }
 };
 
+// A block's entries as Real, where they lie or in a copy.
+template <class Logit, class Real>
+TNT_FN const Real* as_real(const Logit* from, Real* copy) {
+  for (int j = 0; j < BLOCK_ENTRIES<Real>; ++j) copy[j] = load(from[j]);
+  return copy;
+}
+template <class Real>
+TNT_FN const Real* as_real(const Real* from, Real*) {
+  return from;
+}
+
 // A tile's loss, without the columns of `skipped` and what is behind its n, and to `to` its gradients, if it is not
 // null. A block's entries lie in arrays, because a logarithm of vectors is the compiler's to make.
 template <bool REVERSE, class Logit, class Gradient, class Real>
@@ -42,11 +53,14 @@ __attribute__((noinline)) double uniform_tile(const TileEntries<Logit>& in, int6
                                               const UniformNumbers<Real>& c, Gradient* to) {
   constexpr int BLOCK = BLOCK_ENTRIES<Real>;
   const UniformPlan<Real> row = c.row;
-  Real sums[BLOCK]{}, loss[BLOCK], gradient[BLOCK], z[BLOCK], r[BLOCK];
+  Real sums[BLOCK]{}, loss[BLOCK], gradient[BLOCK], z_copy[BLOCK], r_copy[BLOCK];
   for (int64_t i = 0; i < in.n; i += BLOCK) {
-    for (int j = 0; j < BLOCK; ++j) z[j] = load(in.base[i + j]);
-    for (int j = 0; j < BLOCK; ++j) r[j] = load(in.other[i + j]);
-    for (uint64_t bits = in.apart(i); bits; bits &= bits - 1) r[__builtin_ctzll(bits)] = -INFINITY;
+    const Real *const z = as_real(in.base + i, z_copy), *r = as_real(in.other + i, r_copy);
+    if (uint64_t bits = in.apart(i); __builtin_expect(bits != 0, 0)) {
+      if (r != r_copy) memcpy(r_copy, r, sizeof r_copy);
+      for (; bits; bits &= bits - 1) r_copy[__builtin_ctzll(bits)] = -INFINITY;
+      r = r_copy;
+    }
 #pragma omp simd
     for (int j = 0; j < BLOCK; ++j) {
       const Real centred = z[j] - row.z_ref;
