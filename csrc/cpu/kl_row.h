@@ -451,10 +451,11 @@ class KlRow {
       if (slice.has_base()) slice.kl = INFINITY;
       return slice;
     }
-    // Where (o - x)/T is as large as log κ, their sum would show the rounding of 1/T.
-    const double apart = first.o_ref - first.x_ref, own_apart = slice.o_ref - slice.x_ref;
-    slice.log_ratio = (o - x - apart) / p_.temperature + (apart - own_apart) * inverse_t_ + (log_kappa_o - log_kappa_x);
-    if (std::abs(slice.log_ratio + own_apart * inverse_t_) < 32) slice.log_other = slice.log_base + slice.log_ratio;
+    // Where (o - x)/T is as large as log κ, their sum would show how the loops round 1/T.
+    const double difference = o - x, rounding = 1 / p_.temperature - inverse_t_;
+    slice.log_ratio = (difference - (slice.o_ref - slice.x_ref)) * inverse_t_ +
+                      (difference - (first.o_ref - first.x_ref)) * rounding + (log_kappa_o - log_kappa_x);
+    if (std::abs(slice.log_ratio) < 32) slice.log_other = slice.log_base + slice.log_ratio;
     return slice;
   }
 
