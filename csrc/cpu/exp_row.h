@@ -142,13 +142,13 @@ class ExpRow {
   // What this slice adds to the sums of all shards.
   PartialSums partial_sums(const Task& task, const std::vector<RowSums>& shards) {
     start(task);
-    return of_set(merged(shards));
+    return of_set(merge(shards, inverse_t_));
   }
 
   // What follows from the sums of all shards.
   Result merged(const Task& task, const std::vector<RowSums>& shards, ExpPlan<Real>& plan) {
     start(task);
-    return conclude(merged(shards), plan);
+    return conclude(merge(shards, inverse_t_), plan);
   }
 
   // A second pass whose first was in another launch.
@@ -179,12 +179,6 @@ class ExpRow {
     gathered_ = false;
   }
   bool is_smoothed() const { return t_.loss == LOG_LIKELIHOOD && smooths_uniformly(p_); }
-
-  RowSums merged(const std::vector<RowSums>& shards) const {
-    RowSums all;
-    for (const RowSums& s : shards) all = merge(all, s, inverse_t_);
-    return all;
-  }
 
   void gather() {
     if (!gathered_) tiles_.each(false, [&](int64_t k) { tiles_.gather(k); });

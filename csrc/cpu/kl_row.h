@@ -95,13 +95,10 @@ class KlRow {
     start(task);
     s_.slices.clear();
     shift_.reset();
-    RowSums all;
-    for (const RowSums& s : shards) {
-      all = merge(all, s, inverse_t_);
+    for (const RowSums& s : shards)
       if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s, t_.reverse));
-    }
     if (s_.slices.empty()) s_.slices.emplace_back();
-    return conclude(all, true, plan);
+    return conclude(merge(shards, inverse_t_), true, plan);
   }
 
   // A second pass whose first was in another launch.

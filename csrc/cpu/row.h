@@ -18,7 +18,7 @@ namespace tnt {
 inline namespace TNT_ISA {
 
 template <class Real>
-struct Scratch {
+struct alignas(CACHE_LINE) Scratch {
   // One a thread, kept from call to call: to allocate it takes as long as a short row.
   static Scratch& of_this_thread() {
     static thread_local const auto scratch = std::make_unique<Scratch>();
@@ -93,10 +93,7 @@ class Row {
     mark_set(weight);
     factor_ = loss_ == NONE ? 0 : row_factor<Real>(p_, index, loss_, negative_, weight);
     scale_ = factor_ * inverse_normalizer * (1 / p_.temperature);
-    const double loss = !is_kl(loss_) ? one_stream()
-                        : smooths_uniformly(p_)
-                            ? uniform_kl()
-                            : launch(KlRow<Logit, Gradient>(p_, threads_, s_.kl), kl_task(), KlPlan<Real>());
+    const double loss = !is_kl(loss_) ? one_stream() : smooths_uniformly(p_) ? uniform_kl() : kl();
     clear_set();
     return loss;
   }
@@ -189,6 +186,8 @@ class Row {
     return launch(ExpRow<Logit, Gradient>(p_, threads_, s_.exp), task, ExpPlan<Real>());
   }
 
+  double kl() { return launch(KlRow<Logit, Gradient>(p_, threads_, s_.kl), kl_task(), KlPlan<Real>()); }
+
   template <class AnyRow, class Plan>
   double launch(AnyRow row, const typename AnyRow::Task& task, Plan plan) {
     const auto write_gradient = [&](bool resumes) {
@@ -228,14 +227,18 @@ class Row {
     const auto second_pass = [&](double scale) {
       return row.second_pass(plan, scale, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
     };
+    const auto write_gradient = [&] {
+      if (scale_ == 0 || scale_ != scale_) return fill(scale_);
+      second_pass(scale_);
+    };
     row.start(kl_task());
     if (p_.kind == Kind::BACKWARD) {
       read_coefficients(plan);
-      scale_ == 0 || scale_ != scale_ ? fill(scale_) : void(second_pass(scale_));
+      write_gradient();
       return 0;
     }
     const bool is_whole = !is_sharded(p_.kind) || p_.kind == Kind::STATISTICS;
-    const RowSums sums = is_whole ? row.sums() : row.merged(gathered_sums());
+    const RowSums sums = is_whole ? row.sums() : merge(gathered_sums(), 1 / p_.temperature);
     if (p_.kind == Kind::STATISTICS) {
       pack(sums, true, packed(p_.statistics));
       return 0;
@@ -249,7 +252,7 @@ class Row {
     if (!exists) loss = NAN;
     if (scale_ != 0 && (!exists || (reverse && !(loss < INFINITY)))) scale_ = NAN;
     const bool is_written = first_scale != 0 && p_.kind != Kind::FINISH;
-    if (g_ && !is_written) scale_ == 0 || scale_ != scale_ ? fill(scale_) : void(second_pass(scale_));
+    if (g_ && !is_written) write_gradient();
     if (p_.kind == Kind::PARTIAL_SUMS) return 0;
     write_coefficients(plan);
     return report(sums, loss);

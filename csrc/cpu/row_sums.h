@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "call.h"
 #include "row_rules.h"
@@ -136,6 +137,12 @@ TNT_FN RowSums merge(const RowSums& a, const RowSums& b, double inverse_t) {
   s.label_policy = a.label_policy + b.label_policy;
   s.label_reference = a.label_reference + b.label_reference;
   return s;
+}
+
+TNT_FN RowSums merge(const std::vector<RowSums>& slices, double inverse_t) {
+  RowSums all;
+  for (const RowSums& slice : slices) all = merge(all, slice, inverse_t);
+  return all;
 }
 
 // log of the odds p(set) / p(outside).

@@ -126,12 +126,6 @@ class UniformRow {
     return s;
   }
 
-  RowSums merged(const std::vector<RowSums>& shards) const {
-    RowSums all;
-    for (const RowSums& s : shards) all = merge(all, s, inverse_t_);
-    return all;
-  }
-
   // What follows from the sums of a whole vocabulary. Whether the row has a loss.
   bool conclude(const RowSums& sums, UniformPlan<Real>& plan) const {
     RowSums s = sums;
