@@ -56,6 +56,12 @@ LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
   return {double(top), ::log(sum), ::log(sum) - moment / sum};
 }
 
+// Of one logit, with a weight. NaN if it is no number.
+TNT_FN LogSum log_sum_of(double logit, double log_weight) {
+  if (logit == -INFINITY) return {};
+  return {logit, logit < INFINITY ? log_weight : NAN, 0};
+}
+
 TNT_FN LogSum merge(const LogSum& a, const LogSum& b, double inverse_t) {
   if (a.is_empty()) return b;
   if (b.is_empty()) return a;
@@ -172,7 +178,7 @@ TNT_FN bool is_undefined(int loss, const RowSums& s) {
 // `log_kappa` is 0 where no y is pushed down in part.
 TNT_FN RowDiagnosis diagnose(const RowSums& s, bool negative, bool kl, double log_kappa, double inverse_t) {
   const auto with_label = [&](const LogSum& set, double label) {
-    return log_kappa != 0 && label != -INFINITY ? merge(set, {label, 0, 0}, inverse_t) : set;
+    return log_kappa != 0 ? merge(set, log_sum_of(label, 0), inverse_t) : set;
   };
   RowDiagnosis d;
   const LogSum set = with_label(s.policy_set, s.label_policy),

@@ -130,8 +130,8 @@ class UniformRow {
   bool conclude(const RowSums& sums, UniformPlan<Real>& plan) const {
     RowSums s = sums;
     if (t_.log_kappa != 0) {
-      s.policy = merge(s.policy, sum_of_one(s.label_policy, 0), inverse_t_);
-      s.reference = merge(s.reference, sum_of_one(s.label_reference, t_.log_kappa), inverse_t_);
+      s.policy = merge(s.policy, log_sum_of(s.label_policy, 0), inverse_t_);
+      s.reference = merge(s.reference, log_sum_of(s.label_reference, t_.log_kappa), inverse_t_);
     }
     const LogSum all = merge(s.policy, s.policy_set, inverse_t_);
     plan = {};
@@ -172,11 +172,6 @@ class UniformRow {
   }
 
  private:
-  static LogSum sum_of_one(double logit, double log_weight) {
-    if (logit == -INFINITY) return {};
-    return {logit, is_finite(logit) ? log_weight : NAN, 0};
-  }
-
   // The partially pushed y is among them: an entry that equals it stands in for it, and is left out.
   LogSum sum_of_set(std::vector<Real>& logits, Real partial) const {
     Real *const x = logits.data(), *const end = x + tiles_.set_size();
