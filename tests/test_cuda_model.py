@@ -18,7 +18,6 @@ from oracle import (
     F16,
     F32,
     INF,
-    MISSING,
     NAN,
     OBJECTIVES,
     Batch,
@@ -359,20 +358,6 @@ def test_more_shards_than_lanes(model: ModuleType) -> None:
         batch = mixed_batch(70, dtype).with_options(method=method)
         result = run_shards(batch, "cuda", (2,) * 33 + (0, 4))
         assert_agrees(result, truth(batch), batch, label=method)
-
-
-def test_backends_understand_each_other(model: ModuleType) -> None:
-    """What travels means the same everywhere."""
-    model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
-    upstream = torch.linspace(-1, 2, 12)
-    for objective, smoothing in itertools.product(OBJECTIVES[:4], ("negatives", "uniform")):
-        batch = mixed_batch(300).with_options(method=objective, smoothing=smoothing, nl_floor=-5.0)
-        expected = truth(batch)
-        for names in (("cpu", "cuda"), ("cuda", "torch"), ("torch", "cuda")):
-            if "cpu" in names and "cpu" in MISSING:
-                continue
-            result = run_shards(batch, names, (100, 200), reduction="none", upstream=upstream)
-            assert_agrees(result, expected, batch, reduction="none", upstream=upstream)
 
 
 def test_the_maximum_of_nothing_says_nothing(

@@ -158,18 +158,6 @@ class KlRow {
     return sum;
   }
 
-  // NaN if a logit is none. The partially pushed y is among them, as `partial`: an entry that equals it stands in for
-  // it, and is left out.
-  LogSum sum_of_set(std::vector<Real>& logits, double partial) const {
-    const int64_t size = tiles_.set_size();
-    Real *const x = logits.data(), *const end = x + size;
-    Real* const out = t_.partial >= 0 ? std::find(x, end, Real(partial)) : end;
-    if (out != end) *out = -INFINITY;
-    const LogSum sum = log_sum_of(x, size, inverse_t_);
-    if (out != end) *out = Real(partial);
-    return sum;
-  }
-
   void set_gradients(const KlPlan<Real>& plan, double factor) {
     using V = Vector<Real>;
     const V max = same(plan.set_max), scale = same(exponent_scale<Real>(inverse_t_)), none = same(Real(0)),
@@ -389,6 +377,9 @@ class KlRow {
     (t_.reverse ? base : other).entropy = kept.policy_entropy;
     s.policy = t_.reverse ? base : other;
     s.reference = t_.reverse ? other : base;
+    const auto sum_of_set = [&](std::vector<Real>& logits, double partial) {
+      return log_sum_of_set(logits.data(), tiles_.set_size(), t_.partial >= 0, partial, inverse_t_);
+    };
     s.policy_set = sum_of_set(policy_set(), label_z_);
     s.reference_set = t_.entropy ? sum_of_set(reference_set(), label_r_) : existence_of_set(reference_set());
     s.label_policy = label_z_, s.label_reference = label_r_;

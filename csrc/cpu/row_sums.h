@@ -56,6 +56,17 @@ LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
   return {double(top), ::log(sum), ::log(sum) - moment / sum};
 }
 
+// Of the set's logits. Where a y is pushed down in part, it lies among them: an entry that equals it is left out for
+// it.
+template <class Real>
+LogSum log_sum_of_set(Real* x, int64_t n, bool has_partial, double partial, double inverse_temperature) {
+  Real* const out = has_partial ? std::find(x, x + n, Real(partial)) : x + n;
+  if (out != x + n) *out = -INFINITY;
+  const LogSum sum = log_sum_of(x, n, inverse_temperature);
+  if (out != x + n) *out = Real(partial);
+  return sum;
+}
+
 // Of one logit, with a weight. NaN if it is no number.
 TNT_FN LogSum log_sum_of(double logit, double log_weight) {
   if (logit == -INFINITY) return {};

@@ -118,8 +118,11 @@ class UniformRow {
     if (t_.partial >= 0) s.label_policy = load(t_.z[t_.partial]), s.label_reference = load(t_.r[t_.partial]);
     s.policy = s_.policy.sum();
     s.reference = s_.reference.sum();
-    s.policy_set = sum_of_set(s_.set.x, Real(s.label_policy));
-    s.reference_set = sum_of_set(s_.set.o, Real(s.label_reference));
+    const auto sum_of_set = [&](std::vector<Real>& logits, double partial) {
+      return log_sum_of_set(logits.data(), tiles_.set_size(), t_.partial >= 0, partial, inverse_t_);
+    };
+    s.policy_set = sum_of_set(s_.set.x, s.label_policy);
+    s.reference_set = sum_of_set(s_.set.o, s.label_reference);
     const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
     s.log_ratio = base.is_empty() ? 0 : other.log - base.log;
     s.kept = double(p_.vocab - tiles_.set_size());
@@ -172,14 +175,6 @@ class UniformRow {
   }
 
  private:
-  // The partially pushed y is among them: an entry that equals it stands in for it, and is left out.
-  LogSum sum_of_set(std::vector<Real>& logits, Real partial) const {
-    Real *const x = logits.data(), *const end = x + tiles_.set_size();
-    Real* const out = t_.partial >= 0 ? std::find(x, end, partial) : end;
-    if (out != end) *out = -INFINITY;
-    return log_sum_of(x, tiles_.set_size(), inverse_t_);
-  }
-
   // Of y, pushed down in part.
   template <bool REVERSE>
   double partial_element(const UniformNumbers<Real>& c, double z, double r) const {
