@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
 import importlib.util
-import platform
-import shutil
-import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
+from compiled import ROOT, compiled
 
 from tnt_kernels.backends import cuda
 
-ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "cuda_shim"
-FLAGS = """-std=c++17 -O1 -mfma -mf16c -ffp-contract=off -fno-math-errno -fPIC -shared -fvisibility=hidden
-    -DTNT_CUDA_SHIM -Icsrc -Itests/cuda_shim""".split()
+FLAGS = """-std=c++17 -O1 -mfma -mf16c -ffp-contract=off -fno-math-errno -fvisibility=hidden
+    -DTNT_CUDA_SHIM -Itests/cuda_shim""".split()
 SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
 MUTATIONS = (
     "dropped barrier",
@@ -44,32 +37,12 @@ T = TypeVar("T")
 def build() -> ModuleType:
     """Compiles the kernels as C++, once for the same sources, and imports them."""
     pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("the model of a GPU needs g++ on x86-64")
     sources = [path for folder in (ROOT / "csrc", SHIM) for path in sorted(folder.rglob("*.*"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     name = "tnt_cuda_model"
-    cache = Path(tempfile.gettempdir()) / f"tnt-cuda-model-{digest}"
-    cache.mkdir(exist_ok=True)
-    library = cache / f"{name}.so"
-    with open(cache / f"{name}.lock", "w") as lock:  # one worker compiles, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            partial = library.with_suffix(".partial")
-            includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-            command = [compiler, *FLAGS, f"-DTNT_MODULE={name}"]
-            command += [f"-I{path}" for path in includes]
-            command += ["-x", "c++", "csrc/cuda/entry_points.cu", "tests/cuda_shim/cuda_shim.cpp"]
-            result = subprocess.run(
-                [*command, "-o", str(partial)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert result.returncode == 0, result.stderr
-            partial.rename(library)
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    arguments = [*FLAGS, f"-DTNT_MODULE={name}", *(f"-I{path}" for path in includes)]
+    arguments += ["-x", "c++", "csrc/cuda/entry_points.cu", "tests/cuda_shim/cuda_shim.cpp"]
+    library = compiled(name, arguments, sources)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import fcntl
-import hashlib
 import math
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled import ROOT, compiled
 from numpy.typing import NDArray
 from oracle import instruction_sets
 
-ROOT = Path(__file__).parent.parent
 Numbers = NDArray[np.float64]
 EPS, INF, NAN = 2.0**-24, math.inf, math.nan
 
@@ -41,26 +34,11 @@ def flags_of(name: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=instruction_sets())
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """Compiled once for the same sources."""
     name = request.param
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("needs g++ on x86-64")
     source = ROOT / "tests" / "elementary.cpp"
-    sources = [source, ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.h"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    cache = Path(tempfile.gettempdir()) / f"tnt-elementary-{digest}"
-    cache.mkdir(exist_ok=True)
-    built = cache / f"{name}.so"
-    with open(cache / f"{name}.lock", "w") as lock:  # one worker compiles, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
-            partial = built.with_suffix(".partial")
-            command = [compiler, *flags_of(name), "-fopenmp-simd", "-fPIC", "-shared", "-Icsrc"]
-            command += [f"-DTNT_ISA={name}", str(source), "-o", str(partial)]
-            subprocess.run(command, cwd=ROOT, check=True)
-            partial.rename(built)
-    return ctypes.CDLL(str(built))
+    sources = [source, *sorted((ROOT / "csrc").rglob("*.h"))]
+    arguments = [*flags_of(name), "-fopenmp-simd", f"-DTNT_ISA={name}", str(source)]
+    return ctypes.CDLL(str(compiled(f"tnt_elementary_{name}", arguments, sources)))
 
 
 def apply(library: ctypes.CDLL, name: str, x: Numbers) -> Numbers:

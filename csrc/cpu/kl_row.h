@@ -38,10 +38,9 @@ struct KlPlan {
   Real x_zero, o_zero;   // what logits are read relative to
   Real shift, rest;      // forward: of y*; reverse: the shift of y
   Real u0, u1;           // forward: h, p_shift; reverse: k0, k1
-  Real careful;          // for a second pass alone: 1 if some tile was
-  Real set_max, set_scale,
-      set_shift;  // of removed entries: t = (z - set_max)/T, gradient set_scale e^t (t + set_shift)
-  Real partial;   // the gradient of a y with -1 < w < 0
+  // Of removed entries: t = (z - set_max)/T, gradient set_scale e^t (t + set_shift).
+  Real set_max, set_scale, set_shift;
+  Real partial;  // the gradient of a y with -1 < w < 0
 };
 
 template <class Logit, class Gradient>
@@ -413,7 +412,7 @@ class KlRow {
     LogSum base{kept.x_ref + tiles_.x_zero(), kept.log_base, 0}, other{kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
     all.policy = t_.reverse ? base : other;
     all.reference = t_.reverse ? other : base;
-    if (gathered) refer_to_here(kept);
+    if (gathered && t_.gradient) refer_to_here(kept);
     if (!shift_) {
       const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
       shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);

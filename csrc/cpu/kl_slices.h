@@ -110,8 +110,8 @@ inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double i
     last_y = y;
     if (whole && std::abs(y) < 1) {
       all.kl += base_share * (expm1_phi(y).phi + slice.kl);
-    } else if (!lacks_other) {  // share φ(y) = other's share - share - share y: the first two add up apart, to about
-                                // 0
+    } else if (!lacks_other) {
+      // share φ(y) = other's share - share - share y: the first two add up apart, to about 0
       masses += other_share - base_share;
       if (base_share != 0) all.kl += base_share * (slice.kl - y);
     }

@@ -204,7 +204,10 @@ class Row {
       pack(row.sums(task), is_kl(loss_), packed(p_.statistics));
       return 0;
     }
-    if (p_.kind == Kind::PARTIAL_SUMS) write_partial_sums(partial_sums_of(row, task));
+    if (p_.kind == Kind::PARTIAL_SUMS) {
+      write_partial_sums(partial_sums_of(row, task));
+      if (!g_) return 0;
+    }
     const auto result = is_sharded(p_.kind) ? row.merged(task, gathered_sums(), plan) : row.whole(task, plan);
     if (p_.kind == Kind::FINISH) take_upstream();
     if (scale_ != 0 && result.lost) scale_ = NAN;

@@ -171,8 +171,6 @@ TNT_FN double log_odds(const RowSums& s, double inverse_t) {
 
 // ------------------------------------------------------------------------------------- what is undefined; diagnostics
 
-TNT_FN bool is_finite(double x) { return x < INFINITY && x > -INFINITY; }
-
 // Whether the distribution exists. A sum is no number where a logit is NaN or +inf.
 TNT_FN bool exists(const LogSum& kept, const LogSum& set) {
   return kept.log < INFINITY && set.log < INFINITY && !(kept.is_empty() && set.is_empty());
