@@ -54,10 +54,10 @@ TNT_FN double sum_of(const V (&x)[4]) {
   return sum_of((x[0] + x[1]) + (x[2] + x[3]));
 }
 
-// `x`: the tile's part of the stream, in.base or in.other.
+// `x`: the tile's part of the stream, in.base or in.other. `saved`: where the weights are saved; null: they are not.
 template <bool ENTROPY, class Logit, class Real>
 __attribute__((noinline)) ExpSums exp_sums(const TileEntries<Logit>& in, const Logit* x, int64_t n,
-                                           const ExpLevel<Real>& level) {
+                                           const ExpLevel<Real>& level, Real* saved = nullptr) {
   static_assert(TILE_ENTRIES<Real> <= 32 * BLOCK_ENTRIES<Real>);  // what a lane adds up as Real
   using V = Vector<Real>;
   const ExpLanes<Real> lanes(level);
@@ -69,6 +69,10 @@ __attribute__((noinline)) ExpSums exp_sums(const TileEntries<Logit>& in, const L
     for (int j = 0; j < 4; ++j) {
       at[j] = lanes.at(at[j]);
       e[j] = power(at[j]);
+    }
+    if (saved) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store_vector(saved + i + j * LANES<Real>, e[j]);
     }
     if (const uint64_t bits = left_out(in, n, i); __builtin_expect(bits != 0, 0)) {
       const BlockMasks<Logit> masks(bits);
@@ -116,13 +120,11 @@ __attribute__((noinline)) Real greatest_of(const TileEntries<Logit>& in, const L
   return greatest(top);
 }
 
-// weight 2^x: the weight is in the polynomial's coefficients. For logits of 16 bits, an error of 2.7e-6 is nothing in a
-// gradient of as many.
-template <bool SHORT>
+// weight 2^x: the weight is in the polynomial's coefficients.
 struct WeightedPower {
-  Floats coefficients[SHORT ? 5 : 6];
+  Floats coefficients[6];
   explicit WeightedPower(float weight) {
-    for (int k = 0; k < (SHORT ? 5 : 6); ++k) coefficients[k] = same(weight * (SHORT ? SHORT_POWER : POWER)[k]);
+    for (int k = 0; k < 6; ++k) coefficients[k] = same(weight * POWER[k]);
   }
   TNT_FN Floats operator()(Floats x) const { return power(x, coefficients); }
 };
@@ -132,23 +134,32 @@ struct WeightedExponential {
 };
 
 // Writes the tile's gradients: numbers that say nothing where an entry is kept apart. `to` may lie where the row does.
-template <bool SHORT, class Logit, class Gradient, class Real>
+template <class Logit, class Gradient, class Real>
 __attribute__((noinline)) void write_weights(const TileEntries<Logit>& in, const ExpLevel<Real>& level, Real weight,
                                              Real bias, Gradient* to) {
   using V = Vector<Real>;
   const ExpLanes<Real> lanes(level);
-  const std::conditional_t<std::is_same_v<Real, double>, WeightedExponential, WeightedPower<SHORT>> weighted{weight};
+  const std::conditional_t<std::is_same_v<Real, double>, WeightedExponential, WeightedPower> weighted{weight};
   const V more = same(bias);
   for (int64_t i = 0; i < in.n; i += BLOCK_ENTRIES<Real>) {
     V x[4];
     load_block(in.base + i, x);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) x[j] = weighted(lanes.at(x[j]));
-    if (bias != 0) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) x[j] = x[j] + more;
-    }
+    for (int j = 0; j < 4; ++j) x[j] = weighted(lanes.at(x[j])) + more;
     put<Logit, Gradient, Real>(to + i, x);
+  }
+}
+
+// The same from the weights of a first pass, which lie in the order of `Stored`.
+template <class Stored, class Gradient, class Real>
+__attribute__((noinline)) void write_saved_weights(const Real* saved, int64_t n, Real weight, Real bias, Gradient* to) {
+  using V = Vector<Real>;
+  const V by = same(weight), more = same(bias);
+  for (int64_t i = 0; i < n; i += BLOCK_ENTRIES<Real>) {
+    V x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) x[j] = fused_multiply_add(load_vector(saved + i + j * LANES<Real>), by, more);
+    put<Stored, Gradient, Real>(to + i, x);
   }
 }
 

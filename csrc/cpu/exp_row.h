@@ -83,7 +83,7 @@ struct ExpPlan {
 
 template <class Real>
 struct ExpScratch {
-  SetScratch<Real> set;
+  TileScratch<Real> entries;
   StreamSum<Real> policy;
   std::vector<double> totals;  // of every tile
 };
@@ -108,7 +108,7 @@ class ExpRow {
   };
 
   ExpRow(const RowCall& call, int threads, ExpScratch<Real>& scratch)
-      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.set) {}
+      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.entries) {}
 
   // The first pass over this slice of the vocabulary.
   RowSums sums(const Task& task) {
@@ -117,15 +117,18 @@ class ExpRow {
     s_.totals.assign(size_t(tiles_.count()), 0);
     tiles_.each(false, [&](int64_t k) {
       tiles_.on(k, false, [&](const auto& in, int64_t n) {
-        t_.entropy ? s_.policy.template add<true>(k, in, in.base, n) : s_.policy.template add<false>(k, in, in.base, n);
+        Real* const saved = tiles_.saved(k);
+        t_.entropy ? s_.policy.template add<true>(k, in, in.base, n, saved)
+                   : s_.policy.template add<false>(k, in, in.base, n, saved);
         if (is_smoothed()) s_.totals[size_t(k)] = sum_of_differences(in, n, s_.policy.ref());
       });
       tiles_.gather(k);
     });
     gathered_ = true;
+    saved_ = tiles_.saved(0) != nullptr;
     RowSums s;
     s.policy = s_.policy.sum();
-    s.policy_set = log_sum_of(s_.set.x.data(), tiles_.set_size(), inverse_t_);
+    s.policy_set = log_sum_of(s_.entries.x.data(), tiles_.set_size(), inverse_t_);
     s.kept = double(p_.vocab - tiles_.set_size());
     for (const double total : s_.totals) s.total += total * inverse_t_;
     if (s.kept != 0) s.total += s.kept * (double(s_.policy.ref()) - s.policy.ref) * inverse_t_;
@@ -163,10 +166,19 @@ class ExpRow {
     ExpLevel<Real> level(inverse_t_, plan.ref, 0);
     level.c = plan.c;
     const Real weight = Real(plan.weight * factor), bias = Real(plan.bias * factor);
+    const ExpLevel<Real>& first = s_.policy.level();
+    const bool takes_saved = saved_ && plan.zero == 0 && plan.ref == first.ref;
+    const Real of_saved =
+        takes_saved ? Real(plan.weight * factor * ::exp((level.lead() - first.lead()) / UNIT<Real>)) : 0;
     tiles_.each(true, [&](int64_t k) {
-      tiles_.write(k, false, t_.gradient, [&](const auto& in, Gradient* to) {
-        write_weights<sizeof(Logit) == 2>(in, level, weight, bias, to);
-      });
+      if (takes_saved && s_.policy.has_level(k)) {
+        tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
+          write_saved_weights<decltype(stored)>(weights, n, of_saved, bias, to);
+        });
+      } else {
+        tiles_.write(k, false, t_.gradient,
+                     [&](const auto& in, Gradient* to) { write_weights(in, level, weight, bias, to); });
+      }
       tiles_.scatter(k, t_.gradient);
       done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE_ENTRIES<Real>);
     });
@@ -176,7 +188,8 @@ class ExpRow {
   void start(const Task& task) {
     t_ = task;
     tiles_.begin(task.z, nullptr, task.apart);
-    gathered_ = false;
+    tiles_.save(t_.gradient ? 1 : 0);
+    gathered_ = saved_ = false;
   }
   bool is_smoothed() const { return t_.loss == LOG_LIKELIHOOD && smooths_uniformly(p_); }
 
@@ -192,7 +205,7 @@ class ExpRow {
     const double normalizer = set_normalizer(s, inverse_t_);
     const Real ref = Real(s.policy_set.ref), inverse_t = Real(inverse_t_), least = Real(p_.nl_floor + normalizer);
     for (int64_t i = 0; i < tiles_.set_size(); ++i) {
-      const Real log_weight = (s_.set.x[size_t(i)] - ref) * inverse_t;
+      const Real log_weight = (s_.entries.x[size_t(i)] - ref) * inverse_t;
       const bool at_rest = log_weight < least;
       sums.loss += at_rest ? p_.nl_floor : double(log_weight) - normalizer;
       sums.active += !at_rest;
@@ -237,7 +250,7 @@ class ExpRow {
   void set_gradients(const ExpPlan<Real>& plan, double factor) {
     const Real scale = exponent_scale<Real>(inverse_t_), inverse_t = Real(inverse_t_), ref = plan.set_ref,
                least = plan.least, weight = Real(plan.set * factor), push = Real(plan.push * factor);
-    const Real* const z = s_.set.x.data();
+    const Real* const z = s_.entries.x.data();
     Gradient* const to = tiles_.set_gradient();
     const int64_t size = tiles_.set_size();
 #pragma omp simd
@@ -253,6 +266,7 @@ class ExpRow {
   RowTiles<Logit, Gradient> tiles_;
   Task t_;
   bool gathered_ = false;  // the set's logits
+  bool saved_ = false;     // the weights
 };
 
 }  // namespace TNT_ISA

@@ -149,5 +149,26 @@ void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, co
   }
 }
 
+// The same without an exponential, from the weights of a first pass: of_product product + of_weight e.
+template <class Real>
+struct SavedGradient {
+  Real of_product, of_weight;
+};
+// `Stored`: what the first pass read, whose order the weights have.
+template <class Stored, class Gradient, class Real>
+__attribute__((noinline)) void write_saved(const Real* saved, int64_t n, const SavedGradient<Real>& g, Gradient* to) {
+  using V = Vector<Real>;
+  const V of_product = same(g.of_product), of_weight = same(g.of_weight);
+  for (int64_t i = 0; i < n; i += BLOCK_ENTRIES<Real>) {
+    const Real *const e = saved + 2 * i, *const product = e + BLOCK_ENTRIES<Real>;
+    V d[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      d[j] = fused_multiply_add(load_vector(product + j * LANES<Real>), of_product,
+                                load_vector(e + j * LANES<Real>) * of_weight);
+    put<Stored, Gradient, Real>(to + i, d);
+  }
+}
+
 }  // namespace TNT_ISA
 }  // namespace tnt

@@ -90,28 +90,30 @@ struct KlLanes {
 };
 
 struct KlSums {
-  double s = 0, m = 0, f = 0;               // Σ e; of pairs that are near Σ e y and Σ e φ
-  double far_m = 0, far_f = 0, excess = 0;  // of the others Σ e y (reverse alone), Σ e φ, Σ e (e^y - 1)
-  double broken = 0;                        // other than 0 if some e is no number: it is left out of the rest
-  bool infinite = false;                    // some y was
-  double entropy = 0;                       // of the policy's weights times their log2, where it is asked for
-  double a() const { return m + f + excess; }
-  double moment() const { return m + far_m; }
-  double phi() const { return f + far_f; }
+  double s = 0, phi = 0, a = 0;  // S, Φ, A
+  double m = 0;                  // M, of reverse KLs
+  double broken = 0;             // other than 0 if some e is no number: it is left out of the rest
+  bool infinite = false;         // some y was
+  double entropy = 0;            // of the policy's weights times their log2, where it is asked for
   KlSums& operator+=(const KlSums& t) {
-    s += t.s, m += t.m, f += t.f, far_m += t.far_m, far_f += t.far_f, excess += t.excess;
-    broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
+    s += t.s, phi += t.phi, a += t.a, m += t.m, broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
     return *this;
   }
 };
 
+// What a gradient takes of an entry: its weight e, and e times what differs, e^y - 1 (forward) or y (reverse).
 template <class Real>
+struct KlWeight {
+  Vector<Real> e, product;
+};
+
+template <class Real, bool REVERSE>
 struct KlAccumulators {
   using V = Vector<Real>;
-  V s{}, m{}, f{}, far_m{}, far_f{}, excess{}, broken{}, entropy{};
+  V s{}, phi{}, product{}, broken{}, entropy{};
+  V excess{};  // Σ e (e^y - 1), where the products are others and the pairs not near
 
   // A logarithm of a weight is at least -256: without weight it counts for nothing.
-  template <bool REVERSE>
   TNT_FN void add_entropy(V e, V excess_of_e, V at, V y) {
     if (REVERSE)
       entropy = fused_multiply_add(e, greater_of(at, same(Real(-256))), entropy);
@@ -119,70 +121,81 @@ struct KlAccumulators {
       entropy = fused_multiply_add(
           e + excess_of_e, greater_of(fused_multiply_add(y, same(Real(UNIT<Real>)), at), same(Real(-256))), entropy);
   }
-  template <bool REVERSE, bool ENTROPY, bool WIDE>
-  TNT_FN void add_near(const KlLanes<Real>& k, V x, V y) {
-    const V at = k.at(x), e = power(at), phi = WIDE ? phi_wide(y) : phi_near(y);
+  template <bool ENTROPY, bool WIDE>
+  TNT_FN KlWeight<Real> add_near(const KlLanes<Real>& k, V x, V y) {
+    const V at = k.at(x), e = power(at), own_phi = WIDE ? phi_wide(y) : phi_near(y);
+    const V own = e * (REVERSE ? y : y + own_phi);
     s = s + e;
-    m = fused_multiply_add(e, y, m);
-    f = fused_multiply_add(e, phi, f);
-    if (ENTROPY) add_entropy<REVERSE>(e, e * (y + phi), at, y);
+    product = product + own;
+    phi = fused_multiply_add(e, own_phi, phi);
+    if (ENTROPY) add_entropy(e, own, at, y);
+    return {e, own};
   }
-  template <bool REVERSE, bool ENTROPY>
-  TNT_FN void add_middle(const KlLanes<Real>& k, V x, V y) {
+  template <bool ENTROPY>
+  TNT_FN KlWeight<Real> add_middle(const KlLanes<Real>& k, V x, V y) {
     const V at = k.at(x), e = power(at), none = same(Real(0)), one = same(Real(1));
     const auto near = less(absolute(y), one);
     const V rise = power(y * same(Real(UNIT<Real>))) - one, near_y = select(near, y, none);
-    const V phi = select(near, phi_near(near_y), rise - y);
+    const V own_phi = select(near, phi_near(near_y), rise - y);
+    const V own_excess = e * select(near, near_y + own_phi, rise), own = REVERSE ? e * y : own_excess;
     s = s + e;
-    far_f = fused_multiply_add(e, phi, far_f);
-    if (REVERSE) far_m = fused_multiply_add(e, y, far_m);
-    const V own_excess = e * select(near, near_y + phi, rise);
-    excess = excess + own_excess;
-    if (ENTROPY) add_entropy<REVERSE>(e, own_excess, at, y);
+    phi = fused_multiply_add(e, own_phi, phi);
+    product = product + own;
+    if (REVERSE) excess = excess + own_excess;
+    if (ENTROPY) add_entropy(e, own_excess, at, y);
+    return {e, own};
   }
   // An e of 0 wins over an infinite y.
-  template <bool REVERSE, bool ENTROPY>
-  TNT_FN void add_far(const KlLanes<Real>& k, V x, V o, V y) {
+  template <bool ENTROPY>
+  TNT_FN KlWeight<Real> add_far(const KlLanes<Real>& k, V x, V o, V y) {
     const V none = same(Real(0)), one = same(Real(1)), at = k.at(x), any_e = power(at);
     const V e = select(less(any_e, same(Real(INFINITY))), any_e, none);
     const V other_at = fused_multiply_add(o - k.o_ref, k.scale, k.rho), p = power(other_at);
     const auto near = less(absolute(y), one);
-    const V near_y = select(near, y, none), phi = phi_near(near_y);
-    const V product = select(equal(e, none), none, e * y), rise = select(near, e * (near_y + phi), p - e);
+    const V near_y = select(near, y, none), own_phi = phi_near(near_y);
+    const V e_y = select(equal(e, none), none, e * y), rise = select(near, e * (near_y + own_phi), p - e);
+    const V own = REVERSE ? e_y : rise;
     s = s + e;
     broken = broken + (any_e - e);
-    far_f = far_f + select(near, e * phi, rise - product);
-    if (REVERSE) far_m = far_m + product;
-    excess = excess + rise;
-    if (!ENTROPY) return;
-    const V weight = REVERSE ? e : p, log = REVERSE ? at : other_at;
-    entropy = entropy + select(equal(weight, none), none, weight * greater_of(log, same(Real(-256))));
+    phi = phi + select(near, e * own_phi, rise - e_y);
+    product = product + own;
+    if (REVERSE) excess = excess + rise;
+    if (ENTROPY) {
+      const V weight = REVERSE ? e : p, log = REVERSE ? at : other_at;
+      entropy = entropy + select(equal(weight, none), none, weight * greater_of(log, same(Real(-256))));
+    }
+    return {e, own};
   }
 };
 
 // The same as double.
-template <class Real>
+template <class Real, bool REVERSE>
 struct KlTotals {
-  decltype(wide(Vector<Real>{})) s, m, f, far_m, far_f, excess, broken, entropy;
+  decltype(wide(Vector<Real>{})) s, near_phi, near_product, phi, product, excess, broken, entropy;
   bool far = false;       // some pair was not near
   bool infinite = false;  // some y was
-  TNT_FN void add_near(const KlAccumulators<Real>& t, const KlAccumulators<Real>& odd) {
+  using Accumulators = KlAccumulators<Real, REVERSE>;
+  TNT_FN void add_near(const Accumulators& t, const Accumulators& odd) {
     s.add(t.s + odd.s);
-    m.add(t.m + odd.m);
-    f.add(t.f + odd.f);
+    near_phi.add(t.phi + odd.phi);
+    near_product.add(t.product + odd.product);
   }
-  TNT_FN void add_far(const KlAccumulators<Real>& t) {
+  TNT_FN void add_others(const Accumulators& t) {
     far = true;
-    far_m.add(t.far_m);
-    far_f.add(t.far_f);
-    excess.add(t.excess);
+    s.add(t.s);
+    phi.add(t.phi);
+    product.add(t.product);
+    if (REVERSE) excess.add(t.excess);
     broken.add(t.broken);
   }
   KlSums sums() const {
     KlSums t;
-    t.s = s.sum(), t.m = m.sum(), t.f = f.sum(), t.entropy = entropy.sum();
+    t.s = s.sum(), t.phi = near_phi.sum(), t.m = near_product.sum(), t.entropy = entropy.sum();
+    t.a = REVERSE ? t.m + t.phi : t.m;
     t.infinite = infinite;
-    if (far) t.far_m = far_m.sum(), t.far_f = far_f.sum(), t.excess = excess.sum(), t.broken = broken.sum();
+    if (!far) return t;
+    t.phi += phi.sum(), t.m += product.sum(), t.broken = broken.sum();
+    t.a = REVERSE ? t.a + excess.sum() : t.m;
     return t;
   }
 };
@@ -230,13 +243,24 @@ TNT_FN bool is_near(V size) {
   return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? PHI_WIDE_BOUND : PHI_NEAR_BOUND))));
 }
 
+// Saves a block's weights, unless `to` is null.
+template <class Real>
+TNT_FN void save(const KlWeight<Real> (&weights)[4], Real* to) {
+  if (!to) return;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    store_vector(to + j * LANES<Real>, weights[j].e);
+    store_vector(to + (j + 4) * LANES<Real>, weights[j].product);
+  }
+}
+
 template <bool REVERSE, bool ENTROPY, bool REMOVED, bool WIDE, class Logit, class Real>
 __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                  KlTotals<Real>& totals, bool& near_before) {
+                                                  Real* saved, KlTotals<Real, REVERSE>& totals, bool& near_before) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real>);
-  KlAccumulators<Real> t, odd;
+  KlAccumulators<Real, REVERSE> t, odd;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
     Block<Real> b(in, i);
     V y[4];
@@ -249,10 +273,10 @@ __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, 
       if (near && near_before) break;
       near_before = near;
     }
-    t.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[0], y[0]);
-    odd.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[1], y[1]);
-    t.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[2], y[2]);
-    odd.template add_near<REVERSE, ENTROPY, WIDE>(k, b.x[3], y[3]);
+    const KlWeight<Real> weights[] = {
+        t.template add_near<ENTROPY, WIDE>(k, b.x[0], y[0]), odd.template add_near<ENTROPY, WIDE>(k, b.x[1], y[1]),
+        t.template add_near<ENTROPY, WIDE>(k, b.x[2], y[2]), odd.template add_near<ENTROPY, WIDE>(k, b.x[3], y[3])};
+    save(weights, saved ? saved + 2 * i : nullptr);
   }
   totals.add_near(t, odd);
   if (ENTROPY) totals.entropy.add(t.entropy + odd.entropy);
@@ -261,12 +285,12 @@ __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, 
 
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
 __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                   KlTotals<Real>& totals, bool& near) {
+                                                   Real* saved, KlTotals<Real, REVERSE>& totals, bool& near) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V wide_bound = same(Real(in.careful ? 0 : PHI_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real> / 2);  // their pairs share an accumulator
-  KlAccumulators<Real> t;
+  KlAccumulators<Real, REVERSE> t, wide_ones;
   bool wide_before = false;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
     Block<Real> b(in, i);
@@ -280,41 +304,46 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
       break;
     }
     wide_before = wide;
+    KlWeight<Real> weights[4];
     if (wide) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) t.template add_near<REVERSE, ENTROPY, true>(k, b.x[j], y[j]);
+      for (int j = 0; j < 4; ++j) weights[j] = wide_ones.template add_near<ENTROPY, true>(k, b.x[j], y[j]);
     } else if (is_everywhere(less(size, middle_bound))) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) t.template add_middle<REVERSE, ENTROPY>(k, b.x[j], y[j]);
+      for (int j = 0; j < 4; ++j) weights[j] = t.template add_middle<ENTROPY>(k, b.x[j], y[j]);
     } else {
 #pragma GCC unroll 1
       for (int j = 0; j < 4; ++j) {
-        t.template add_far<REVERSE, ENTROPY>(k, b.x[j], b.o[j], y[j]);
+        weights[j] = t.template add_far<ENTROPY>(k, b.x[j], b.o[j], y[j]);
         totals.infinite |= !is_everywhere(less(absolute(y[j]), same(std::numeric_limits<Real>::max())));
       }
     }
+    save(weights, saved ? saved + 2 * i : nullptr);
   }
-  totals.add_near(t, {});
-  if (ENTROPY) totals.entropy.add(t.entropy);
-  totals.add_far(t);
+  totals.add_near(wide_ones, {});
+  if (ENTROPY) totals.entropy.add(t.entropy + wide_ones.entropy);
+  totals.add_others(t);
   return i;
 }
 
+// `saved`: where weights are saved for write_saved, two numbers an entry; null: they are not.
 template <bool REVERSE, bool ENTROPY, bool REMOVED, class Logit, class Real>
-KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift) {
-  KlTotals<Real> totals;
+KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved) {
+  KlTotals<Real, REVERSE> totals;
   bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
-    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, false>(in, i, shift, totals, near);
+    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, false>(in, i, shift, saved, totals, near);
     near = false;
-    if (!in.careful && i < in.n) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, true>(in, i, shift, totals, near);
-    if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, totals, near);
+    if (!in.careful && i < in.n)
+      i = add_near_blocks<REVERSE, ENTROPY, REMOVED, true>(in, i, shift, saved, totals, near);
+    if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, saved, totals, near);
   }
   return totals.sums();
 }
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
-KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift) {
-  return in.bits ? kl_sums<REVERSE, ENTROPY, true>(in, shift) : kl_sums<REVERSE, ENTROPY, false>(in, shift);
+KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved = nullptr) {
+  return in.bits ? kl_sums<REVERSE, ENTROPY, true>(in, shift, saved)
+                 : kl_sums<REVERSE, ENTROPY, false>(in, shift, saved);
 }
 
 // Whether some o - x is no number that the near loops may meet.

@@ -25,7 +25,7 @@ struct KlTile {
 
 template <class Real>
 struct KlScratch {
-  SetScratch<Real> set;       // the removed entries, and a partially pushed y
+  TileScratch<Real> entries;  // the removed entries, and a partially pushed y
   std::vector<char> careful;  // of every tile: its blocks are far
   std::vector<KlTile<Real>> tiles;
   std::vector<KlSlice> slices;
@@ -71,7 +71,7 @@ class KlRow {
       : p_(call),
         s_(scratch),
         inverse_t_(double(Real(1 / call.temperature))),
-        tiles_(call.vocab, threads, scratch.set) {}
+        tiles_(call.vocab, threads, scratch.entries) {}
 
   // The first pass over this slice of the vocabulary.
   RowSums sums(const Task& task) {
@@ -121,10 +121,17 @@ class KlRow {
     const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by), Real(double(plan.u1) + log_factor),
                                         Real(factor < 0 ? -1 : 1)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
+    const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
     tiles_.each(true, [&](int64_t k) {
-      tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to) {
-        t_.reverse ? write_gradient(in, shift, reverse, to) : write_gradient(in, shift, forward, to);
-      });
+      if (saved && s_.tiles[size_t(k)].shift == *saved_shift_) {
+        tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
+          write_saved<decltype(stored)>(weights, n, *saved, to);
+        });
+      } else {
+        tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to) {
+          t_.reverse ? write_gradient(in, shift, reverse, to) : write_gradient(in, shift, forward, to);
+        });
+      }
       tiles_.scatter(k, t_.gradient);
       done(p_.vocab - tiles_.end_of(k), tiles_.end_of(k) - k * TILE);
     });
@@ -138,10 +145,25 @@ class KlRow {
     label_z_ = label_r_ = 0;
     if (t_.partial >= 0) label_z_ = double(load(t_.z[t_.partial])), label_r_ = double(load(t_.r[t_.partial]));
     s_.careful.assign(size_t(tiles_.count()), 0);
+    saved_shift_.reset();
+    tiles_.save(t_.gradient ? 2 : 0);
   }
 
-  std::vector<Real>& policy_set() const { return t_.reverse ? s_.set.x : s_.set.o; }
-  std::vector<Real>& reference_set() const { return t_.reverse ? s_.set.o : s_.set.x; }
+  // Where this launch's first pass saved its weights.
+  std::optional<SavedGradient<Real>> saved_gradient(const KlPlan<Real>& plan, double factor) const {
+    if (!saved_shift_) return {};
+    const KlShift<Real>& first = *saved_shift_;
+    const KlShift<Real> second(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, plan.c);
+    const double by = factor * ::exp((second.lead() - first.lead()) / UNIT<Real>);  // the weights' factor
+    // By as much the y of the plan is less.
+    const double more = second.value(second.a) - first.value(first.a) + (t_.reverse ? 0 : double(plan.rest));
+    if (second.x_ref != first.x_ref || !(std::abs(more) < 1)) return {};  // far apart, products would cancel
+    if (t_.reverse) return SavedGradient<Real>{Real(plan.u1 * by), Real((plan.u0 - plan.u1 * more) * by)};
+    return SavedGradient<Real>{Real(plan.u0 * by * ::exp(-more)), Real(plan.u0 * by * ::expm1(-more))};
+  }
+
+  std::vector<Real>& policy_set() const { return t_.reverse ? s_.entries.x : s_.entries.o; }
+  std::vector<Real>& reference_set() const { return t_.reverse ? s_.entries.o : s_.entries.x; }
 
   // ---- the removed entries
 
@@ -177,14 +199,12 @@ class KlRow {
   enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
   static constexpr double MOST = 0x1p100;
 
-  static bool has_numbers(const KlSums& t) {
-    return t.s < MOST && t.s + t.a() < MOST && t.phi() == t.phi() && t.broken == 0;
-  }
+  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a < MOST && t.phi == t.phi && t.broken == 0; }
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
 
   // Next to p = q, φ(L) against Φ/S says how many digits of the KL are lost.
   static Fit judge(const KlSums& t, double most_log_ratio, double& log_ratio) {
-    const double a = t.a(), other = t.s + a, phi = t.phi();
+    const double a = t.a, other = t.s + a, phi = t.phi;
     log_ratio = 0;
     if (!has_numbers(t)) return Fit::REFERENCES;
     if (t.s == 0 || a == 0) return Fit::GOOD;
@@ -201,10 +221,10 @@ class KlRow {
   KlSums sums_of(int64_t k, const KlShift<Real>& shift) {
     KlSums t;
     char& careful = s_.careful[size_t(k)];
-    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift); };
+    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift, tiles_.saved(k)); };
     tiles_.on(k, careful, sum);
     // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
-    if (!careful && !(t.m == t.m && t.f == t.f && t.far_f == t.far_f)) tiles_.on(k, true, sum);
+    if (!careful && !(t.a == t.a && t.phi == t.phi)) tiles_.on(k, true, sum);
     careful |= t.infinite;
     return t;
   }
@@ -294,7 +314,7 @@ class KlRow {
 
   // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
   // row.
-  static bool is_too_wide(const KlSums& t) { return !(t.phi() < INFINITY && t.far_m > -INFINITY) && t.s < MOST; }
+  static bool is_too_wide(const KlSums& t) { return !(t.phi < INFINITY && t.m > -INFINITY) && t.s < MOST; }
 
   // The tile as slices that are summed in double.
   template <bool REVERSE, bool ENTROPY>
@@ -332,6 +352,7 @@ class KlRow {
     const KlShift<Real> sampled = first_shift(from_maxima, first);
     const KlTile<Real> first_tile = fitted<REVERSE, ENTROPY>(first, sampled, 0.25);
     const KlShift<Real> shift = first_tile.shift;
+    if (tiles_.saved(0)) saved_shift_ = shift;
     s_.tiles.assign(size_t(tiles_.count()), first_tile);
     tiles_.each(false, [&](int64_t k) {
       if (k != first) s_.tiles[size_t(k)] = fitted<REVERSE, ENTROPY>(k, shift, 3);
@@ -354,12 +375,12 @@ class KlRow {
       if (k != first) add(k);
 
     // All that was read may have nothing of the other row, unless other maxima show it.
-    const bool lacks_other = total.s > 0 && total.s + total.a() <= 0;
-    has_sums &= !(lacks_other && total.phi() < INFINITY && s_.slices.empty());
+    const bool lacks_other = total.s > 0 && total.s + total.a <= 0;
+    has_sums &= !(lacks_other && total.phi < INFINITY && s_.slices.empty());
     const KlSlice kept = slice_of(total, shift, REVERSE, ENTROPY);
     if (s_.slices.empty()) {
       shift_ = shift;
-      moment_ = total.moment() / total.s;
+      moment_ = total.m / total.s;
       return kept;
     }
     if (kept.log_base != -INFINITY || kept.log_other != -INFINITY) s_.slices.insert(s_.slices.begin(), kept);
@@ -537,10 +558,11 @@ class KlRow {
   const double inverse_t_;  // as the loops have it: next to p = q, another rounding would show
   RowTiles<Logit, Gradient> tiles_;
   Task t_;
-  double label_z_ = 0, label_r_ = 0;    // of the partially pushed y
-  std::optional<KlShift<Real>> shift_;  // of the whole row, if its sums are of one shift
-  double moment_ = 0;                   // mean of y, relative to that shift
-  double last_y_ = 0;                   // of the last slice merged: its log-ratio less the row's
+  double label_z_ = 0, label_r_ = 0;          // of the partially pushed y
+  std::optional<KlShift<Real>> shift_;        // of the whole row, if its sums are of one shift
+  std::optional<KlShift<Real>> saved_shift_;  // of the weights that a first pass saved
+  double moment_ = 0;                         // mean of y, relative to that shift
+  double last_y_ = 0;                         // of the last slice merged: its log-ratio less the row's
 };
 
 }  // namespace TNT_ISA

@@ -33,7 +33,7 @@ struct KlSlice {
 
 template <class Number>
 KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse, bool entropy) {
-  const double a = t.a(), other = t.s + a;
+  const double a = t.a, other = t.s + a;
   KlSlice slice;
   slice.x_ref = shift.x_ref, slice.o_ref = shift.o_ref;
   if (t.broken != 0) {
@@ -42,9 +42,9 @@ KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse, bo
     const double ratio = a / t.s, excess_log = log1p(ratio);
     slice.log_base = ::log(t.s) - shift.lead() / UNIT<Number>;
     slice.log_ratio = shift.log_ratio() + excess_log;
-    const double kl = t.phi() / t.s - phi_of_log(ratio, excess_log);
+    const double kl = t.phi / t.s - phi_of_log(ratio, excess_log);
     slice.kl = kl < 0 ? 0 : kl;
-    if (other <= 0) slice.log_ratio = shift.log_ratio() - 1 - t.phi() / t.s, slice.kl = 0;
+    if (other <= 0) slice.log_ratio = shift.log_ratio() - 1 - t.phi / t.s, slice.kl = 0;
   }
   // e e^y is 2^rho at o_ref.
   if (t.broken == 0 && t.s > 0 && other > 0)

@@ -24,11 +24,15 @@ class StreamSum {
     level_ = ExpLevel<Real>(inverse_t, first_of(tiles, stream), 0);
   }
   Real ref() const { return level_.ref; }
+  // Of the weights of a tile, if add was to save them and they are relative to it.
+  bool has_level(int64_t k) const { return tiles_[size_t(k)].ref == level_.ref && level_.is_fine(); }
+  const ExpLevel<Real>& level() const { return level_; }
 
+  // `saved`: where the tile's weights are saved; null: they are not.
   template <bool ENTROPY, class Logit>
-  void add(int64_t k, const TileEntries<Logit>& in, const Logit* x, int64_t n) {
+  void add(int64_t k, const TileEntries<Logit>& in, const Logit* x, int64_t n, Real* saved = nullptr) {
     Tile& tile = tiles_[size_t(k)];
-    tile = {level_.ref, sums<ENTROPY>(in, x, n, level_)};
+    tile = {level_.ref, sums<ENTROPY>(in, x, n, level_, saved)};
     if (tile.sums.sum < MOST) return;
     const Real top = greatest_of(in, x, n, n);
     if (top > -INFINITY) tile = {top, sums<ENTROPY>(in, x, n, ExpLevel<Real>(inverse_t_, top, 0))};
@@ -69,8 +73,9 @@ class StreamSum {
   }
 
   template <bool ENTROPY, class Logit>
-  ExpSums sums(const TileEntries<Logit>& in, const Logit* x, int64_t n, const ExpLevel<Real>& level) const {
-    if (level.is_fine()) return exp_sums<ENTROPY>(in, x, n, level);
+  ExpSums sums(const TileEntries<Logit>& in, const Logit* x, int64_t n, const ExpLevel<Real>& level,
+               Real* saved = nullptr) const {
+    if (level.is_fine()) return exp_sums<ENTROPY>(in, x, n, level, saved);
     Real* const centred = TileCopy<Real>::of_this_thread().gradient;  // nothing is written in a first pass
     for (int64_t i = 0; i < in.n; ++i) centred[i] = load(x[i]) - level.ref;
     return exp_sums<ENTROPY>(TileEntries<Real>{centred, nullptr, in.n, in.bits, in.entry, false}, centred, n,

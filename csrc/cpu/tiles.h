@@ -135,13 +135,14 @@ struct alignas(CACHE_LINE) TileCopy {
   }
 };
 
-// The entries of a row that are kept apart, in ascending order.
+// Of a row: the entries that are kept apart, in ascending order, and what a first pass saves for the second.
 template <class Real>
-struct SetScratch {
+struct TileScratch {
   std::vector<uint64_t> bits;        // of the row that it was made for: often the next one has the same
   std::vector<int32_t> columns;      // where the entries are
   std::vector<size_t> begin;         // of every tile, and the end of the last
   std::vector<Real> x, o, gradient;  // their logits, and their gradients of any type that is stored
+  std::vector<Real> saved;
 
   void find(const uint64_t* row_bits, int64_t vocab) {
     constexpr size_t TILE_WORDS = TILE_ENTRIES<Real> / 64;
@@ -166,25 +167,36 @@ class RowTiles {
   using Real = RealOf<Logit>;
   static constexpr int64_t TILE = TILE_ENTRIES<Real>;
 
-  RowTiles(int64_t vocab, int threads, SetScratch<Real>& scratch)
+  RowTiles(int64_t vocab, int threads, TileScratch<Real>& scratch)
       : vocab_(vocab),
         count_((vocab + TILE - 1) / TILE),
         threads_(int(std::max<int64_t>(1, std::min<int64_t>(threads, count_ / LEAST_TILES)))),
-        set_(scratch) {}
+        s_(scratch) {}
 
-  static constexpr int LEAST_TILES = 4;  // of a thread, below which waking it takes longer than they do
+  static constexpr size_t MOST_SAVED = 1 << 20;  // bytes
+  static constexpr int LEAST_TILES = 4;          // of a thread, below which waking it takes longer than they do
 
   // A row of one or two streams of logits; `apart`: the bits of the entries kept apart, null if there are none.
   void begin(const Logit* base, const Logit* other, const uint64_t* apart) {
     base_ = base, other_ = other, bits_ = apart;
     read_relative_to(0, 0);
-    if (bits_) set_.find(bits_, vocab_);
+    if (bits_) s_.find(bits_, vocab_);
   }
   void read_relative_to(Real x_zero, Real o_zero) { x_zero_ = x_zero, o_zero_ = o_zero; }
 
+  // Room for some numbers of every entry, which a first pass saves for the second, of logits of 16 bits: those of 32
+  // are as few bytes to read as what would be saved. Nor is it faster where it takes more than a cache.
+  void save(int numbers) {
+    const size_t size = size_t(numbers * count_ * TILE);
+    saved_ = sizeof(Logit) == 2 && size * sizeof(Real) <= MOST_SAVED ? numbers : 0;
+    if (saved_ && s_.saved.size() < size) s_.saved.resize(size);
+  }
+  // Null if they are not saved.
+  Real* saved(int64_t k) const { return saved_ ? s_.saved.data() + saved_ * k * TILE : nullptr; }
+
   int64_t count() const { return count_; }
-  int64_t set_size() const { return bits_ ? int64_t(set_.columns.size()) : 0; }
-  Gradient* set_gradient() const { return reinterpret_cast<Gradient*>(set_.gradient.data()); }
+  int64_t set_size() const { return bits_ ? int64_t(s_.columns.size()) : 0; }
+  Gradient* set_gradient() const { return reinterpret_cast<Gradient*>(s_.gradient.data()); }
   Real x_zero() const { return x_zero_; }
   Real o_zero() const { return o_zero_; }
 
@@ -205,10 +217,9 @@ class RowTiles {
   // that weigh nothing.
   template <class Body>
   void on(int64_t k, bool careful, Body body) const {
-    const int64_t at = k * TILE, n = end_of(k) - at;
-    const int64_t padded = (n + BLOCK_ENTRIES<Real> - 1) / BLOCK_ENTRIES<Real> * BLOCK_ENTRIES<Real>;
+    const int64_t at = k * TILE, n = end_of(k) - at, padded = padded_size(k);
     const uint64_t* const bits = apart_begin(k) == apart_begin(k + 1) ? nullptr : bits_;
-    if (n == padded && is_read_in_place())
+    if (is_read_in_place(k))
       return body(TileEntries<Logit>{base_ + at, other_ ? other_ + at : nullptr, padded, bits, at, careful}, n);
     TileCopy<Real>& copy = TileCopy<Real>::of_this_thread();
     const auto load_row = [&](const Logit* from, Real zero, Real* to) {
@@ -223,11 +234,14 @@ class RowTiles {
   // write(entries, to): writes the gradients of the tile's entries to `to`.
   template <class Write>
   void write(int64_t k, bool careful, Gradient* row, Write write) const {
-    on(k, careful, [&](const auto& in, int64_t n) {
-      Gradient* const own = row + in.entry;
-      Gradient* const to = n == in.n ? own : reinterpret_cast<Gradient*>(TileCopy<Real>::of_this_thread().gradient);
-      write(in, to);
-      if (n != in.n) memcpy(own, to, size_t(n) * sizeof(Gradient));
+    to_row(k, row, [&](Gradient* to) { on(k, careful, [&](const auto& in, int64_t) { write(in, to); }); });
+  }
+
+  // write(saved, n, stored, to): the same from what the first pass saved of n entries, which it read as `stored` is.
+  template <class Write>
+  void write_saved(int64_t k, Gradient* row, Write write) const {
+    to_row(k, row, [&](Gradient* to) {
+      is_read_in_place(k) ? write(saved(k), padded_size(k), Logit{}, to) : write(saved(k), padded_size(k), Real{}, to);
     });
   }
 
@@ -240,7 +254,7 @@ class RowTiles {
 
   // Puts the tile's logits that are kept apart beside each other: best when the tile has just been read.
   void gather(int64_t k) const {
-    Real *const x = set_.x.data(), *const o = set_.o.data();
+    Real *const x = s_.x.data(), *const o = s_.o.data();
     each_apart(k, [&](int64_t column, size_t i) {
       x[i] = load(base_[column]);
       if (other_) o[i] = load(other_[column]);
@@ -250,20 +264,35 @@ class RowTiles {
   int64_t end_of(int64_t k) const { return std::min((k + 1) * TILE, vocab_); }
 
  private:
-  size_t apart_begin(int64_t k) const { return bits_ ? set_.begin[size_t(k)] : 0; }
+  size_t apart_begin(int64_t k) const { return bits_ ? s_.begin[size_t(k)] : 0; }
   template <class Body>
   TNT_FN void each_apart(int64_t k, Body body) const {
-    const int32_t* const columns = set_.columns.data();
+    const int32_t* const columns = s_.columns.data();
     for (size_t i = apart_begin(k), end = apart_begin(k + 1); i < end; ++i) body(columns[i], i);
   }
-  bool is_read_in_place() const { return x_zero_ == 0 && o_zero_ == 0; }
+  int64_t padded_size(int64_t k) const {  // of a tile, in whole blocks
+    return (end_of(k) - k * TILE + BLOCK_ENTRIES<Real> - 1) / BLOCK_ENTRIES<Real> * BLOCK_ENTRIES<Real>;
+  }
+  bool is_whole(int64_t k) const { return k * TILE + padded_size(k) == end_of(k); }
+  bool is_read_in_place(int64_t k) const { return x_zero_ == 0 && o_zero_ == 0 && is_whole(k); }
+
+  // write(to), which writes whole blocks, where they end beyond the row by way of a copy.
+  template <class Write>
+  void to_row(int64_t k, Gradient* row, Write write) const {
+    Gradient* const own = row + k * TILE;
+    if (is_whole(k)) return write(own);
+    Gradient* const copy = reinterpret_cast<Gradient*>(TileCopy<Real>::of_this_thread().gradient);
+    write(copy);
+    memcpy(own, copy, size_t(end_of(k) - k * TILE) * sizeof(Gradient));
+  }
 
   const int64_t vocab_, count_;
   const int threads_;
-  SetScratch<Real>& set_;
+  TileScratch<Real>& s_;
   const Logit *base_ = nullptr, *other_ = nullptr;
   const uint64_t* bits_ = nullptr;
   Real x_zero_ = 0, o_zero_ = 0;  // logits are read relative to these
+  int saved_ = 0;                 // numbers of an entry
 };
 
 }  // namespace TNT_ISA

@@ -84,7 +84,7 @@ __attribute__((noinline)) double uniform_tile(const TileEntries<Logit>& in, int6
 
 template <class Real>
 struct UniformScratch {
-  SetScratch<Real> set;  // the removed entries, and a partially pushed y
+  TileScratch<Real> entries;  // the removed entries, and a partially pushed y
   StreamSum<Real> policy, reference;
   std::vector<double> losses;  // of every tile
 };
@@ -96,7 +96,7 @@ class UniformRow {
   using Task = typename KlRow<Logit, Gradient>::Task;
 
   UniformRow(const RowCall& call, int threads, UniformScratch<Real>& scratch)
-      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.set) {}
+      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.entries) {}
 
   void start(const Task& task) {
     t_ = task;
@@ -121,8 +121,8 @@ class UniformRow {
     const auto sum_of_set = [&](std::vector<Real>& logits, double partial) {
       return log_sum_of_set(logits.data(), tiles_.set_size(), t_.partial >= 0, partial, inverse_t_);
     };
-    s.policy_set = sum_of_set(s_.set.x, s.label_policy);
-    s.reference_set = sum_of_set(s_.set.o, s.label_reference);
+    s.policy_set = sum_of_set(s_.entries.x, s.label_policy);
+    s.reference_set = sum_of_set(s_.entries.o, s.label_reference);
     const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
     s.log_ratio = base.is_empty() ? 0 : other.log - base.log;
     s.kept = double(p_.vocab - tiles_.set_size());

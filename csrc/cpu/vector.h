@@ -149,14 +149,12 @@ TNT_FN Floats polynomial(const Number (&coefficients)[N], Floats x) {
   return p;
 }
 
-// 2^f of the fraction that power() leaves: relative error 1.6e-7, and 2.7e-6.
+// 2^f of the fraction that power() leaves: relative error 1.6e-7.
 #if defined(__AVX512F__)
 constexpr float POWER[] = {0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f,
                            0x1.ebd5a8p-3f,  0x1.62e4f6p-1f, 0x1.fffffep-1f};
-constexpr float SHORT_POWER[] = {0x1.bb7cd4p-7f, 0x1.aa13f0p-5f, 0x1.ee798ap-3f, 0x1.62d166p-1f, 0x1.00002cp+0f};
 #else
 constexpr float POWER[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
-constexpr float SHORT_POWER[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f, 0x1.ffffe8p-1f};
 #endif
 
 // 2^x: 0 below -150, infinity from 129, NaN for NaN. It is multiplied by what the coefficients are.
@@ -277,6 +275,9 @@ struct Pair {
 
 TNT_FN Floats load_vector(const float* from) { return Floats(*reinterpret_cast<const LooseFloats*>(from)); }
 TNT_FN void store_vector(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = LooseFloats(x); }
+
+TNT_FN double load_vector(const double* from) { return *from; }
+TNT_FN void store_vector(double* to, double x) { *to = x; }
 
 TNT_FN Pair<float> load_pair(const float* from) { return {load_vector(from), load_vector(from + FLOATS)}; }
 TNT_FN Pair<double> load_pair(const double* from) { return {from[0], from[1]}; }
