@@ -79,6 +79,7 @@ FUNCTIONS: dict[str, tuple[Numbers, Callable, float]] = {
     "phi": (floats(-15.9, 15.9), phi, 7e-7),
     "phi_near": (floats(-1, 1), phi, 1.7e-7 + 2 * EPS),
     "phi_wide": (floats(-4, 4), phi, 6e-7),
+    "phi_wide double": (floats(-4, 4), phi, 2e-15),
     "sinh_ratio_near": (floats(0, 1.25**2), sinh_ratio, 6e-8 + 2 * EPS),
     "sinh_ratio_wide": (floats(0, 144), sinh_ratio, 6e-8 + 3 * EPS),
     "expm1 double": (floats(-15.9, 15.9), np.expm1, 1e-15),

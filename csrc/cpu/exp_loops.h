@@ -120,26 +120,13 @@ __attribute__((noinline)) Real greatest_of(const TileEntries<Logit>& in, const L
   return greatest(top);
 }
 
-// weight 2^x: the weight is in the polynomial's coefficients.
-struct WeightedPower {
-  Floats coefficients[6];
-  explicit WeightedPower(float weight) {
-    for (int k = 0; k < 6; ++k) coefficients[k] = same(weight * POWER[k]);
-  }
-  TNT_FN Floats operator()(Floats x) const { return power(x, coefficients); }
-};
-struct WeightedExponential {
-  double weight;
-  TNT_FN double operator()(double x) const { return weight * power(x); }
-};
-
 // Writes the tile's gradients: numbers that say nothing where an entry is kept apart. `to` may lie where the row does.
 template <class Logit, class Gradient, class Real>
 __attribute__((noinline)) void write_weights(const TileEntries<Logit>& in, const ExpLevel<Real>& level, Real weight,
                                              Real bias, Gradient* to) {
   using V = Vector<Real>;
   const ExpLanes<Real> lanes(level);
-  const std::conditional_t<std::is_same_v<Real, double>, WeightedExponential, WeightedPower> weighted{weight};
+  const Weighted<Real> weighted{weight};
   const V more = same(bias);
   for (int64_t i = 0; i < in.n; i += BLOCK_ENTRIES<Real>) {
     V x[4];

@@ -23,22 +23,16 @@ struct ReverseGradient {  // factor p (M/S - y + p(R) Δ) = e (k0 + k1 y)
 // |y*| up to which p - q* = e e^{y*/2} 2 sinh(y*/2) is one exponential, with few coefficients and with more.
 constexpr float SINH_NEAR_BOUND = 1.25f, SINH_WIDE_BOUND = 12.0f;
 
-// `at`: log2 of the base's weight; `half`: UNIT / 2.
-template <bool WIDE, class V>
-TNT_FN V near_gradient(V at, V y, V half, V h) {
-  const V e = power(fused_multiply_add(y, half, at)), square = y * y;
-  return ((e * h) * y) * (WIDE ? sinh_ratio_wide(square) : sinh_ratio_near(square));
-}
-
 // The loops that write take turns, too. `to` may lie where either row does.
 template <bool WIDE, class Logit, class Gradient, class Real>
 __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                     const ForwardGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
+  const Weighted<Real> weighted{g.h};
   const V near_bound = same(Real(SINH_NEAR_BOUND)), bound = same(Real(WIDE ? SINH_WIDE_BOUND : SINH_NEAR_BOUND));
   bool near_before = false;
-  const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>)), h = same(g.h);
+  const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>));
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in, i);
     V y[4], d[4];
@@ -52,7 +46,8 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
       near_before = near;
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) d[j] = near_gradient<WIDE>(k.at(b.x[j]), y[j], half, h);
+    for (int j = 0; j < 4; ++j)
+      d[j] = weighted(fused_multiply_add(y[j], half, k.at(b.x[j]))) * (y[j] * sinh_ratio<WIDE>(y[j] * y[j]));
     put<Logit, Gradient, Real>(to + i, d);
   }
   return i;
@@ -78,7 +73,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {  // e^y of an e that underflows need not
         const V at = k.at(b.x[j]), square = y[j] * y[j];
-        const V near = (power(fused_multiply_add(y[j], half, at)) * y[j]) * sinh_ratio_near(square);
+        const V near = (power(fused_multiply_add(y[j], half, at)) * y[j]) * sinh_ratio<false>(square);
         const V apart = power(fused_multiply_add(y[j], unit, at)) - power(at);
         d[j] = h * select(less(absolute(y[j]), same(Real(SINH_NEAR_BOUND))), near, apart);
       }
@@ -88,7 +83,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
         const auto is_near = less(absolute(y[j]), same(Real(SINH_NEAR_BOUND)));
         const V y_near = select(is_near, y[j], same(Real(0))), q = power(k.at(b.x[j])) * h;
         const V p = power(fused_multiply_add(b.o[j] - k.o_ref, k.scale, same(g.p_shift))) * same(g.sign);
-        const V near = (power(y_near * half) * y_near) * sinh_ratio_near(y_near * y_near);
+        const V near = (power(y_near * half) * y_near) * sinh_ratio<false>(y_near * y_near);
         d[j] = select(is_near, q * near, p - q);
       }
     }
@@ -102,12 +97,11 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
                                                     const ReverseGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
-  const V k0 = same(g.k0), k1 = same(g.k1), bound = same(std::numeric_limits<Real>::max() / 4);
+  const V k0 = same(g.k0), k1 = same(g.k1);
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    if (__builtin_expect(!is_everywhere(less(greatest_size(y), bound)), 0)) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
     put<Logit, Gradient, Real>(to + i, d);
@@ -122,12 +116,10 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V k0 = same(g.k0), k1 = same(g.k1), none = same(Real(0));
-  const V bound = same(in.careful ? Real(0) : std::numeric_limits<Real>::max() / 4);
   for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
-    if (is_everywhere(less(greatest_size(y), bound))) break;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const V e = power(k.at(b.x[j]));
@@ -149,7 +141,8 @@ void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, co
   }
 }
 
-// The same without an exponential, from the weights of a first pass: of_product product + of_weight e.
+// The same without an exponential, from the weights of a first pass: of_product product + of_weight
+// e.
 template <class Real>
 struct SavedGradient {
   Real of_product, of_weight;

@@ -101,7 +101,7 @@ struct KlSums {
   }
 };
 
-// What a gradient takes of an entry: its weight e, and e times what differs, e^y - 1 (forward) or y (reverse).
+// What a gradient takes of an entry: its weight e, and e (e^y - 1) if it is forward, e y if it is reverse.
 template <class Real>
 struct KlWeight {
   Vector<Real> e, product;
@@ -110,8 +110,8 @@ struct KlWeight {
 template <class Real, bool REVERSE>
 struct KlAccumulators {
   using V = Vector<Real>;
-  V s{}, phi{}, product{}, broken{}, entropy{};
-  V excess{};  // Σ e (e^y - 1), where the products are others and the pairs not near
+  V s{}, m{}, phi{}, broken{}, entropy{};
+  V excess{};  // Σ e (e^y - 1) of pairs that are not near
 
   // A logarithm of a weight is at least -256: without weight it counts for nothing.
   TNT_FN void add_entropy(V e, V excess_of_e, V at, V y) {
@@ -123,13 +123,12 @@ struct KlAccumulators {
   }
   template <bool ENTROPY, bool WIDE>
   TNT_FN KlWeight<Real> add_near(const KlLanes<Real>& k, V x, V y) {
-    const V at = k.at(x), e = power(at), own_phi = WIDE ? phi_wide(y) : phi_near(y);
-    const V own = e * (REVERSE ? y : y + own_phi);
+    const V at = k.at(x), e = power(at), e_y = e * y, e_phi = e_y * (y * phi_ratio<WIDE>(y)), own_excess = e_y + e_phi;
     s = s + e;
-    product = product + own;
-    phi = fused_multiply_add(e, own_phi, phi);
-    if (ENTROPY) add_entropy(e, own, at, y);
-    return {e, own};
+    m = m + e_y;
+    phi = phi + e_phi;
+    if (ENTROPY) add_entropy(e, own_excess, at, y);
+    return {e, REVERSE ? e_y : own_excess};
   }
   template <bool ENTROPY>
   TNT_FN KlWeight<Real> add_middle(const KlLanes<Real>& k, V x, V y) {
@@ -137,13 +136,13 @@ struct KlAccumulators {
     const auto near = less(absolute(y), one);
     const V rise = power(y * same(Real(UNIT<Real>))) - one, near_y = select(near, y, none);
     const V own_phi = select(near, phi_near(near_y), rise - y);
-    const V own_excess = e * select(near, near_y + own_phi, rise), own = REVERSE ? e * y : own_excess;
+    const V own_excess = e * select(near, near_y + own_phi, rise), product = REVERSE ? e * y : own_excess;
     s = s + e;
+    if (REVERSE) m = m + product;
     phi = fused_multiply_add(e, own_phi, phi);
-    product = product + own;
-    if (REVERSE) excess = excess + own_excess;
+    excess = excess + own_excess;
     if (ENTROPY) add_entropy(e, own_excess, at, y);
-    return {e, own};
+    return {e, product};
   }
   // An e of 0 wins over an infinite y.
   template <bool ENTROPY>
@@ -154,48 +153,46 @@ struct KlAccumulators {
     const auto near = less(absolute(y), one);
     const V near_y = select(near, y, none), own_phi = phi_near(near_y);
     const V e_y = select(equal(e, none), none, e * y), rise = select(near, e * (near_y + own_phi), p - e);
-    const V own = REVERSE ? e_y : rise;
     s = s + e;
     broken = broken + (any_e - e);
+    if (REVERSE) m = m + e_y;
     phi = phi + select(near, e * own_phi, rise - e_y);
-    product = product + own;
-    if (REVERSE) excess = excess + rise;
+    excess = excess + rise;
     if (ENTROPY) {
       const V weight = REVERSE ? e : p, log = REVERSE ? at : other_at;
       entropy = entropy + select(equal(weight, none), none, weight * greater_of(log, same(Real(-256))));
     }
-    return {e, own};
+    return {e, REVERSE ? e_y : rise};
   }
 };
 
 // The same as double.
-template <class Real, bool REVERSE>
+template <class Real>
 struct KlTotals {
-  decltype(wide(Vector<Real>{})) s, near_phi, near_product, phi, product, excess, broken, entropy;
-  bool far = false;       // some pair was not near
+  decltype(wide(Vector<Real>{})) s, near_m, near_phi, m, phi, excess, broken, entropy;
+  bool others = false;    // some pair was not near
   bool infinite = false;  // some y was
-  using Accumulators = KlAccumulators<Real, REVERSE>;
-  TNT_FN void add_near(const Accumulators& t, const Accumulators& odd) {
+  template <bool REVERSE>
+  TNT_FN void add_near(const KlAccumulators<Real, REVERSE>& t, const KlAccumulators<Real, REVERSE>& odd) {
     s.add(t.s + odd.s);
+    near_m.add(t.m + odd.m);
     near_phi.add(t.phi + odd.phi);
-    near_product.add(t.product + odd.product);
   }
-  TNT_FN void add_others(const Accumulators& t) {
-    far = true;
+  template <bool REVERSE>
+  TNT_FN void add_others(const KlAccumulators<Real, REVERSE>& t) {
+    others = true;
     s.add(t.s);
+    m.add(t.m);
     phi.add(t.phi);
-    product.add(t.product);
-    if (REVERSE) excess.add(t.excess);
+    excess.add(t.excess);
     broken.add(t.broken);
   }
   KlSums sums() const {
     KlSums t;
-    t.s = s.sum(), t.phi = near_phi.sum(), t.m = near_product.sum(), t.entropy = entropy.sum();
-    t.a = REVERSE ? t.m + t.phi : t.m;
+    t.s = s.sum(), t.m = near_m.sum(), t.phi = near_phi.sum(), t.entropy = entropy.sum();
+    t.a = t.m + t.phi;
     t.infinite = infinite;
-    if (!far) return t;
-    t.phi += phi.sum(), t.m += product.sum(), t.broken = broken.sum();
-    t.a = REVERSE ? t.a + excess.sum() : t.m;
+    if (others) t.m += m.sum(), t.phi += phi.sum(), t.a += excess.sum(), t.broken = broken.sum();
     return t;
   }
 };
@@ -238,29 +235,25 @@ TNT_FN V greatest_size(const V (&y)[4]) {
 // removed (REMOVED), as they would take registers from the rest. The first stops at a block that is not near; the
 // second, WIDE, at one that is not wide, or is the second near one in turn; the last behind a wide one, at one that is
 // wide. They return where. A stretch is as long as a lane's sum may be.
+// Saves the weights of a block's j-th vector.
+template <class Real>
+TNT_FN void save(const KlWeight<Real>& weight, int j, Real* block) {
+  store_vector(block + j * LANES<Real>, weight.e);
+  store_vector(block + (j + 4) * LANES<Real>, weight.product);
+}
+
 template <bool WIDE, class V>
 TNT_FN bool is_near(V size) {
   return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? PHI_WIDE_BOUND : PHI_NEAR_BOUND))));
 }
 
-// Saves a block's weights, unless `to` is null.
-template <class Real>
-TNT_FN void save(const KlWeight<Real> (&weights)[4], Real* to) {
-  if (!to) return;
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    store_vector(to + j * LANES<Real>, weights[j].e);
-    store_vector(to + (j + 4) * LANES<Real>, weights[j].product);
-  }
-}
-
-template <bool REVERSE, bool ENTROPY, bool REMOVED, bool WIDE, class Logit, class Real>
+template <bool REVERSE, bool ENTROPY, bool REMOVED, bool SAVED, bool WIDE, class Logit, class Real>
 __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                  Real* saved, KlTotals<Real, REVERSE>& totals, bool& near_before) {
+                                                  Real* saved, KlTotals<Real>& totals, bool& near_before) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const int64_t end = std::min<int64_t>(in.n, i + KL_STRETCH<Real>);
-  KlAccumulators<Real, REVERSE> t, odd;
+  KlAccumulators<Real, REVERSE> even, odd;
   for (; i < end; i += BLOCK_ENTRIES<Real>) {
     Block<Real> b(in, i);
     V y[4];
@@ -273,19 +266,20 @@ __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, 
       if (near && near_before) break;
       near_before = near;
     }
-    const KlWeight<Real> weights[] = {
-        t.template add_near<ENTROPY, WIDE>(k, b.x[0], y[0]), odd.template add_near<ENTROPY, WIDE>(k, b.x[1], y[1]),
-        t.template add_near<ENTROPY, WIDE>(k, b.x[2], y[2]), odd.template add_near<ENTROPY, WIDE>(k, b.x[3], y[3])};
-    save(weights, saved ? saved + 2 * i : nullptr);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const KlWeight<Real> weight = (j % 2 == 0 ? even : odd).template add_near<ENTROPY, WIDE>(k, b.x[j], y[j]);
+      if (SAVED) save(weight, j, saved + 2 * i);
+    }
   }
-  totals.add_near(t, odd);
-  if (ENTROPY) totals.entropy.add(t.entropy + odd.entropy);
+  totals.add_near(even, odd);
+  if (ENTROPY) totals.entropy.add(even.entropy + odd.entropy);
   return i;
 }
 
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
 __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                   Real* saved, KlTotals<Real, REVERSE>& totals, bool& near) {
+                                                   Real* saved, KlTotals<Real>& totals, bool& near) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V wide_bound = same(Real(in.careful ? 0 : PHI_WIDE_BOUND)), middle_bound = same(Real(in.careful ? 0 : MIDDLE));
@@ -315,10 +309,14 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
 #pragma GCC unroll 1
       for (int j = 0; j < 4; ++j) {
         weights[j] = t.template add_far<ENTROPY>(k, b.x[j], b.o[j], y[j]);
-        totals.infinite |= !is_everywhere(less(absolute(y[j]), same(std::numeric_limits<Real>::max())));
+        totals.infinite |=
+            !is_everywhere(less(absolute(y[j]), same(std::numeric_limits<Real>::max() / (REVERSE ? 4 : 1))));
       }
     }
-    save(weights, saved ? saved + 2 * i : nullptr);
+    if (saved) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) save(weights[j], j, saved + 2 * i);
+    }
   }
   totals.add_near(wide_ones, {});
   if (ENTROPY) totals.entropy.add(t.entropy + wide_ones.entropy);
@@ -326,24 +324,29 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
   return i;
 }
 
-// `saved`: where weights are saved for write_saved, two numbers an entry; null: they are not.
-template <bool REVERSE, bool ENTROPY, bool REMOVED, class Logit, class Real>
+template <bool REVERSE, bool ENTROPY, bool REMOVED, bool SAVED, class Logit, class Real>
 KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved) {
-  KlTotals<Real, REVERSE> totals;
+  KlTotals<Real> totals;
   bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
-    if (!in.careful && near) i = add_near_blocks<REVERSE, ENTROPY, REMOVED, false>(in, i, shift, saved, totals, near);
+    if (!in.careful && near)
+      i = add_near_blocks<REVERSE, ENTROPY, REMOVED, SAVED, false>(in, i, shift, saved, totals, near);
     near = false;
     if (!in.careful && i < in.n)
-      i = add_near_blocks<REVERSE, ENTROPY, REMOVED, true>(in, i, shift, saved, totals, near);
+      i = add_near_blocks<REVERSE, ENTROPY, REMOVED, SAVED, true>(in, i, shift, saved, totals, near);
     if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, saved, totals, near);
   }
   return totals.sums();
 }
+// `saved`: where weights are saved for write_saved, two numbers an entry; null: they are not.
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
 KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved = nullptr) {
-  return in.bits ? kl_sums<REVERSE, ENTROPY, true>(in, shift, saved)
-                 : kl_sums<REVERSE, ENTROPY, false>(in, shift, saved);
+  const auto sums = [&](auto removed) {
+    constexpr bool REMOVED = decltype(removed)::value;
+    return saved ? kl_sums<REVERSE, ENTROPY, REMOVED, true>(in, shift, saved)
+                 : kl_sums<REVERSE, ENTROPY, REMOVED, false>(in, shift, saved);
+  };
+  return in.bits ? sums(std::true_type()) : sums(std::false_type());
 }
 
 // Whether some o - x is no number that the near loops may meet.

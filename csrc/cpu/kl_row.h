@@ -158,8 +158,9 @@ class KlRow {
     // By as much the y of the plan is less.
     const double more = second.value(second.a) - first.value(first.a) + (t_.reverse ? 0 : double(plan.rest));
     if (second.x_ref != first.x_ref || !(std::abs(more) < 1)) return {};  // far apart, products would cancel
+    const double fall = ::expm1(-more);
     if (t_.reverse) return SavedGradient<Real>{Real(plan.u1 * by), Real((plan.u0 - plan.u1 * more) * by)};
-    return SavedGradient<Real>{Real(plan.u0 * by * ::exp(-more)), Real(plan.u0 * by * ::expm1(-more))};
+    return SavedGradient<Real>{Real(plan.u0 * by * (1 + fall)), Real(plan.u0 * by * fall)};
   }
 
   std::vector<Real>& policy_set() const { return t_.reverse ? s_.entries.x : s_.entries.o; }

@@ -172,31 +172,61 @@ TNT_FN Floats power(Floats x, const Number (&coefficients)[N]) {
 TNT_FN Floats power(Floats x) { return power(x, POWER); }
 TNT_FN double power(double x) { return exponential(x); }
 
-// φ(y) = e^y - 1 - y for |y| <= 1, and for |y| <= 4; relative error of the polynomials 1.7e-7.
+// power times a weight, which is in its coefficients.
+struct WeightedPower {
+  Floats coefficients[6];
+  explicit WeightedPower(float weight) {
+    for (int k = 0; k < 6; ++k) coefficients[k] = same(weight * POWER[k]);
+  }
+  TNT_FN Floats operator()(Floats x) const { return power(x, coefficients); }
+};
+struct WeightedExponential {
+  double weight;
+  TNT_FN double operator()(double x) const { return weight * power(x); }
+};
+template <class Real>
+using Weighted = std::conditional_t<std::is_same_v<Real, double>, WeightedExponential, WeightedPower>;
+
+// φ(y)/y² = (e^y - 1 - y)/y² for |y| <= 1, and for |y| <= 4; relative error of the polynomials 1.7e-7.
 constexpr float PHI_NEAR[] = {2.4891523e-05f, 0.00020324344f, 0.0013892363f, 0.0083309449f,
                               0.041666478f,   0.16666695f,    0.5f};
 constexpr float PHI_WIDE[] = {0x1.78ecp-33f,  0x1.6dc6cp-29f,  0x1.b708f8p-26f, 0x1.1d78bap-22f,
                               0x1.702bbp-19f, 0x1.a14f4ap-16f, 0x1.a04f3ep-13f, 0x1.6c076ap-10f,
                               0x1.110ebp-7f,  0x1.5555d8p-5f,  0x1.555572p-3f,  0x1.fffffep-2f};
-TNT_FN Floats phi_near(Floats y) { return polynomial(PHI_NEAR, y) * (y * y); }
-TNT_FN Floats phi_wide(Floats y) { return polynomial(PHI_WIDE, y) * (y * y); }
+template <bool WIDE>
+TNT_FN Floats phi_ratio(Floats y) {
+  if constexpr (WIDE)
+    return polynomial(PHI_WIDE, y);
+  else
+    return polynomial(PHI_NEAR, y);
+}
+template <bool WIDE>
+TNT_FN double phi_ratio(double y) {
+  return ::fabs(y) < 1e-100 ? 0.5 : expm1_phi(y).phi / (y * y);
+}
+TNT_FN Floats phi_near(Floats y) { return phi_ratio<false>(y) * (y * y); }
 TNT_FN double phi_near(double y) { return expm1_phi(y).phi; }
-TNT_FN double phi_wide(double y) { return expm1_phi(y).phi; }
 
 // 2 sinh(y/2) / y of y's square, for |y| <= 1.25, and for |y| <= 12; relative error of the polynomials below 6e-8.
 constexpr float SINH_NEAR[] = {0x1.a49f14p-19f, 0x1.110cacp-11f, 0x1.55555ap-5f, 1.0f};
 constexpr float SINH_WIDE[] = {0x1.58369ap-54f, 0x1.2992c2p-45f, 0x1.ba1e2ep-36f, 0x1.708f2p-27f,
                                0x1.a040b4p-19f, 0x1.110fp-11f,   0x1.55557ep-5f,  0x1.fffffep-1f};
-TNT_FN Floats sinh_ratio_near(Floats square) { return polynomial(SINH_NEAR, square); }
-TNT_FN Floats sinh_ratio_wide(Floats square) { return polynomial(SINH_WIDE, square); }
-TNT_FN double sinh_ratio_near(double square) {
-  double y = 1.0;  // Σ square^k / (4^k (2k + 1)!)
-  for (int k = 8; k >= 1; --k) y = 1.0 + y * square / (4.0 * (2 * k) * (2 * k + 1));
-  return y;
+template <bool WIDE>
+TNT_FN Floats sinh_ratio(Floats square) {
+  if constexpr (WIDE)
+    return polynomial(SINH_WIDE, square);
+  else
+    return polynomial(SINH_NEAR, square);
 }
-TNT_FN double sinh_ratio_wide(double square) {
-  const double y = ::sqrt(square);
-  return square < 1 ? sinh_ratio_near(square) : 2 * ::sinh(y / 2) / y;
+template <bool WIDE>
+TNT_FN double sinh_ratio(double square) {
+  if (WIDE && square >= 1) {
+    const double y = ::sqrt(square);
+    return 2 * ::sinh(y / 2) / y;
+  }
+  double ratio = 1.0;  // Σ square^k / (4^k (2k + 1)!)
+  for (int k = 8; k >= 1; --k) ratio = 1.0 + ratio * square / (4.0 * (2 * k) * (2 * k + 1));
+  return ratio;
 }
 
 // A vector's two halves as one by `combine`, and so on down to 16 bytes.
