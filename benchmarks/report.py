@@ -349,7 +349,10 @@ def distance_table(records: Sequence[dict[str, Any]]) -> str:
         return f"Time over the distance of the two models: {NOT_MEASURED}."
     head = ["in place, at a distance of", *(f"{d:g}: ms" for d in DISTANCES)]
     head += [f"speed at {d:g} / at {DISTANCES[0]:g}" for d in DISTANCES[1:]]
-    head.append("of the floor")
+    head += [
+        "of the floor",
+        "blocks near, wide, middle, far at " + ", ".join(f"{d:g}" for d in DISTANCES),
+    ]
     rows = []
     by_step = pd.DataFrame(records).groupby(["rows", "vocab", "dtype", "method"], sort=False)
     for (tokens, vocab, dtype, method), group in by_step:
@@ -361,6 +364,10 @@ def distance_table(records: Sequence[dict[str, Any]]) -> str:
                 *(_number(ms[d]) for d in DISTANCES),
                 *(_number(ms[DISTANCES[0]] / ms[d]) for d in DISTANCES[1:]),
                 f"{_number(shares.min())} to {_number(shares.max())}",
+                "; ".join(
+                    " ".join(f"{share:.0%}" for share in group.set_index("distance").paths[d])
+                    for d in DISTANCES
+                ),
             ]
         )
     return table(head, rows)

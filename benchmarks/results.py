@@ -81,7 +81,7 @@ def cases(t: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 
 
 def distances(t: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of each method, what a step in place takes at each distance of policy and reference."""
+    """Of each method, what a step in place takes at each distance of the models, and the paths of its blocks."""
     gb_per_s = bandwidths(t).set_index(_SIZE).gb_per_s
     found = [
         {
@@ -89,6 +89,7 @@ def distances(t: pd.DataFrame) -> list[dict[str, Any]]:
             "method": method,
             "distance": float(distance),
             "ms_min": ms,
+            "paths": measured.paths[distance],
             "fraction_of_floor": measured.floor_bytes
             / gb_per_s[tuple(getattr(measured, name) for name in _SIZE)]
             / 1e6

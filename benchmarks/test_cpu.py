@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import THREADS
 from benchmarks.sizes import DISTANCES, QUICK_SWEEP, SPARSE, SWEEP
+from tnt_kernels import _C
 from tnt_kernels.bench.contenders import (
     forward,
     make_loss,
@@ -212,6 +213,17 @@ def test_negatives(measure: Measure, problem: Problem, negatives: Negatives) -> 
     measure_step(measure, problem.with_negatives(negatives), "in place", "tnff", negatives)
 
 
+def block_paths(problem: Problem) -> list[float]:
+    """Shares of the blocks whose |y| are all below 1, 4 and 32, and of the others (docs/numerics.md), by some rows."""
+    rows = 32
+    z, r = (x[:rows].float().log_softmax(-1) for x in (problem.original, problem.ref_logits))
+    block = 4 * {"avx512": 16, "avx2": 8, "baseline": 4}[_C.selected_instruction_set()]
+    y = (z - r).abs()[:, : problem.size.vocab // block * block]
+    greatest = y.unflatten(-1, (-1, block)).amax(-1)
+    path = torch.bucketize(greatest, torch.tensor([1.0, 4.0, 32.0]), right=True)
+    return (path.flatten().bincount(minlength=4) / path.numel()).tolist()
+
+
 @pytest.mark.sizes.with_args(is_main)
 def test_distances(measure: Measure, problem: Problem) -> None:
     """What a step costs as the policy leaves the reference, in place.
@@ -245,6 +257,7 @@ def test_distances(measure: Measure, problem: Problem) -> None:
         rounds=rounds("in place", size),
         kind="distances",
         by_distance=ms,
+        paths={str(distance): block_paths(distant) for distance, distant in apart.items()},
         floor_bytes=floor_bytes(size, "tnff", 1.0, True),
         **size._asdict(),
     )

@@ -164,6 +164,7 @@ def results(report: Any) -> dict[str, Any]:
         measurement(
             50e-3,
             kind="distances",
+            paths={d: [0.5, 0.25, 0.25, 0.0] for d in ("0.1", "0.3", "1.0", "3.0")},
             by_distance={"tnff": {"0.1": 4.0, "0.3": 4.0, "1.0": 5.0, "3.0": 8.0}},
             floor_bytes=3 * third,
         ),
