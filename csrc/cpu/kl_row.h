@@ -244,7 +244,7 @@ class KlRow {
 
   // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
   // keep: then a row is read relative to them. 16-bit logits have few digits.
-  static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
+  static bool are_close(double x_top, double o_top) { return std::abs(o_top - x_top) <= (sizeof(Logit) == 2 ? 64 : 8); }
 
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
@@ -258,11 +258,11 @@ class KlRow {
       first = 0;
       sample = maxima();
     }
-    const double apart = std::abs(sample.mean) < INFINITY ? sample.mean : double(sample.o_top) - double(sample.x_top);
-    if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && std::abs(apart) <= CLOSE_LOGITS)) {
-      tiles_.read_relative_to(std::abs(sample.x_top) < INFINITY ? sample.x_top : 0,
-                              std::abs(sample.o_top) < INFINITY ? sample.o_top : 0);
-      sample = sample_of(first, SAMPLE);
+    if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && are_close(sample.x_top, sample.o_top))) {
+      const Real x_zero = std::abs(sample.x_top) < INFINITY ? sample.x_top : 0;
+      const Real o_zero = std::abs(sample.o_top) < INFINITY ? sample.o_top : 0;
+      tiles_.read_relative_to(x_zero, o_zero);
+      sample.x_top -= x_zero, sample.o_top -= o_zero, sample.mean -= double(o_zero) - double(x_zero);
     }
     return shift_of(sample);
   }
@@ -318,7 +318,7 @@ class KlRow {
   KlSlice first_pass() {
     bool has_sums = true;
     const KlSlice kept = first_pass<REVERSE, ENTROPY>(false, has_sums);
-    if (has_sums) return kept;
+    if (has_sums && are_close(kept.x_ref, kept.o_ref)) return kept;
     start(t_);  // some logits are larger than the first ones let expect
     return first_pass<REVERSE, ENTROPY>(true, has_sums);
   }
