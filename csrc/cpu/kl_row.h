@@ -175,7 +175,7 @@ class KlRow {
   // ---- the sums of tiles
 
   enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
-  static constexpr double MOST = 0x1p100;
+  static constexpr double MOST = 0x1p100, LEAST = 0x1p-60;
 
   static bool has_numbers(const KlSums& t) {
     return t.s < MOST && t.s + t.a() < MOST && t.phi() == t.phi() && t.broken == 0;
@@ -194,7 +194,8 @@ class KlRow {
     log_ratio = log1p(ratio);
     const double excess = phi_of_log(ratio, log_ratio);
     const bool good = std::abs(log_ratio) < most_log_ratio && excess <= 8 * (phi / t.s - excess);
-    return good ? Fit::GOOD : Fit::LEVEL;
+    if (good) return Fit::GOOD;
+    return t.s < LEAST ? Fit::REFERENCES : Fit::LEVEL;  // weights that nearly underflow have few digits
   }
 
   template <bool REVERSE, bool ENTROPY>
@@ -296,6 +297,9 @@ class KlRow {
   // row.
   static bool is_too_wide(const KlSums& t) { return !(t.phi() < INFINITY && t.far_m > -INFINITY) && t.s < MOST; }
 
+  // Whether a tile has nothing of the base, but so much of the other that the row's KL would lose digits to its L.
+  static bool lacks_base(const KlSums& t) { return t.s == 0 && t.a() > 0.125; }
+
   // The tile as slices that are summed in double.
   template <bool REVERSE, bool ENTROPY>
   void add_wide(int64_t k, const KlShift<Real>& shift) {
@@ -344,7 +348,7 @@ class KlRow {
       has_sums &= tile.has_sums;
       if (is_too_wide(tile.sums))
         add_wide<REVERSE, ENTROPY>(k, tile.shift);
-      else if (tile.shift == shift)
+      else if (tile.shift == shift && !lacks_base(tile.sums))
         total += tile.sums;
       else
         s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE, ENTROPY));
