@@ -316,7 +316,7 @@ class KlRow {
     });
   }
 
-  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_y_); }
+  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_); }
 
   template <bool REVERSE, bool ENTROPY>
   KlSlice first_pass() {
@@ -405,12 +405,13 @@ class KlRow {
 
   // From the slices of a whole vocabulary.
   Result conclude(const RowSums& s, bool gathered, KlPlan<Real>& plan) {
+    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (t_.log_kappa != 0) {
       label_z_ = s.label_policy, label_r_ = s.label_reference;
-      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(s_.slices[0]) : slice_of_partial<false>(s_.slices[0]));
+      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
       shift_.reset();
+      kept = merged_slices();
     }
-    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
     RowSums all = s;  // with the partially pushed y
     LogSum base{kept.x_ref + tiles_.x_zero(), kept.log_base, 0}, other{kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
@@ -427,25 +428,26 @@ class KlRow {
     return result;
   }
 
-  // Of the partially pushed y, with the log-ratio as the first slice has it.
+  // Of the partially pushed y.
   template <bool REVERSE>
-  KlSlice slice_of_partial(const KlSlice& first) const {
+  KlSlice slice_of_partial(const KlSlice& others) const {
     const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero(),
                  o = (REVERSE ? label_r_ : label_z_) - tiles_.o_zero();
     const double log_kappa_x = REVERSE ? 0 : t_.log_kappa, log_kappa_o = REVERSE ? t_.log_kappa : 0;
     KlSlice slice;
     slice.x_ref = KlShift<Real>::usable(Real(x)), slice.o_ref = KlShift<Real>::usable(Real(o));
-    slice.log_base = (x - slice.x_ref) * inverse_t_ + log_kappa_x;
-    slice.log_other = (o - slice.o_ref) * inverse_t_ + log_kappa_o;
+    // Next to log κ, how the loops round 1/T would show: the distance to the others' logits makes up for it.
+    const double rounding = 1 / p_.temperature - inverse_t_;
+    if (x != -INFINITY) slice.log_base = (x - slice.x_ref) * inverse_t_ + (x - others.x_ref) * rounding + log_kappa_x;
+    if (o != -INFINITY) slice.log_other = (o - slice.o_ref) * inverse_t_ + (o - others.o_ref) * rounding + log_kappa_o;
     if (slice.log_other == -INFINITY) {
       slice.log_ratio = -INFINITY;
       if (slice.has_base()) slice.kl = INFINITY;
       return slice;
     }
-    // Where (o - x)/T is as large as log κ, their sum would show how the loops round 1/T.
-    const double difference = o - x, rounding = 1 / p_.temperature - inverse_t_;
+    const double difference = o - x;
     slice.log_ratio = (difference - (slice.o_ref - slice.x_ref)) * inverse_t_ +
-                      (difference - (first.o_ref - first.x_ref)) * rounding + (log_kappa_o - log_kappa_x);
+                      (difference - (others.o_ref - others.x_ref)) * rounding + (log_kappa_o - log_kappa_x);
     if (std::abs(slice.log_ratio) < 32) slice.log_other = slice.log_base + slice.log_ratio;
     return slice;
   }
@@ -474,8 +476,7 @@ class KlRow {
     if (REVERSE) plan.shift = shift.a;
     result.lost = undefined || (REVERSE && !(std::abs(result.loss) < INFINITY));
     if (undefined) result.loss = NAN;
-    if (t_.partial >= 0 && !result.lost)
-      plan.partial = Real(partial_gradient<REVERSE>(kept, shift, pushed, result.loss));
+    if (t_.partial >= 0 && !result.lost) plan.partial = Real(partial_gradient<REVERSE>(pushed, result.loss));
     return result;
   }
 
@@ -522,18 +523,14 @@ class KlRow {
 
   // Of the partially pushed y, as p - q* or p (log p - log q~ - loss).
   template <bool REVERSE>
-  double partial_gradient(const KlSlice& kept, const KlShift<Real>& shift, double pushed, double loss) const {
-    const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero();
-    const double log_x = (x - double(shift.x_ref)) * inverse_t_ - kept.log_base;
+  double partial_gradient(double pushed, double loss) const {
     if (REVERSE) {
-      const double log_p = log_x - pushed, log_norm = log1p(p_.eps * double(t_.removed));
-      const double d = log_norm - pushed - last_y_;
-      return log_p == -INFINITY ? 0 : ::exp(log_p) * (d - loss);
+      const double p = ::exp(last_.log_base - pushed), log_norm = log1p(p_.eps * double(t_.removed));
+      return p == 0 ? 0 : p * (log_norm - pushed - last_.y - loss);
     }
-    const double q = ::exp(log_x + t_.log_kappa), d = last_y_ - pushed;
+    const double q = ::exp(last_.log_base), d = last_.y - pushed;
     if (std::abs(d) < 1) return q * ::expm1(d);
-    const double o = label_z_ - tiles_.o_zero();
-    return ::exp((o - double(shift.o_ref)) * inverse_t_ - kept.log_other - pushed) - q;
+    return ::exp(last_.log_other - pushed) - q;
   }
 
   const RowCall& p_;
@@ -544,7 +541,7 @@ class KlRow {
   double label_z_ = 0, label_r_ = 0;    // of the partially pushed y
   std::optional<KlShift<Real>> shift_;  // of the whole row, if its sums are of one shift
   double moment_ = 0;                   // mean of y, relative to that shift
-  double last_y_ = 0;                   // of the last slice merged: its log-ratio less the row's
+  KlEntry last_{};                      // of the last slice merged
 };
 
 }  // namespace TNT_ISA
