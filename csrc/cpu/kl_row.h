@@ -518,6 +518,8 @@ class KlRow {
     const double h = kept_mass > 0 ? kept_mass / base_sum : 0;
     plan.u1 = Real(-h);
     plan.u0 = Real(h > 0 ? h * (moment_ + extra) : 0);
+    // Weights of 0, as 0 times an infinite log-ratio would be NaN.
+    if (plan.u1 == 0) plan.u0 = 0, plan.c = std::numeric_limits<Real>::max() / 8;
     return loss;
   }
 
