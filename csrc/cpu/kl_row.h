@@ -177,16 +177,15 @@ class KlRow {
   enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
   static constexpr double MOST = 0x1p100, LEAST = 0x1p-60;
 
-  static bool has_numbers(const KlSums& t) {
-    return t.s < MOST && t.s + t.a() < MOST && t.phi() == t.phi() && t.broken == 0;
-  }
+  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a() < MOST && t.phi() == t.phi(); }
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
 
   // Next to p = q, φ(L) against Φ/S says how many digits of the KL are lost.
-  static Fit judge(const KlSums& t, double most_log_ratio, double& log_ratio) {
+  // Weights may be too large for a level, but not for one of their own: then a logit is no number.
+  static Fit judge(const KlSums& t, bool has_own_level, double most_log_ratio, double& log_ratio) {
     const double a = t.a(), other = t.s + a, phi = t.phi();
     log_ratio = 0;
-    if (!has_numbers(t)) return Fit::REFERENCES;
+    if (!has_numbers(t) || (t.broken != 0 && !has_own_level)) return Fit::REFERENCES;
     if (t.s == 0 || a == 0) return Fit::GOOD;
     if (!(other > 0)) return Fit::REFERENCES;
     const double ratio = a / t.s;
@@ -214,7 +213,8 @@ class KlRow {
     KlSample<Real> sample;
     tiles_.on(k, false, [&](const auto& in, int64_t n) {
       sample = kl_sample<false>(in, std::min(n, most));
-      if (!(sample.x_top < INFINITY && sample.o_top < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
+      // NaN hides the maxima, and is in the mean.
+      if (!(std::abs(sample.mean) < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
     });
     return sample;
   }
@@ -273,13 +273,13 @@ class KlRow {
     KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift), first_shift, true};
     for (int attempt = 0; attempt < 3; ++attempt) {
       double log_ratio;
-      const Fit fit = judge(tile.sums, most_log_ratio, log_ratio);
+      const Fit fit = judge(tile.sums, attempt > 0, most_log_ratio, log_ratio);
       if (fit == Fit::GOOD) break;
       if (fit == Fit::REFERENCES) {
         // Masked by huge numbers, a tile may have nothing of the other row, and is added as it is.
         const KlSample<Real> sample = sample_of(k, TILE);
         if (attempt > 0 || !(is_usable(sample.x_top) && is_usable(sample.o_top))) {
-          tile.has_sums = has_numbers(tile.sums);
+          tile.has_sums = has_numbers(tile.sums) && tile.sums.broken == 0;
           break;
         }
         tile.shift = shift_of(sample);
