@@ -290,7 +290,19 @@ class KlRow {
       most_log_ratio = 3;
       tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift);
     }
+    if (ENTROPY) refine_entropy<REVERSE>(k, tile);
     return tile;
+  }
+
+  // Large weights have logarithms that hide the entropy: then it is taken from weights that add up to about 1.
+  template <bool REVERSE>
+  void refine_entropy(int64_t k, KlTile<Real>& tile) {
+    const double weight = REVERSE ? tile.sums.s : tile.sums.s + tile.sums.a();
+    if (!(weight > 0x1p10 && weight < MOST)) return;
+    const double by = ::log(weight) / inverse_t_;
+    const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
+    const KlSlice slice = slice_of(sums_of<REVERSE, true>(k, shift), shift, REVERSE, true);
+    tile.sums.entropy = weight * (::log(weight) - slice.policy_entropy) * UNIT<Real>;
   }
 
   // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
