@@ -9,6 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
+import fuzz
 import hard_rows
 import pytest
 import torch
@@ -418,6 +419,14 @@ def test_likelihoods_of_a_token_with_nearly_all_the_mass(height: float, cpu: str
             result = run(batch, cpu, reduction="none")
         torch.testing.assert_close(result.loss.double(), losses, rtol=5e-7, atol=0, msg=name)
         torch.testing.assert_close(result.gradient.double(), exact, rtol=2e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("row", list(hard_rows.rare()), ids=lambda row: row.name)
+def test_rows_off_the_short_way(row: hard_rows.Rare, cpu: str) -> None:
+    for name in instruction_sets():
+        with instruction_set(name):
+            result = run(row.batch, cpu, reduction="none", return_stats=True)
+        fuzz.assert_agrees(result, row.batch, f"{name}, {row.name}")
 
 
 # --- next to the fixed point ---------------------------------------------------------------------------
