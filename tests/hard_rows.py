@@ -304,6 +304,11 @@ def rare() -> Iterator[Rare]:
     z[295] = -1e4
     yield from rows("a mask beside a maximum behind the first entries", z, r, 1, 1.0, F32)
 
+    # Next to the maxima of the whole row, its first tile has weights of 2^-18.
+    z, r = torch.zeros(4099, dtype=F64), torch.zeros(4099, dtype=F64)
+    z[1196], r[2522] = 100.0, 20.0
+    yield from rows("peaks in tiles of their own", z, r, 0, 1.0, F32)
+
 
 def broken(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
     """NaN, +inf or a whole row of -inf, on either side, at a kept token, at one of the set, at the label."""

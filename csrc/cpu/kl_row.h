@@ -290,15 +290,16 @@ class KlRow {
       most_log_ratio = 3;
       tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift);
     }
-    if (ENTROPY) refine_entropy<REVERSE>(k, tile);
+    if (ENTROPY) refine_entropy<REVERSE>(k, !(tile.shift == first_shift), tile);
     return tile;
   }
 
-  // Large weights have logarithms that hide the entropy: then it is taken from weights that add up to about 1.
+  // Where weights add up to much, their logarithms hide the entropy: it is taken from weights that add up to about 1.
+  // So it is where they add up to little, unless the row's other tiles, which share the shift, have more.
   template <bool REVERSE>
-  void refine_entropy(int64_t k, KlTile<Real>& tile) {
+  void refine_entropy(int64_t k, bool has_own_shift, KlTile<Real>& tile) {
     const double weight = REVERSE ? tile.sums.s : tile.sums.s + tile.sums.a();
-    if (!(weight > 0x1p10 && weight < MOST)) return;
+    if (!(weight < MOST && (weight > 0x1p10 || (has_own_shift && weight < 0x1p-10 && weight > 1 / MOST)))) return;
     const double by = ::log(weight) / inverse_t_;
     const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
     const KlSlice slice = slice_of(sums_of<REVERSE, true>(k, shift), shift, REVERSE, true);
