@@ -293,10 +293,13 @@ class _Computation:
         rel_other: Array,
         d: Array,
         err: Array,
+        slack_other: Array,
     ) -> tuple[REAL, REAL, REAL]:
         """KL(base || other) over the tokens that stay, its bound, and the error that log-sum-exps have in common.
 
         d = log other - log base, 0 where one of them is impossible. +inf is not dealt with here.
+
+        A log-sum-exp is off by the mean of its own logits' slack, under its own softmax.
         """
         b, o = base.p, other.p
         self._note_overflow(b, d)
@@ -311,7 +314,7 @@ class _Computation:
         apart = times(o, rel_other) + times(b, err + (np.abs(d) + 1) * rel_base)
         bound = np.minimum(by_difference, apart).sum()
         bound += times(np.minimum(b, self.a.lost), np.abs(d)).sum()
-        mean = times(b, err).sum()
+        mean = times(b, err - slack_other).sum() + times(o, slack_other).sum()
         unlike = np.abs(b - o).sum() + 4 * np.sqrt(abs(kl))  # of second order if the parts are
         common = min(self.a.delta, self.a.common + self.a.delta * unlike) + mean
         return kl, bound + common * min(common, REAL(1)) + self.a.delta * abs(kl), common
@@ -323,7 +326,7 @@ class _Computation:
         gap = self._gap(p, self.R, self.slack_z)
         d, err = self._distance(kept)
         rel_kept = kept.relative(a, self.slack_z)
-        kl, bound, common = self._divergence(q, kept, self.rel_q, rel_kept, d, err)
+        kl, bound, common = self._divergence(q, kept, self.rel_q, rel_kept, d, err, self.slack_z)
         # -log p(K), of a relative error where it is small
         rest = -np.log(in_k) if in_r < 0.5 else self._log_of_rest()
         if in_r < 0.5:
@@ -394,7 +397,7 @@ class _Computation:
         own, err = self._distance(kept)
         rel_kept = kept.relative(a, self.slack_z)
         kl, bound_kl, common = (
-            self._divergence(kept, q, rel_kept, self.rel_q, -own, err)
+            self._divergence(kept, q, rel_kept, self.rel_q, -own, err, self.slack_r)
             if kept.possible.any()
             else (REAL(0),) * 3
         )

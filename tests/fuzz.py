@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from exact import DOUBLE, HALF, NAN, REAL, SINGLE, Arithmetic, Array, Outcome, Row, Settings
+from oracle import Batch, Result
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -188,6 +189,10 @@ def settings_of(options: dict[str, Any]) -> Settings:
     )
 
 
+def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
+    return {F32: SINGLE, F64: DOUBLE}.get(dtype, HALF)
+
+
 # --- what every row must be ---------------------------------------------------------------------------------------
 
 
@@ -312,16 +317,6 @@ def layout(d: Draw, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return view, wide
 
 
-def sums_apart(backend: str) -> bool:
-    """Whether log-sum-exps of policy and reference agree next to p = q no better than each is: without vector
-    registers, where 1024 numbers are added up one after the other."""
-    if backend != "cpu":
-        return False
-    from tnt_kernels import _C
-
-    return bool(_C.selected_instruction_set() == "baseline")
-
-
 class LogitsCall:
     """A call of ``tnt_loss``."""
 
@@ -380,15 +375,9 @@ class LogitsCall:
             upstream = d.normal(rows)
             upstream[d.some(rows, 0.2)] = 0.0
             self.upstream = torch.from_numpy(upstream).to(real)
-        arithmetic = {F32: SINGLE, F64: DOUBLE}.get(self.dtype, HALF)
-        self.arithmetic = arithmetic
 
-    def expected(self, apart: bool) -> Expected:
-        """``apart``: see ``sums_apart``."""
+    def expected(self) -> Expected:
         r = None if self.r_rows is None else widened(self.r_rows)
-        arithmetic = self.arithmetic
-        if apart:
-            arithmetic = arithmetic._replace(common=arithmetic.delta)
         with np.errstate(all="ignore"):
             return Expected(
                 widened(self.z_rows),
@@ -397,7 +386,7 @@ class LogitsCall:
                 self.weights,
                 self.ids,
                 self.options,
-                arithmetic,
+                arithmetic_of(self.dtype),
             )
 
     def run(self, backend: str, device: str = "cpu") -> tuple[Tensor, Tensor, Any]:
@@ -430,7 +419,7 @@ class LogitsCall:
 
     def check(self, backend: str, *, device: str = "cpu", truncated: bool = False) -> None:
         """Raises ``Disagreement``. ``truncated``: where bfloat16 is stored, its last bits are cut off."""
-        expected = self.expected(apart=sums_apart(backend))
+        expected = self.expected()
         loss, gradient, stats = self.run(backend, device)
         report = Report(f"{self.name}.check({backend!r})", self.describe)
         real = F64 if self.dtype == F64 else F32
@@ -492,6 +481,28 @@ class Report:
     def raise_any(self) -> None:
         if self.lines:
             raise Disagreement("\n".join([self.name, *self.lines[:4]]))
+
+
+def assert_agrees(result: Result, batch: Batch, label: str) -> None:
+    """Of a batch whose losses are not reduced."""
+    options, dtype = batch.options | {"reduction": "none"}, batch.logits.dtype
+    r = None if batch.ref_logits is None else widened(batch.ref_logits)
+    with np.errstate(all="ignore"):
+        expected = Expected(
+            widened(batch.logits),
+            r,
+            batch.labels,
+            batch.weights,
+            batch.options.get("negative_ids"),
+            options,
+            arithmetic_of(dtype),
+        )
+    report = Report(label, lambda row: f"row {row} of {options}")
+    shape = tuple(batch.labels.shape)
+    compare_losses(report, expected, result.loss, result.stats, "none", shape)
+    for i, got in enumerate(widened(result.gradient)):
+        compare_gradient(report, expected, i, got, expected.factors[i], dtype, False)
+    report.raise_any()
 
 
 STATS = ("loss", "kl", "negative_mass", "ref_negative_mass", "entropy")

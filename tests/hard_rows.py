@@ -1,6 +1,7 @@
 """Rows on which backends have been wrong: finite masks, one side shifted against the other, logits that are none.
 
-``KNOWN`` holds their values, worked out by hand. ``masks``, ``shifts`` and ``broken`` are batches for the oracle.
+``known`` has their values, worked out by hand. ``masks``, ``shifts`` and ``broken`` are batches for the oracle, and
+``rare`` has rows for that of ``exact``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from oracle import (
     truth,
 )
 from shards import run_shards
+from torch import Tensor
 
 import tnt_kernels as tnt
 
@@ -46,7 +48,7 @@ def _row(
     r: list[float],
     label: int,
     w: float,
-    method: str,
+    method: str | tnt.Objective,
     dtype: torch.dtype,
     **options: object,
 ) -> Batch:
@@ -214,6 +216,98 @@ def shifts(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
             for kind in KLS:
                 shifted = Batch(z, r, batch.labels, batch.weights, dict(batch.options))
                 yield shifted.with_options(method=tnt.Objective(kind, kind))
+
+
+class Rare(NamedTuple):
+    name: str
+    batch: Batch  # one row
+
+
+def rare() -> Iterator[Rare]:
+    """Rows that leave the short way: tiles that do not fit the row's shift, a y with -1 < w < 0 far from the others."""
+    generator = torch.Generator().manual_seed(8)
+
+    def noise(vocab: int, size: float = 1.0) -> Tensor:
+        return size * torch.randn(vocab, dtype=F64, generator=generator)
+
+    def rows(
+        name: str, z: Tensor, r: Tensor, y: int, w: float, dtype: torch.dtype, **options: object
+    ) -> Iterator[Rare]:
+        for kind in KLS:
+            batch = _row(z.tolist(), r.tolist(), y, w, tnt.Objective(kind, kind), dtype, **options)
+            yield Rare(f"{name}, {kind}", batch)
+
+    # Nothing is known of it from the first 256 entries. Next to 6e4, o - x has two digits behind the point.
+    z, r = noise(300), noise(300)
+    z[280] = 6e4
+    yield from rows("a peak of the policy behind the first entries", z, r, 0, 1.0, F32)
+    yield from rows("a peak of the reference behind the first entries", r, z, 0, 1.0, F32)
+
+    # The mean of z - r says nothing. Relative to a maximum of 40, the logits of unlikely tokens would lose digits.
+    r = noise(17, 3.0)
+    r[3], r[5] = 40.0, -60.0
+    z = r + noise(17, 1e-4)
+    masked = torch.where(torch.arange(17) == 5, torch.finfo(F32).min, r)
+    yield from rows("a mask of the reference next to the target", z, masked, 0, 1.0, F32)
+    yield from rows("a mask of the policy next to the target", masked, z, 0, 1.0, F32)
+
+    # On average the rows are next to each other.
+    r = noise(64)
+    z = (r + 1000).index_fill(0, torch.tensor(7), torch.finfo(F16).min)
+    yield from rows("a mask that makes up for a shift", z, r, 0, 1.0, F16)
+
+    # Behind the first tile there is nothing of p, and all of q.
+    z, r = torch.zeros(2100, dtype=F64), torch.zeros(2100, dtype=F64)
+    z[5], r[2090] = 3e4, 64.0
+    yield from rows("a tile without the policy", z, r, 0, 1.0, BF16)
+    yield from rows("a tile without the reference", r, z, 0, 1.0, BF16)
+
+    # Behind the first tile p is next to nothing: relative to the peak its logits have no digits, its weights few.
+    z = noise(2100)
+    r = z.clone()
+    z[2090] = 65504.0
+    yield from rows("a tile that the policy has left", z, r, 0, -1.0, F16)
+    z, r = torch.zeros(2100, dtype=F64), torch.zeros(2100, dtype=F64)
+    z[5], r[2090] = 100.0, 20.0
+    yield from rows("a tile of the smallest weights", z, r, 0, 1.0, F16)
+
+    # 1/T is rounded, by as much as shows at such a distance.
+    z, r = noise(5), noise(5)
+    z[1] = 1e4
+    for t in (0.7, 10.0):
+        yield from rows("a pushed peak of the policy", z, r, 1, -0.3, F32, temperature=t)
+        yield from rows("a pushed peak of the reference", r, z, 1, -0.3, F32, temperature=t)
+    z[1], r[1] = 1e30, -1e4
+    yield from rows("a pushed logit of 1e30", z, r, 1, -1e-3, F32)
+    z[1], r[1] = torch.finfo(F64).min, -INF
+    yield from rows("a pushed label that neither row has", z, r, 1, -0.7, F64)
+
+    z, r = noise(7), noise(7)
+    z[4], r[1] = 1e3, -INF
+    yield from rows("no mass where the reference is infinite", z, r, 4, -1.0, F32)
+
+    # A vector's NaN hides the maximum, so that weights come out large: the policy's entropy is there all the same.
+    z, r = torch.zeros(67, dtype=F64), torch.zeros(67, dtype=F64)
+    r[0] = 8.0
+    r[[4, 8, 16]] = NAN
+    yield from rows("NaN beside the maximum", z, r, 1, 1.0, F32, temperature=0.1)
+
+    # No sum of the reference, but the policy's, which is small where all that the policy lacks is taken from weights.
+    z, r = torch.zeros(1024, dtype=F64), torch.zeros(1024, dtype=F64)
+    z[359], r[300] = 20.0, NAN
+    yield from rows("NaN in a row without a log-ratio", z, r, 1, 1.0, F32, temperature=2.0)
+
+    # Weights of 2^20: how their exponents are rounded shows in the entropy.
+    z = noise(300)
+    z[[0, 290, 291]] = torch.tensor([25.0, 39.1, 37.0], dtype=F64)
+    r = z + noise(300, 0.1)
+    z[295] = -1e4
+    yield from rows("a mask beside a maximum behind the first entries", z, r, 1, 1.0, F32)
+
+    # Next to the maxima of the whole row, its first tile has weights of 2^-18.
+    z, r = torch.zeros(4099, dtype=F64), torch.zeros(4099, dtype=F64)
+    z[1196], r[2522] = 100.0, 20.0
+    yield from rows("peaks in tiles of their own", z, r, 0, 1.0, F32)
 
 
 def broken(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
+import fuzz
 import hard_rows
 import pytest
 import torch
@@ -418,6 +419,24 @@ def test_likelihoods_of_a_token_with_nearly_all_the_mass(height: float, cpu: str
             result = run(batch, cpu, reduction="none")
         torch.testing.assert_close(result.loss.double(), losses, rtol=5e-7, atol=0, msg=name)
         torch.testing.assert_close(result.gradient.double(), exact, rtol=2e-6, atol=1e-38)
+
+
+def test_a_vocabulary_of_one_token(backend: str) -> None:
+    """Its logit says nothing, one that is no float when divided by T included."""
+    z = torch.tensor([[torch.finfo(F32).min]])
+    batch = Batch(z, z, torch.tensor([0]), torch.tensor([1.0]), {"temperature": 0.5})
+    for objective, smoothing in itertools.product(OBJECTIVES[:4], SMOOTHINGS):
+        result = run(batch.with_options(method=objective, smoothing=smoothing), backend)
+        torch.testing.assert_close(result.loss, torch.tensor(0.0))
+        torch.testing.assert_close(result.gradient, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("row", list(hard_rows.rare()), ids=lambda row: row.name)
+def test_rows_off_the_short_way(row: hard_rows.Rare, cpu: str) -> None:
+    for name in instruction_sets():
+        with instruction_set(name):
+            result = run(row.batch, cpu, reduction="none", return_stats=True)
+        fuzz.assert_agrees(result, row.batch, f"{name}, {row.name}")
 
 
 # --- next to the fixed point ---------------------------------------------------------------------------

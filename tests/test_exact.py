@@ -133,6 +133,15 @@ def test_broken_rows(bad: float) -> None:
     assert np.isnan([likelihood.kl.value, likelihood.ref_negative_mass.value]).all()
 
 
+def test_slack_of_a_peak_moves_all_of_its_row() -> None:
+    """A likely token of the policy is off, where the reference has another."""
+    z, r, slack = [0.0, 8.0, 1.0], [8.0, 0.0, 1.0], [0.0, 0.1, 0.0]
+    near = of(FORWARD, z, r, slack_z=np.array(slack, REAL), slack_r=np.zeros(3, REAL))
+    moved = of(FORWARD, [0.0, 8.1, 1.0], r)
+    error = np.abs(moved.gradient.value - near.gradient.value)
+    assert (error <= near.gradient.bound).all()
+
+
 def test_infinite_divergences() -> None:
     low = -math.inf
     forward = of(FORWARD, [low, 0.0, 1.0], [0.0, 0.0, 0.0])

@@ -130,19 +130,19 @@ struct KlAccumulators {
     if (ENTROPY) add_entropy(e, own_excess, at, y);
     return {e, REVERSE ? e_y : own_excess};
   }
+  // e^y of an e that underflows need not.
   template <bool ENTROPY>
   TNT_FN KlWeight<Real> add_middle(const KlLanes<Real>& k, V x, V y) {
-    const V at = k.at(x), e = power(at), none = same(Real(0)), one = same(Real(1));
-    const auto near = less(absolute(y), one);
-    const V rise = power(y * same(Real(UNIT<Real>))) - one, near_y = select(near, y, none);
-    const V own_phi = select(near, phi_near(near_y), rise - y);
-    const V own_excess = e * select(near, near_y + own_phi, rise), product = REVERSE ? e * y : own_excess;
+    const V at = k.at(x), e = power(at), p = power(fused_multiply_add(y, same(Real(UNIT<Real>)), at));
+    const auto near = less(absolute(y), same(Real(1)));
+    const V near_y = select(near, y, same(Real(0))), own_phi = phi_near(near_y), e_y = e * y;
+    const V own_excess = select(near, e * (near_y + own_phi), p - e);
     s = s + e;
-    if (REVERSE) m = m + product;
-    phi = fused_multiply_add(e, own_phi, phi);
+    if (REVERSE) m = m + e_y;
+    phi = phi + select(near, e * own_phi, own_excess - e_y);
     excess = excess + own_excess;
     if (ENTROPY) add_entropy(e, own_excess, at, y);
-    return {e, product};
+    return {e, REVERSE ? e_y : own_excess};
   }
   // An e of 0 wins over an infinite y.
   template <bool ENTROPY>

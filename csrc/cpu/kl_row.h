@@ -123,12 +123,13 @@ class KlRow {
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
     const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
     tiles_.each(true, [&](int64_t k) {
-      if (saved && s_.tiles[size_t(k)].shift == *saved_shift_) {
+      const bool is_careful = s_.careful[size_t(k)] != 0;  // an infinite y is no factor
+      if (saved && !is_careful && s_.tiles[size_t(k)].shift == *saved_shift_) {
         tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
           write_saved<decltype(stored)>(weights, n, *saved, to);
         });
       } else {
-        tiles_.write(k, s_.careful[size_t(k)] != 0, t_.gradient, [&](const auto& in, Gradient* to) {
+        tiles_.write(k, is_careful, t_.gradient, [&](const auto& in, Gradient* to) {
           t_.reverse ? write_gradient(in, shift, reverse, to) : write_gradient(in, shift, forward, to);
         });
       }
@@ -198,16 +199,17 @@ class KlRow {
   // ---- the sums of tiles
 
   enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
-  static constexpr double MOST = 0x1p100;
+  static constexpr double MOST = 0x1p100, LEAST = 0x1p-60;
 
-  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a < MOST && t.phi == t.phi && t.broken == 0; }
+  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a < MOST && t.phi == t.phi; }
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
 
   // Next to p = q, φ(L) against Φ/S says how many digits of the KL are lost.
-  static Fit judge(const KlSums& t, double most_log_ratio, double& log_ratio) {
+  // Weights may be too large for a level, but not for one of their own: then a logit is no number.
+  static Fit judge(const KlSums& t, bool has_own_level, double most_log_ratio, double& log_ratio) {
     const double a = t.a, other = t.s + a, phi = t.phi;
     log_ratio = 0;
-    if (!has_numbers(t)) return Fit::REFERENCES;
+    if (!has_numbers(t) || (t.broken != 0 && !has_own_level)) return Fit::REFERENCES;
     if (t.s == 0 || a == 0) return Fit::GOOD;
     if (!(other > 0)) return Fit::REFERENCES;
     const double ratio = a / t.s;
@@ -215,14 +217,15 @@ class KlRow {
     log_ratio = log1p(ratio);
     const double excess = phi_of_log(ratio, log_ratio);
     const bool good = std::abs(log_ratio) < most_log_ratio && excess <= 8 * (phi / t.s - excess);
-    return good ? Fit::GOOD : Fit::LEVEL;
+    if (good) return Fit::GOOD;
+    return t.s < LEAST ? Fit::REFERENCES : Fit::LEVEL;  // weights that nearly underflow have few digits
   }
 
   template <bool REVERSE, bool ENTROPY>
-  KlSums sums_of(int64_t k, const KlShift<Real>& shift) {
+  KlSums sums_of(int64_t k, const KlShift<Real>& shift, Real* saved) {
     KlSums t;
     char& careful = s_.careful[size_t(k)];
-    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift, tiles_.saved(k)); };
+    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift, saved); };
     tiles_.on(k, careful, sum);
     // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
     if (!careful && !(t.a == t.a && t.phi == t.phi)) tiles_.on(k, true, sum);
@@ -234,7 +237,8 @@ class KlRow {
     KlSample<Real> sample;
     tiles_.on(k, false, [&](const auto& in, int64_t n) {
       sample = kl_sample<false>(in, std::min(n, most));
-      if (!(sample.x_top < INFINITY && sample.o_top < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
+      // NaN hides the maxima, and is in the mean.
+      if (!(std::abs(sample.mean) < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
     });
     return sample;
   }
@@ -265,7 +269,7 @@ class KlRow {
 
   // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
   // keep: then a row is read relative to them. 16-bit logits have few digits.
-  static constexpr double CLOSE_LOGITS = sizeof(Logit) == 2 ? 64 : 8;
+  static bool are_close(double x_top, double o_top) { return std::abs(o_top - x_top) <= (sizeof(Logit) == 2 ? 64 : 8); }
 
   // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
@@ -279,27 +283,27 @@ class KlRow {
       first = 0;
       sample = maxima();
     }
-    const double apart = std::abs(sample.mean) < INFINITY ? sample.mean : double(sample.o_top) - double(sample.x_top);
-    if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && std::abs(apart) <= CLOSE_LOGITS)) {
-      tiles_.read_relative_to(std::abs(sample.x_top) < INFINITY ? sample.x_top : 0,
-                              std::abs(sample.o_top) < INFINITY ? sample.o_top : 0);
-      sample = sample_of(first, SAMPLE);
+    if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && are_close(sample.x_top, sample.o_top))) {
+      const Real x_zero = std::abs(sample.x_top) < INFINITY ? sample.x_top : 0;
+      const Real o_zero = std::abs(sample.o_top) < INFINITY ? sample.o_top : 0;
+      tiles_.read_relative_to(x_zero, o_zero);
+      sample.x_top -= x_zero, sample.o_top -= o_zero, sample.mean -= double(o_zero) - double(x_zero);
     }
     return shift_of(sample);
   }
 
   template <bool REVERSE, bool ENTROPY>
   KlTile<Real> fitted(int64_t k, const KlShift<Real>& first_shift, double most_log_ratio) {
-    KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift), first_shift, true};
+    KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift, tiles_.saved(k)), first_shift, true};
     for (int attempt = 0; attempt < 3; ++attempt) {
       double log_ratio;
-      const Fit fit = judge(tile.sums, most_log_ratio, log_ratio);
+      const Fit fit = judge(tile.sums, attempt > 0, most_log_ratio, log_ratio);
       if (fit == Fit::GOOD) break;
       if (fit == Fit::REFERENCES) {
         // Masked by huge numbers, a tile may have nothing of the other row, and is added as it is.
         const KlSample<Real> sample = sample_of(k, TILE);
         if (attempt > 0 || !(is_usable(sample.x_top) && is_usable(sample.o_top))) {
-          tile.has_sums = has_numbers(tile.sums);
+          tile.has_sums = has_numbers(tile.sums) && tile.sums.broken == 0;
           break;
         }
         tile.shift = shift_of(sample);
@@ -308,14 +312,30 @@ class KlRow {
         tile.shift = KlShift<Real>(inverse_t_, was.x_ref, was.o_ref, was.more + log_ratio);
       }
       most_log_ratio = 3;
-      tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift);
+      tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift, tiles_.saved(k));
     }
+    if (ENTROPY) refine_entropy<REVERSE>(k, !(tile.shift == first_shift), tile);
     return tile;
+  }
+
+  // Where weights add up to much, their logarithms hide the entropy: it is taken from weights that add up to about 1.
+  // So it is where they add up to little, unless the row's other tiles, which share the shift, have more.
+  template <bool REVERSE>
+  void refine_entropy(int64_t k, bool has_own_shift, KlTile<Real>& tile) {
+    const double weight = REVERSE ? tile.sums.s : tile.sums.s + tile.sums.a;
+    if (!(weight < MOST && (weight > 0x1p10 || (has_own_shift && weight < 0x1p-10 && weight > 1 / MOST)))) return;
+    const double by = ::log(weight) / inverse_t_;
+    const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
+    const KlSlice slice = slice_of(sums_of<REVERSE, true>(k, shift, nullptr), shift, REVERSE, true);
+    tile.sums.entropy = weight * (::log(weight) - slice.policy_entropy) * UNIT<Real>;
   }
 
   // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
   // row.
   static bool is_too_wide(const KlSums& t) { return !(t.phi < INFINITY && t.m > -INFINITY) && t.s < MOST; }
+
+  // Whether a tile has nothing of the base, but so much of the other that the row's KL would lose digits to its L.
+  static bool lacks_base(const KlSums& t) { return t.s == 0 && t.a > 0.125; }
 
   // The tile as slices that are summed in double.
   template <bool REVERSE, bool ENTROPY>
@@ -333,13 +353,13 @@ class KlRow {
     });
   }
 
-  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_y_); }
+  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_); }
 
   template <bool REVERSE, bool ENTROPY>
   KlSlice first_pass() {
     bool has_sums = true;
     const KlSlice kept = first_pass<REVERSE, ENTROPY>(false, has_sums);
-    if (has_sums) return kept;
+    if (has_sums && are_close(kept.x_ref, kept.o_ref)) return kept;
     start(t_);  // some logits are larger than the first ones let expect
     return first_pass<REVERSE, ENTROPY>(true, has_sums);
   }
@@ -366,7 +386,7 @@ class KlRow {
       has_sums &= tile.has_sums;
       if (is_too_wide(tile.sums))
         add_wide<REVERSE, ENTROPY>(k, tile.shift);
-      else if (tile.shift == shift)
+      else if (tile.shift == shift && !lacks_base(tile.sums))
         total += tile.sums;
       else
         s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE, ENTROPY));
@@ -423,12 +443,13 @@ class KlRow {
 
   // From the slices of a whole vocabulary.
   Result conclude(const RowSums& s, bool gathered, KlPlan<Real>& plan) {
+    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (t_.log_kappa != 0) {
       label_z_ = s.label_policy, label_r_ = s.label_reference;
-      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(s_.slices[0]) : slice_of_partial<false>(s_.slices[0]));
+      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
       shift_.reset();
+      kept = merged_slices();
     }
-    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
     if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
     RowSums all = s;  // with the partially pushed y
     LogSum base{kept.x_ref + tiles_.x_zero(), kept.log_base, 0}, other{kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
@@ -445,25 +466,26 @@ class KlRow {
     return result;
   }
 
-  // Of the partially pushed y, with the log-ratio as the first slice has it.
+  // Of the partially pushed y.
   template <bool REVERSE>
-  KlSlice slice_of_partial(const KlSlice& first) const {
+  KlSlice slice_of_partial(const KlSlice& others) const {
     const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero(),
                  o = (REVERSE ? label_r_ : label_z_) - tiles_.o_zero();
     const double log_kappa_x = REVERSE ? 0 : t_.log_kappa, log_kappa_o = REVERSE ? t_.log_kappa : 0;
     KlSlice slice;
     slice.x_ref = KlShift<Real>::usable(Real(x)), slice.o_ref = KlShift<Real>::usable(Real(o));
-    slice.log_base = (x - slice.x_ref) * inverse_t_ + log_kappa_x;
-    slice.log_other = (o - slice.o_ref) * inverse_t_ + log_kappa_o;
+    // Next to log κ, how the loops round 1/T would show: the distance to the others' logits makes up for it.
+    const double rounding = 1 / p_.temperature - inverse_t_;
+    if (x != -INFINITY) slice.log_base = (x - slice.x_ref) * inverse_t_ + (x - others.x_ref) * rounding + log_kappa_x;
+    if (o != -INFINITY) slice.log_other = (o - slice.o_ref) * inverse_t_ + (o - others.o_ref) * rounding + log_kappa_o;
     if (slice.log_other == -INFINITY) {
       slice.log_ratio = -INFINITY;
       if (slice.has_base()) slice.kl = INFINITY;
       return slice;
     }
-    // Where (o - x)/T is as large as log κ, their sum would show how the loops round 1/T.
-    const double difference = o - x, rounding = 1 / p_.temperature - inverse_t_;
+    const double difference = o - x;
     slice.log_ratio = (difference - (slice.o_ref - slice.x_ref)) * inverse_t_ +
-                      (difference - (first.o_ref - first.x_ref)) * rounding + (log_kappa_o - log_kappa_x);
+                      (difference - (others.o_ref - others.x_ref)) * rounding + (log_kappa_o - log_kappa_x);
     if (std::abs(slice.log_ratio) < 32) slice.log_other = slice.log_base + slice.log_ratio;
     return slice;
   }
@@ -492,8 +514,7 @@ class KlRow {
     if (REVERSE) plan.shift = shift.a;
     result.lost = undefined || (REVERSE && !(std::abs(result.loss) < INFINITY));
     if (undefined) result.loss = NAN;
-    if (t_.partial >= 0 && !result.lost)
-      plan.partial = Real(partial_gradient<REVERSE>(kept, shift, pushed, result.loss));
+    if (t_.partial >= 0 && !result.lost) plan.partial = Real(partial_gradient<REVERSE>(pushed, result.loss));
     return result;
   }
 
@@ -535,23 +556,21 @@ class KlRow {
     const double h = kept_mass > 0 ? kept_mass / base_sum : 0;
     plan.u1 = Real(-h);
     plan.u0 = Real(h > 0 ? h * (moment_ + extra) : 0);
+    // Weights of 0, as 0 times an infinite log-ratio would be NaN.
+    if (plan.u1 == 0) plan.u0 = 0, plan.c = std::numeric_limits<Real>::max() / 8;
     return loss;
   }
 
   // Of the partially pushed y, as p - q* or p (log p - log q~ - loss).
   template <bool REVERSE>
-  double partial_gradient(const KlSlice& kept, const KlShift<Real>& shift, double pushed, double loss) const {
-    const double x = (REVERSE ? label_z_ : label_r_) - tiles_.x_zero();
-    const double log_x = (x - double(shift.x_ref)) * inverse_t_ - kept.log_base;
+  double partial_gradient(double pushed, double loss) const {
     if (REVERSE) {
-      const double log_p = log_x - pushed, log_norm = log1p(p_.eps * double(t_.removed));
-      const double d = log_norm - pushed - last_y_;
-      return log_p == -INFINITY ? 0 : ::exp(log_p) * (d - loss);
+      const double p = ::exp(last_.log_base - pushed), log_norm = log1p(p_.eps * double(t_.removed));
+      return p == 0 ? 0 : p * (log_norm - pushed - last_.y - loss);
     }
-    const double q = ::exp(log_x + t_.log_kappa), d = last_y_ - pushed;
+    const double q = ::exp(last_.log_base), d = last_.y - pushed;
     if (std::abs(d) < 1) return q * ::expm1(d);
-    const double o = label_z_ - tiles_.o_zero();
-    return ::exp((o - double(shift.o_ref)) * inverse_t_ - kept.log_other - pushed) - q;
+    return ::exp(last_.log_other - pushed) - q;
   }
 
   const RowCall& p_;
@@ -563,7 +582,7 @@ class KlRow {
   std::optional<KlShift<Real>> shift_;        // of the whole row, if its sums are of one shift
   std::optional<KlShift<Real>> saved_shift_;  // of the weights that a first pass saved
   double moment_ = 0;                         // mean of y, relative to that shift
-  double last_y_ = 0;                         // of the last slice merged: its log-ratio less the row's
+  KlEntry last_{};                            // of the last slice merged
 };
 
 }  // namespace TNT_ISA

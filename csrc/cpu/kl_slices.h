@@ -70,8 +70,14 @@ inline KlSlice slice_of(const RowSums& s, bool reverse) {
   return slice;
 }
 
-// The slices as entries of a row of their own: all terms are >= 0. Also the last one's log-ratio less the row's.
-inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double inverse_t, double& last_y) {
+// A slice as an entry of the row: logarithms of its shares in the base's sum and in the other's, and its log-ratio less
+// the row's.
+struct KlEntry {
+  double log_base, log_other, y;
+};
+
+// The slices as entries of a row of their own: all terms are >= 0. Also the last one's entry.
+inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double inverse_t, KlEntry& last) {
   // Relative to those that weigh most. They are found relative to the first.
   KlSlice all;
   double top_base = -INFINITY, top_other = -INFINITY;
@@ -100,14 +106,14 @@ inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double i
     all.log_ratio = all.log_other - all.log_base;
   }
   for (const KlSlice& slice : slices) {
-    const double base_share = slice.has_base() ? ::exp(log_base(slice) - all.log_base) : 0;
-    const double other_share = slice.log_other > -INFINITY ? ::exp(log_other(slice) - all.log_other) : 0;
-    // Of a slice with nearly all the mass, both differences are 0, where a large log-ratio has lost those digits.
+    const double log_base_share = slice.has_base() ? log_base(slice) - all.log_base : -INFINITY;
+    const double log_other_share = slice.log_other > -INFINITY ? log_other(slice) - all.log_other : -INFINITY;
+    const double base_share = ::exp(log_base_share), other_share = ::exp(log_other_share);
     const bool whole = base_share != 0 && other_share != 0;
-    const double y = whole && std::abs(log_ratio(slice)) > 32
-                         ? (log_other(slice) - all.log_other) - (log_base(slice) - all.log_base)
-                         : log_ratio(slice) - all.log_ratio;
-    last_y = y;
+    // A large log-ratio has lost digits that shares have: of a slice with nearly all the mass, both are 1.
+    const bool by_shares = slice.has_base() && slice.log_other > -INFINITY && std::abs(log_ratio(slice)) > 32;
+    const double y = by_shares ? log_other_share - log_base_share : log_ratio(slice) - all.log_ratio;
+    last = {log_base_share, log_other_share, y};
     if (whole && std::abs(y) < 1) {
       all.kl += base_share * (expm1_phi(y).phi + slice.kl);
     } else if (!lacks_other) {

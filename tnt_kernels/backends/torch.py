@@ -394,8 +394,10 @@ class _Row:
             known = -self.log_set_mass
             if self.uniform:
                 v = self.vocab_size
-                shift = self.all.log + (self.all.ref - s.policy.ref) / self.t
-                total = s.log_ratio - (v - 1) * shift - known
+                total = s.log_ratio - known
+                if v > 1:  # what stays has a reference
+                    shift = self.all.log + (self.all.ref - s.policy.ref) / self.t
+                    total = total - (v - 1) * shift
                 known = (known - self.eps * total) / (1 + v * self.eps)
         elif self.kind is RowLoss.UNLIKELIHOOD:
             known = -self.log_kept_mass
