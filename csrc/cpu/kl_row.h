@@ -1,35 +1,16 @@
 // A KL row, of a whole vocabulary or of a shard: from the sums of its tiles to its loss, to the numbers of its
 // gradient, to the gradient. docs/numerics.md derives the formulas; kl_loops.h has the names.
-//
-// Every tile takes the shift of the row's first one, so that sums just add. A tile whose sums do not fit is summed anew
-// with a shift of its own, and becomes a slice: what a tile yields depends on itself and on the first one alone.
 #pragma once
 
 #include <cmath>
 #include <optional>
 #include <vector>
 
+#include "cpu/kl_first_pass.h"
 #include "cpu/kl_gradient.h"
-#include "cpu/kl_slices.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
-
-// Of a tile of the first pass.
-template <class Real>
-struct KlTile {
-  KlSums sums;
-  KlShift<Real> shift;  // that they took
-  bool has_sums;        // false: they are no numbers
-};
-
-template <class Real>
-struct KlScratch {
-  TileScratch<Real> entries;  // the removed entries, and a partially pushed y
-  std::vector<char> careful;  // of every tile: its blocks are far
-  std::vector<KlTile<Real>> tiles;
-  std::vector<KlSlice> slices;
-};
 
 // What a row's second pass takes, for a factor of 1. It may have to wait for its factor: as Reals it is kept till then.
 template <class Real>
@@ -47,7 +28,7 @@ template <class Logit, class Gradient>
 class KlRow {
  public:
   using Real = RealOf<Logit>;
-  static constexpr int64_t TILE = TILE_ENTRIES<Real>, SAMPLE = 256;
+  static constexpr int64_t TILE = TILE_ENTRIES<Real>;
   // In a second pass weights add up to about 4, or less where the factor on them is small: what underflows is then
   // below what a float's gradient holds. The largest weights' exponents are next to 0, where they are rounded least.
   static double second_sum(double log_factor) { return 2 + std::max(-64.0, std::min(0.0, log_factor + 32)); }
@@ -76,11 +57,11 @@ class KlRow {
   // The first pass over this slice of the vocabulary.
   RowSums sums(const Task& task) {
     start(task);
-    const KlSlice kept = t_.reverse ? (t_.entropy ? first_pass<true, true>() : first_pass<true, false>())
-                                    : (t_.entropy ? first_pass<false, true>() : first_pass<false, false>());
-    s_.slices.clear();
-    s_.slices.push_back(kept);
-    return sums_of(kept);
+    const KlFound<Real> found = first_pass().run(t_.reverse, t_.entropy);
+    shift_ = found.shift, moment_ = found.moment;
+    if (tiles_.saved(0)) saved_shift_ = found.first;
+    s_.slices.assign(1, found.kept);
+    return sums_of(found.kept);
   }
 
   // The first pass over a whole vocabulary, and what follows from it.
@@ -150,6 +131,12 @@ class KlRow {
     tiles_.save(t_.gradient ? 2 : 0);
   }
 
+  using Pass = KlFirstPass<Logit, Gradient>;
+  Pass first_pass() {
+    const double z = t_.partial >= 0 ? label_z_ : NAN, r = t_.partial >= 0 ? label_r_ : NAN;
+    return t_.reverse ? Pass(tiles_, s_, inverse_t_, z, r) : Pass(tiles_, s_, inverse_t_, r, z);
+  }
+
   // Where this launch's first pass saved its weights.
   std::optional<SavedGradient<Real>> saved_gradient(const KlPlan<Real>& plan, double factor) const {
     if (!saved_shift_) return {};
@@ -196,217 +183,9 @@ class KlRow {
     }
   }
 
-  // ---- the sums of tiles
-
-  enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
-  static constexpr double MOST = 0x1p100, LEAST = 0x1p-60;
-
-  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a < MOST && t.phi == t.phi; }
-  static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
-
-  // Next to p = q, φ(L) against Φ/S says how many digits of the KL are lost.
-  // Weights may be too large for a level, but not for one of their own: then a logit is no number.
-  static Fit judge(const KlSums& t, bool has_own_level, double most_log_ratio, double& log_ratio) {
-    const double a = t.a, other = t.s + a, phi = t.phi;
-    log_ratio = 0;
-    if (!has_numbers(t) || (t.broken != 0 && !has_own_level)) return Fit::REFERENCES;
-    if (t.s == 0 || a == 0) return Fit::GOOD;
-    if (!(other > 0)) return Fit::REFERENCES;
-    const double ratio = a / t.s;
-    if (std::abs(ratio) < 0.2 && ratio * a <= 1.5 * phi) return Fit::GOOD;
-    log_ratio = log1p(ratio);
-    const double excess = phi_of_log(ratio, log_ratio);
-    const bool good = std::abs(log_ratio) < most_log_ratio && excess <= 8 * (phi / t.s - excess);
-    if (good) return Fit::GOOD;
-    return t.s < LEAST ? Fit::REFERENCES : Fit::LEVEL;  // weights that nearly underflow have few digits
-  }
-
-  template <bool REVERSE, bool ENTROPY>
-  KlSums sums_of(int64_t k, const KlShift<Real>& shift, Real* saved) {
-    KlSums t;
-    char& careful = s_.careful[size_t(k)];
-    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift, saved); };
-    tiles_.on(k, careful, sum);
-    // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
-    if (!careful && !(t.a == t.a && t.phi == t.phi)) tiles_.on(k, true, sum);
-    careful |= t.infinite;
-    return t;
-  }
-
-  KlSample<Real> sample_of(int64_t k, int64_t most) const {
-    KlSample<Real> sample;
-    tiles_.on(k, false, [&](const auto& in, int64_t n) {
-      sample = kl_sample<false>(in, std::min(n, most));
-      // NaN hides the maxima, and is in the mean.
-      if (!(std::abs(sample.mean) < INFINITY)) sample = kl_sample<true>(in, std::min(n, most));
-    });
-    return sample;
-  }
-
-  // Of both rows, with the partially pushed y and without the mean.
-  KlSample<Real> maxima() {
-    KlSample<Real> all;
-    all.mean = NAN;
-    for (int64_t k = 0; k < tiles_.count(); ++k) {
-      const KlSample<Real> sample = sample_of(k, TILE);
-      all.x_top = std::max(all.x_top, sample.x_top);
-      all.o_top = std::max(all.o_top, sample.o_top);
-    }
-    if (t_.partial >= 0) {
-      const Real x = Real(t_.reverse ? label_z_ : label_r_), o = Real(t_.reverse ? label_r_ : label_z_);
-      if (x < INFINITY) all.x_top = std::max(all.x_top, x);
-      if (o < INFINITY) all.o_top = std::max(all.o_top, o);
-    }
-    return all;
-  }
-
-  KlShift<Real> shift_of(const KlSample<Real>& sample) const {
-    const double apart = double(KlShift<Real>::usable(sample.o_top)) - double(KlShift<Real>::usable(sample.x_top));
-    const double more = (sample.mean - apart) * inverse_t_;  // the mean is nearer to L than the distance of the maxima
-    const bool takes_mean = std::abs(more) > 0.125 && std::abs(more) < 16;
-    return {inverse_t_, sample.x_top, sample.o_top, takes_mean ? more : 0};
-  }
-
-  // Where x and o are further apart than either from its maximum, o - x has lost digits that differences to the maxima
-  // keep: then a row is read relative to them. 16-bit logits have few digits.
-  static bool are_close(double x_top, double o_top) { return std::abs(o_top - x_top) <= (sizeof(Logit) == 2 ? 64 : 8); }
-
-  // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
-  KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
-    KlSample<Real> sample;
-    while (!from_maxima && first < tiles_.count()) {
-      sample = sample_of(first, SAMPLE);
-      if (is_usable(sample.x_top) && is_usable(sample.o_top)) break;
-      ++first;
-    }
-    if (from_maxima || first == tiles_.count()) {  // as where all that is kept is masked by huge numbers
-      first = 0;
-      sample = maxima();
-    }
-    if (!(is_usable(sample.x_top) && is_usable(sample.o_top) && are_close(sample.x_top, sample.o_top))) {
-      const Real x_zero = std::abs(sample.x_top) < INFINITY ? sample.x_top : 0;
-      const Real o_zero = std::abs(sample.o_top) < INFINITY ? sample.o_top : 0;
-      tiles_.read_relative_to(x_zero, o_zero);
-      sample.x_top -= x_zero, sample.o_top -= o_zero, sample.mean -= double(o_zero) - double(x_zero);
-    }
-    return shift_of(sample);
-  }
-
-  template <bool REVERSE, bool ENTROPY>
-  KlTile<Real> fitted(int64_t k, const KlShift<Real>& first_shift, double most_log_ratio) {
-    KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift, tiles_.saved(k)), first_shift, true};
-    for (int attempt = 0; attempt < 3; ++attempt) {
-      double log_ratio;
-      const Fit fit = judge(tile.sums, attempt > 0, most_log_ratio, log_ratio);
-      if (fit == Fit::GOOD) break;
-      if (fit == Fit::REFERENCES) {
-        // Masked by huge numbers, a tile may have nothing of the other row, and is added as it is.
-        const KlSample<Real> sample = sample_of(k, TILE);
-        if (attempt > 0 || !(is_usable(sample.x_top) && is_usable(sample.o_top))) {
-          tile.has_sums = has_numbers(tile.sums) && tile.sums.broken == 0;
-          break;
-        }
-        tile.shift = shift_of(sample);
-      } else {
-        const KlShift<Real>& was = tile.shift;
-        tile.shift = KlShift<Real>(inverse_t_, was.x_ref, was.o_ref, was.more + log_ratio);
-      }
-      most_log_ratio = 3;
-      tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift, tiles_.saved(k));
-    }
-    if (ENTROPY) refine_entropy<REVERSE>(k, !(tile.shift == first_shift), tile);
-    return tile;
-  }
-
-  // Where weights add up to much, their logarithms hide the entropy: it is taken from weights that add up to about 1.
-  // So it is where they add up to little, unless the row's other tiles, which share the shift, have more.
-  template <bool REVERSE>
-  void refine_entropy(int64_t k, bool has_own_shift, KlTile<Real>& tile) {
-    const double weight = REVERSE ? tile.sums.s : tile.sums.s + tile.sums.a;
-    if (!(weight < MOST && (weight > 0x1p10 || (has_own_shift && weight < 0x1p-10 && weight > 1 / MOST)))) return;
-    const double by = ::log(weight) / inverse_t_;
-    const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
-    const KlSlice slice = slice_of(sums_of<REVERSE, true>(k, shift, nullptr), shift, REVERSE, true);
-    tile.sums.entropy = weight * (::log(weight) - slice.policy_entropy) * UNIT<Real>;
-  }
-
-  // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
-  // row.
-  static bool is_too_wide(const KlSums& t) { return !(t.phi < INFINITY && t.m > -INFINITY) && t.s < MOST; }
-
-  // Whether a tile has nothing of the base, but so much of the other that the row's KL would lose digits to its L.
-  static bool lacks_base(const KlSums& t) { return t.s == 0 && t.a > 0.125; }
-
-  // The tile as slices that are summed in double.
-  template <bool REVERSE, bool ENTROPY>
-  void add_wide(int64_t k, const KlShift<Real>& shift) {
-    const KlShift<double> wide(inverse_t_, double(shift.x_ref), double(shift.o_ref), shift.more);
-    tiles_.on(k, true, [&](const auto& in, int64_t) {
-      constexpr int64_t SOME = BLOCK_ENTRIES<double>;
-      double x[SOME], o[SOME];
-      KlSums t;
-      for (int64_t i = 0; i < in.n; i += SOME) {
-        for (int64_t j = 0; j < SOME; ++j) x[j] = double(load(in.base[i + j])), o[j] = double(load(in.other[i + j]));
-        t += kl_sums<REVERSE, ENTROPY>(TileEntries<double>{x, o, SOME, in.bits, in.entry + i, true}, wide);
-      }
-      s_.slices.push_back(slice_of(t, wide, REVERSE, ENTROPY));
-    });
-  }
+  // ---- from sums to the loss
 
   KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_); }
-
-  template <bool REVERSE, bool ENTROPY>
-  KlSlice first_pass() {
-    bool has_sums = true;
-    const KlSlice kept = first_pass<REVERSE, ENTROPY>(false, has_sums);
-    if (has_sums && are_close(kept.x_ref, kept.o_ref)) return kept;
-    start(t_);  // some logits are larger than the first ones let expect
-    return first_pass<REVERSE, ENTROPY>(true, has_sums);
-  }
-
-  template <bool REVERSE, bool ENTROPY>
-  KlSlice first_pass(bool from_maxima, bool& has_sums) {
-    s_.slices.clear();
-    shift_.reset();
-    if (tiles_.count() == 0) return {};
-    int64_t first = 0;
-    const KlShift<Real> sampled = first_shift(from_maxima, first);
-    const KlTile<Real> first_tile = fitted<REVERSE, ENTROPY>(first, sampled, 0.25);
-    const KlShift<Real> shift = first_tile.shift;
-    if (tiles_.saved(0)) saved_shift_ = shift;
-    s_.tiles.assign(size_t(tiles_.count()), first_tile);
-    tiles_.each(false, [&](int64_t k) {
-      if (k != first) s_.tiles[size_t(k)] = fitted<REVERSE, ENTROPY>(k, shift, 3);
-      tiles_.gather(k);
-    });
-    // The first tile's sums come first.
-    KlSums total;
-    const auto add = [&](int64_t k) {
-      const KlTile<Real>& tile = s_.tiles[size_t(k)];
-      has_sums &= tile.has_sums;
-      if (is_too_wide(tile.sums))
-        add_wide<REVERSE, ENTROPY>(k, tile.shift);
-      else if (tile.shift == shift && !lacks_base(tile.sums))
-        total += tile.sums;
-      else
-        s_.slices.push_back(slice_of(tile.sums, tile.shift, REVERSE, ENTROPY));
-    };
-    add(first);
-    for (int64_t k = 0; k < tiles_.count(); ++k)
-      if (k != first) add(k);
-
-    // All that was read may have nothing of the other row, unless other maxima show it.
-    const bool lacks_other = total.s > 0 && total.s + total.a <= 0;
-    has_sums &= !(lacks_other && total.phi < INFINITY && s_.slices.empty());
-    const KlSlice kept = slice_of(total, shift, REVERSE, ENTROPY);
-    if (s_.slices.empty()) {
-      shift_ = shift;
-      moment_ = total.m / total.s;
-      return kept;
-    }
-    if (kept.log_base != -INFINITY || kept.log_other != -INFINITY) s_.slices.insert(s_.slices.begin(), kept);
-    return merged_slices();
-  }
 
   // The sums of what first_pass found, for any reader: references as Reals, and relative to nothing.
   RowSums sums_of(const KlSlice& kept) {
@@ -433,9 +212,9 @@ class KlRow {
   // In a second pass a shard reads its logits as it did in its first: other roundings would not add up to 0.
   void refer_to_here(KlSlice& kept) {
     int64_t first = 0;
-    if (tiles_.count() > 0) first_shift(false, first);
+    if (tiles_.count() > 0) first_pass().first_shift(false, first);
     const double x_zero = double(tiles_.x_zero()), o_zero = double(tiles_.o_zero());
-    if (x_zero == 0 && o_zero == 0 && is_usable(Real(kept.x_ref)) && is_usable(Real(kept.o_ref))) return;
+    if (x_zero == 0 && o_zero == 0 && Pass::is_usable(Real(kept.x_ref)) && Pass::is_usable(Real(kept.o_ref))) return;
     const double x_by = (kept.x_ref - x_zero) * inverse_t_, o_by = (kept.o_ref - o_zero) * inverse_t_;
     kept.log_base += x_by, kept.log_other += o_by, kept.log_ratio += o_by - x_by;
     kept.x_ref = kept.o_ref = 0;
