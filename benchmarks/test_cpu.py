@@ -214,13 +214,13 @@ def test_negatives(measure: Measure, problem: Problem, negatives: Negatives) -> 
 
 
 def block_paths(problem: Problem) -> list[float]:
-    """Shares of the blocks whose |y| are all below 1, 4 and 32, and of the others (docs/numerics.md), by some rows."""
+    """Shares of the blocks whose |y| are all below 1, 4 and 16, and of the others (docs/numerics.md), by some rows."""
     rows = 32
     z, r = (x[:rows].float().log_softmax(-1) for x in (problem.original, problem.ref_logits))
     block = 4 * {"avx512": 16, "avx2": 8, "baseline": 4}[_C.selected_instruction_set()]
     y = (z - r).abs()[:, : problem.size.vocab // block * block]
     greatest = y.unflatten(-1, (-1, block)).amax(-1)
-    path = torch.bucketize(greatest, torch.tensor([1.0, 4.0, 32.0]), right=True)
+    path = torch.bucketize(greatest, torch.tensor([1.0, 4.0, 16.0]), right=True)
     return (path.flatten().bincount(minlength=4) / path.numel()).tolist()
 
 

@@ -48,6 +48,7 @@ const std::map<std::string, std::function<double(double)>>& functions() {
       {"softplus", [](double x) { return softplus(x); }},
       {"phi of a logarithm", [](double x) { return phi_of_log(::expm1(x), x); }},
       {"power", of_lane([](Floats x) { return power(x); })},
+      {"short power", of_lane([](Floats x) { return power(x, SHORT_POWER); })},
       {"phi_near", of_lane([](Floats x) { return phi_near(x); })},
       {"phi_wide", of_lane([](Floats x) { return phi_ratio<true>(x) * (x * x); })},
       {"phi_wide double", [](double x) { return phi_ratio<true>(x) * (x * x); }},

@@ -74,6 +74,7 @@ def sinh_ratio(square: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
 FUNCTIONS: dict[str, tuple[Numbers, Callable, float]] = {
     "exponential": (floats(-126, 127), np.exp2, 1.6e-7 + EPS),
     "power": (floats(-126, 127), np.exp2, 1.6e-7 + EPS),
+    "short power": (floats(-126, 127), np.exp2, 2.7e-6 + EPS),
     "logarithm": (2.0 ** floats(-148, 127), np.log, 2e-7 + EPS),
     "expm1": (floats(-15.9, 15.9), np.expm1, 7e-7),
     "phi": (floats(-15.9, 15.9), phi, 7e-7),

@@ -126,7 +126,7 @@ __attribute__((noinline)) void write_weights(const TileEntries<Logit>& in, const
                                              Real bias, Gradient* to) {
   using V = Vector<Real>;
   const ExpLanes<Real> lanes(level);
-  const Weighted<Real> weighted{weight};
+  const Weighted<Logit> weighted{weight};
   const V more = same(bias);
   for (int64_t i = 0; i < in.n; i += BLOCK_ENTRIES<Real>) {
     V x[4];

@@ -29,7 +29,7 @@ __attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in
                                                     const ForwardGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
-  const Weighted<Real> weighted{g.h};
+  const Weighted<Logit> weighted{g.h};
   const V near_bound = same(Real(SINH_NEAR_BOUND)), bound = same(Real(WIDE ? SINH_WIDE_BOUND : SINH_NEAR_BOUND));
   bool near_before = false;
   const V level = same(g.shift), rest = same(g.rest), half = same(Real(0.5 * UNIT<Real>));

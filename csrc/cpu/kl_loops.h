@@ -19,7 +19,8 @@ constexpr int KL_STRETCH = 64 * LANES<Real>;
 
 // |y| up to which φ is a polynomial, with few coefficients and with more.
 constexpr float PHI_NEAR_BOUND = 1, PHI_WIDE_BOUND = 4;
-constexpr int MIDDLE = 32;  // |y| beyond is far: e^y and its product with an e above 2^-100 are numbers yet
+// |y| beyond is far: where e is 0, which a float below 2^-127 may be, e e^y is below 2^-103.
+constexpr int MIDDLE = 16;
 
 // What a tile's weights are relative to.
 template <class Real>
@@ -130,19 +131,18 @@ struct KlAccumulators {
     if (ENTROPY) add_entropy(e, own_excess, at, y);
     return {e, REVERSE ? e_y : own_excess};
   }
-  // e^y of an e that underflows need not.
   template <bool ENTROPY>
   TNT_FN KlWeight<Real> add_middle(const KlLanes<Real>& k, V x, V y) {
-    const V at = k.at(x), e = power(at), p = power(fused_multiply_add(y, same(Real(UNIT<Real>)), at));
-    const auto near = less(absolute(y), same(Real(1)));
-    const V near_y = select(near, y, same(Real(0))), own_phi = phi_near(near_y), e_y = e * y;
-    const V own_excess = select(near, e * (near_y + own_phi), p - e);
+    const V at = k.at(x), e = power(at), one = same(Real(1)), rise = power(y * same(Real(UNIT<Real>))) - one;
+    const auto near = less(absolute(y), one);
+    const V near_phi = phi_near(y), own_phi = select(near, near_phi, rise - y);
+    const V own_excess = e * select(near, y + near_phi, rise), product = REVERSE ? e * y : own_excess;
     s = s + e;
-    if (REVERSE) m = m + e_y;
-    phi = phi + select(near, e * own_phi, own_excess - e_y);
+    if (REVERSE) m = m + product;
+    phi = fused_multiply_add(e, own_phi, phi);
     excess = excess + own_excess;
     if (ENTROPY) add_entropy(e, own_excess, at, y);
-    return {e, REVERSE ? e_y : own_excess};
+    return {e, product};
   }
   // An e of 0 wins over an infinite y.
   template <bool ENTROPY>

@@ -185,11 +185,11 @@ class RowTiles {
   void read_relative_to(Real x_zero, Real o_zero) { x_zero_ = x_zero, o_zero_ = o_zero; }
 
   // Room for some numbers of every entry, which a first pass saves for the second: what a cache holds is read in less
-  // time than it is computed again. Only two a float logit, where a vector has 16 of them, take as long.
+  // time than it is computed again. With vectors of 16 floats that holds for the two of a 16-bit KL alone.
   void save(int numbers) {
-    const bool takes_as_long = numbers == 2 && sizeof(Logit) == sizeof(float) && FLOATS == 16;
+    const bool is_worth = FLOATS < 16 || (numbers == 2 && sizeof(Logit) == 2);
     const size_t size = size_t(numbers * count_ * TILE);
-    saved_ = !takes_as_long && size * sizeof(Real) <= MOST_SAVED ? numbers : 0;
+    saved_ = is_worth && size * sizeof(Real) <= MOST_SAVED ? numbers : 0;
     if (saved_ && s_.saved.size() < size) s_.saved.resize(size);
   }
   // Null if they are not saved.
