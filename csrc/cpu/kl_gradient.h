@@ -141,8 +141,7 @@ void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, co
   }
 }
 
-// The same without an exponential, from the weights of a first pass: of_product product + of_weight
-// e.
+// The same without an exponential, from what a first pass saved: of_product product + of_weight e.
 template <class Real>
 struct SavedGradient {
   Real of_product, of_weight;

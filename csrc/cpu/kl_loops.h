@@ -94,7 +94,7 @@ struct KlSums {
   double s = 0, phi = 0, a = 0;  // S, Φ, A
   double m = 0;                  // M, of reverse KLs
   double broken = 0;             // other than 0 if some e is no number: it is left out of the rest
-  bool infinite = false;         // some y was
+  bool infinite = false;         // some y was, or if it is reverse may be with a factor
   double entropy = 0;            // of the policy's weights times their log2, where it is asked for
   KlSums& operator+=(const KlSums& t) {
     s += t.s, phi += t.phi, a += t.a, m += t.m, broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
@@ -171,7 +171,7 @@ template <class Real>
 struct KlTotals {
   decltype(wide(Vector<Real>{})) s, near_m, near_phi, m, phi, excess, broken, entropy;
   bool others = false;    // some pair was not near
-  bool infinite = false;  // some y was
+  bool infinite = false;  // see KlSums
   template <bool REVERSE>
   TNT_FN void add_near(const KlAccumulators<Real, REVERSE>& t, const KlAccumulators<Real, REVERSE>& odd) {
     s.add(t.s + odd.s);
