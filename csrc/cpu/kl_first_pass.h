@@ -49,9 +49,9 @@ class KlFirstPass {
               double label_o)
       : tiles_(tiles), s_(scratch), inverse_t_(inverse_t), label_x_(Real(label_x)), label_o_(Real(label_o)) {}
 
-  KlFound<Real> run(bool reverse, bool entropy) {
-    return reverse ? (entropy ? run<true, true>() : run<true, false>())
-                   : (entropy ? run<false, true>() : run<false, false>());
+  void run(bool reverse, bool entropy, KlFound<Real>& found) {
+    reverse ? (entropy ? run<true, true>(found) : run<true, false>(found))
+            : (entropy ? run<false, true>(found) : run<false, false>(found));
   }
 
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
@@ -209,19 +209,21 @@ class KlFirstPass {
   }
 
   template <bool REVERSE, bool ENTROPY>
-  KlFound<Real> run() {
-    bool has_sums = true;
-    const KlFound<Real> found = run<REVERSE, ENTROPY>(false, has_sums);
-    if (has_sums && are_close(found.kept.x_ref, found.kept.o_ref)) return found;
+  void run(KlFound<Real>& found) {
+    if (run<REVERSE, ENTROPY>(false, found) && are_close(found.kept.x_ref, found.kept.o_ref)) return;
     tiles_.read_relative_to(0, 0);  // some logits are larger than the first ones let expect
     s_.careful.assign(size_t(tiles_.count()), 0);
-    return run<REVERSE, ENTROPY>(true, has_sums);
+    run<REVERSE, ENTROPY>(true, found);
   }
 
+  // Whether all tiles have sums.
+
   template <bool REVERSE, bool ENTROPY>
-  KlFound<Real> run(bool from_maxima, bool& has_sums) {
+  bool run(bool from_maxima, KlFound<Real>& found) {
+    bool has_sums = true;
     s_.slices.clear();
-    if (tiles_.count() == 0) return {};
+    found.shift.reset();
+    if (tiles_.count() == 0) return true;
     int64_t first = 0;
     const KlShift<Real> sampled = first_shift(from_maxima, first);
     const KlTile<Real> first_tile = fitted<REVERSE, ENTROPY>(first, sampled, 0.25);
@@ -250,11 +252,18 @@ class KlFirstPass {
     // All that was read may have nothing of the other row, unless other maxima show it.
     const bool lacks_other = total.s > 0 && total.s + total.a <= 0;
     has_sums &= !(lacks_other && total.phi < INFINITY && s_.slices.empty());
-    const KlSlice kept = slice_of(total, shift, REVERSE, ENTROPY);
-    if (s_.slices.empty()) return {kept, shift, total.m / total.s, shift};
-    if (kept.log_base != -INFINITY || kept.log_other != -INFINITY) s_.slices.insert(s_.slices.begin(), kept);
+    found.kept = slice_of(total, shift, REVERSE, ENTROPY);
+    found.first = shift;
+    if (s_.slices.empty()) {
+      found.shift = shift;
+      found.moment = total.m / total.s;
+      return has_sums;
+    }
+    if (found.kept.log_base != -INFINITY || found.kept.log_other != -INFINITY)
+      s_.slices.insert(s_.slices.begin(), found.kept);
     KlEntry last;
-    return {tnt::merged(s_.slices, REVERSE, inverse_t_, last), {}, 0, shift};
+    found.kept = merged(s_.slices, REVERSE, inverse_t_, last);
+    return has_sums;
   }
 
   RowTiles<Logit, Gradient>& tiles_;

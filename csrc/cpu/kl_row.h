@@ -57,11 +57,9 @@ class KlRow {
   // The first pass over this slice of the vocabulary.
   RowSums sums(const Task& task) {
     start(task);
-    const KlFound<Real> found = first_pass().run(t_.reverse, t_.entropy);
-    shift_ = found.shift, moment_ = found.moment;
-    if (tiles_.saved(0)) saved_shift_ = found.first;
-    s_.slices.assign(1, found.kept);
-    return sums_of(found.kept);
+    first_pass().run(t_.reverse, t_.entropy, found_);
+    s_.slices.assign(1, found_.kept);
+    return sums_of(found_.kept);
   }
 
   // The first pass over a whole vocabulary, and what follows from it.
@@ -74,7 +72,6 @@ class KlRow {
   Result merged(const Task& task, const std::vector<RowSums>& shards, KlPlan<Real>& plan) {
     start(task);
     s_.slices.clear();
-    shift_.reset();
     for (const RowSums& s : shards)
       if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s, t_.reverse));
     if (s_.slices.empty()) s_.slices.emplace_back();
@@ -105,7 +102,7 @@ class KlRow {
     const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
     tiles_.each(true, [&](int64_t k) {
       const bool is_careful = s_.careful[size_t(k)] != 0;  // an infinite y is no factor
-      if (saved && !is_careful && s_.tiles[size_t(k)].shift == *saved_shift_) {
+      if (saved && !is_careful && s_.tiles[size_t(k)].shift == *found_.first) {
         tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
           write_saved<decltype(stored)>(weights, n, *saved, to);
         });
@@ -127,7 +124,6 @@ class KlRow {
     label_z_ = label_r_ = 0;
     if (t_.partial >= 0) label_z_ = double(load(t_.z[t_.partial])), label_r_ = double(load(t_.r[t_.partial]));
     s_.careful.assign(size_t(tiles_.count()), 0);
-    saved_shift_.reset();
     tiles_.save(t_.gradient ? 2 : 0);
   }
 
@@ -139,8 +135,8 @@ class KlRow {
 
   // Where this launch's first pass saved its weights.
   std::optional<SavedGradient<Real>> saved_gradient(const KlPlan<Real>& plan, double factor) const {
-    if (!saved_shift_) return {};
-    const KlShift<Real>& first = *saved_shift_;
+    if (!found_.first || !tiles_.saved(0)) return {};
+    const KlShift<Real>& first = *found_.first;
     const KlShift<Real> second(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, plan.c);
     const double by = factor * ::exp((second.lead() - first.lead()) / UNIT<Real>);  // the weights' factor
     // By as much the y of the plan is less.
@@ -226,7 +222,7 @@ class KlRow {
     if (t_.log_kappa != 0) {
       label_z_ = s.label_policy, label_r_ = s.label_reference;
       s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
-      shift_.reset();
+      found_.shift.reset();
       kept = merged_slices();
     }
     if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
@@ -235,10 +231,11 @@ class KlRow {
     all.policy = t_.reverse ? base : other;
     all.reference = t_.reverse ? other : base;
     if (gathered && t_.gradient) refer_to_here(kept);
-    if (!shift_) {
+    if (!found_.shift) {
       const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
-      shift_ = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
-      moment_ = kept.log_ratio - shift_->log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
+      found_.shift = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
+      found_.moment =
+          kept.log_ratio - found_.shift->log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
     }
     Result result = t_.reverse ? finish<true>(kept, all, plan) : finish<false>(kept, all, plan);
     result.sums = s;
@@ -271,7 +268,7 @@ class KlRow {
 
   template <bool REVERSE>
   Result finish(const KlSlice& kept, const RowSums& all, KlPlan<Real>& plan) const {
-    const KlShift<Real>& shift = *shift_;  // it has kept's references
+    const KlShift<Real>& shift = *found_.shift;  // it has kept's references
     const LogSum& set = all.policy_set;
     const double odds = log_odds(all, inverse_t_);  // p(R)/p(K)
     const bool removes = !set.is_empty();
@@ -334,7 +331,7 @@ class KlRow {
     }
     const double h = kept_mass > 0 ? kept_mass / base_sum : 0;
     plan.u1 = Real(-h);
-    plan.u0 = Real(h > 0 ? h * (moment_ + extra) : 0);
+    plan.u0 = Real(h > 0 ? h * (found_.moment + extra) : 0);
     // Weights of 0, as 0 times an infinite log-ratio would be NaN.
     if (plan.u1 == 0) plan.u0 = 0, plan.c = std::numeric_limits<Real>::max() / 8;
     return loss;
@@ -357,11 +354,9 @@ class KlRow {
   const double inverse_t_;  // as the loops have it: next to p = q, another rounding would show
   RowTiles<Logit, Gradient> tiles_;
   Task t_;
-  double label_z_ = 0, label_r_ = 0;          // of the partially pushed y
-  std::optional<KlShift<Real>> shift_;        // of the whole row, if its sums are of one shift
-  std::optional<KlShift<Real>> saved_shift_;  // of the weights that a first pass saved
-  double moment_ = 0;                         // mean of y, relative to that shift
-  KlEntry last_{};                            // of the last slice merged
+  double label_z_ = 0, label_r_ = 0;  // of the partially pushed y
+  KlFound<Real> found_;               // by this launch's first pass
+  KlEntry last_{};                    // of the last slice merged
 };
 
 }  // namespace TNT_ISA
