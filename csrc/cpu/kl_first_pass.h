@@ -217,7 +217,6 @@ class KlFirstPass {
   }
 
   // Whether all tiles have sums.
-
   template <bool REVERSE, bool ENTROPY>
   bool run(bool from_maxima, KlFound<Real>& found) {
     bool has_sums = true;

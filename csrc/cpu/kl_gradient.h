@@ -92,53 +92,40 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
   return i;
 }
 
-template <bool, class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
-                                                    const ReverseGradient<Real>& g, Gradient* to) {
-  using V = Vector<Real>;
-  const KlLanes<Real> k(shift);
-  const V k0 = same(g.k0), k1 = same(g.k1);
-  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
-    const Block<Real> b(in, i);
-    V y[4], d[4];
-    differences(b, k, k.a, y);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) d[j] = power(k.at(b.x[j])) * fused_multiply_add(y[j], k1, k0);
-    put<Logit, Gradient, Real>(to + i, d);
-  }
-  return i;
-}
-
-template <class Logit, class Gradient, class Real>
-__attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& in, int64_t i,
-                                                     const KlShift<Real>& shift, const ReverseGradient<Real>& g,
-                                                     Gradient* to) {
+template <bool CAREFUL, class Logit, class Gradient, class Real>
+__attribute__((noinline)) void write_all_blocks(const TileEntries<Logit>& in, const KlShift<Real>& shift,
+                                                const ReverseGradient<Real>& g, Gradient* to) {
   using V = Vector<Real>;
   const KlLanes<Real> k(shift);
   const V k0 = same(g.k0), k1 = same(g.k1), none = same(Real(0));
-  for (; i < in.n; i += BLOCK_ENTRIES<Real>) {
+  for (int64_t i = 0; i < in.n; i += BLOCK_ENTRIES<Real>) {
     const Block<Real> b(in, i);
     V y[4], d[4];
     differences(b, k, k.a, y);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const V e = power(k.at(b.x[j]));
-      d[j] = select(equal(e, none), none, e * fused_multiply_add(y[j], k1, k0));
+      d[j] = e * fused_multiply_add(y[j], k1, k0);
+      if (CAREFUL) d[j] = select(equal(e, none), none, d[j]);  // it wins over an infinite y
     }
     put<Logit, Gradient, Real>(to + i, d);
   }
-  return i;
 }
 
 // Writes the tile's gradients: numbers that say nothing where an entry is removed.
-template <class Logit, class Gradient, class Real, class Numbers>
-void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const Numbers& g, Gradient* to) {
+template <class Logit, class Gradient, class Real>
+void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const ForwardGradient<Real>& g,
+                    Gradient* to) {
   for (int64_t i = 0; i < in.n;) {
     if (!in.careful) i = write_near_blocks<false>(in, i, shift, g, to);
-    if (!in.careful && i < in.n && std::is_same_v<Numbers, ForwardGradient<Real>>)
-      i = write_near_blocks<true>(in, i, shift, g, to);
+    if (!in.careful && i < in.n) i = write_near_blocks<true>(in, i, shift, g, to);
     if (i < in.n) i = write_other_blocks(in, i, shift, g, to);
   }
+}
+template <class Logit, class Gradient, class Real>
+void write_gradient(const TileEntries<Logit>& in, const KlShift<Real>& shift, const ReverseGradient<Real>& g,
+                    Gradient* to) {
+  in.careful ? write_all_blocks<true>(in, shift, g, to) : write_all_blocks<false>(in, shift, g, to);
 }
 
 // The same without an exponential, from what a first pass saved: of_product product + of_weight e.
