@@ -34,8 +34,10 @@ from setuptools.errors import CompileError, LinkError
 # -fno-fast-math undoes a -ffast-math in CXXFLAGS, under which an exp need not know infinity, and
 # linking sets flush-to-zero for the whole process. It comes first: it resets the flags after it.
 # -ffp-contract=off: csrc/elementary.h writes out where it fuses, or p = q would not give exactly 0.
+# -fno-tree-slp-vectorize: numbers that were just stored one by one would be loaded as a vector, which waits until they
+# have left the processor's store buffer. Loops are vectors where it matters (csrc/cpu/vector.h).
 CXX_FLAGS = """-std=c++17 -O3 -fno-fast-math -fno-math-errno -fno-trapping-math -ffp-contract=off
-    -fvisibility=hidden -fno-semantic-interposition -g0
+    -fno-tree-slp-vectorize -fvisibility=hidden -fno-semantic-interposition -g0
     -Wall -Wextra -Werror=return-type -Werror=uninitialized -Werror=format""".split()
 
 # Beyond "baseline", best last.

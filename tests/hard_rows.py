@@ -237,7 +237,7 @@ def rare() -> Iterator[Rare]:
             batch = _row(z.tolist(), r.tolist(), y, w, tnt.Objective(kind, kind), dtype, **options)
             yield Rare(f"{name}, {kind}", batch)
 
-    # Nothing is known of it from the first 256 entries. Next to 6e4, o - x has two digits behind the point.
+    # Nothing is known of it from the first entries. Next to 6e4, o - x has two digits behind the point.
     z, r = noise(300), noise(300)
     z[280] = 6e4
     yield from rows("a peak of the policy behind the first entries", z, r, 0, 1.0, F32)

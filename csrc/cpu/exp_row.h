@@ -11,12 +11,6 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-// What shards add up between their statistics and the loss.
-struct PartialSums {
-  double loss = 0;    // of NL, Σ max(log p_s, floor)
-  double active = 0;  // of NL: how many log p_s are not below the floor
-};
-
 // A row's loss, and its gradient: kept p_K(v) + bias on K, set p_set(v) + push in the set. What is below `least` there,
 // as (z - its ref)/T, is not pushed.
 struct ExpLoss {
@@ -99,22 +93,24 @@ class ExpRow {
     int loss;
     bool entropy;
     const uint64_t* apart;  // the bits of the set's tokens here; null: there are none
-    PartialSums totals;     // of all shards, for what follows from theirs
-  };
-  struct Result {
-    double loss;
-    bool lost;  // the gradient is NaN
-    RowSums sums;
   };
 
-  ExpRow(const RowCall& call, int threads, ExpScratch<Real>& scratch)
-      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.entries) {}
+  ExpRow(const RowCall& call, int threads, ExpScratch<Real>& scratch, const Task& task)
+      : p_(call),
+        s_(scratch),
+        inverse_t_(1 / call.temperature),
+        tiles_(call.vocab, threads, scratch.entries),
+        t_(task) {
+    tiles_.begin(task.z, nullptr, task.apart);
+    tiles_.save(task.gradient ? 1 : 0);
+  }
 
-  // The first pass over this slice of the vocabulary.
-  RowSums sums(const Task& task) {
-    start(task);
+  // Of this slice of the vocabulary behind first_pass, of all shards behind merge.
+  const RowSums& sums() const { return sums_; }
+
+  void first_pass() {
     s_.policy.begin(tiles_, inverse_t_, [](const auto& in) { return in.base; });
-    s_.totals.assign(size_t(tiles_.count()), 0);
+    if (is_smoothed()) s_.totals.assign(size_t(tiles_.count()), 0);
     tiles_.each(false, [&](int64_t k) {
       tiles_.on(k, false, [&](const auto& in, int64_t n) {
         Real* const saved = tiles_.saved(k);
@@ -126,36 +122,58 @@ class ExpRow {
     });
     gathered_ = true;
     saved_ = tiles_.saved(0) != nullptr;
-    RowSums s;
-    s.policy = s_.policy.sum();
-    s.policy_set = log_sum_of(s_.entries.x.data(), tiles_.set_size(), inverse_t_);
-    s.kept = double(p_.vocab - tiles_.set_size());
-    for (const double total : s_.totals) s.total += total * inverse_t_;
-    if (s.kept != 0) s.total += s.kept * (double(s_.policy.ref()) - s.policy.ref) * inverse_t_;
-    return s;
+    sums_.policy = s_.policy.sum();
+    sums_.policy_set = log_sum_of(s_.entries.x.data(), tiles_.set_size(), inverse_t_);
+    sums_.kept = double(p_.vocab - tiles_.set_size());
+    if (!is_smoothed() || sums_.kept == 0) return;
+    sums_.total = sums_.kept * (double(s_.policy.ref()) - sums_.policy.ref) * inverse_t_;
+    for (const double total : s_.totals) sums_.total += total * inverse_t_;
   }
 
-  // The first pass over a whole vocabulary, and what follows from it.
-  Result whole(const Task& task, ExpPlan<Real>& plan) {
-    const RowSums s = sums(task);
-    t_.totals = of_set(s);
-    return conclude(s, plan);
-  }
+  void merge(const std::vector<RowSums>& shards) { sums_ = tnt::merge(shards, inverse_t_); }
 
   // What this slice adds to the sums of all shards.
-  PartialSums partial_sums(const Task& task, const std::vector<RowSums>& shards) {
-    start(task);
-    return of_set(merge(shards, inverse_t_));
+  PartialSums partial_sums() {
+    PartialSums sums;
+    if (t_.loss != NEGATIVE_LIKELIHOOD) return sums;
+    gather();
+    const double normalizer = set_normalizer(sums_, inverse_t_);
+    const Real ref = Real(sums_.policy_set.ref), inverse_t = Real(inverse_t_), least = Real(p_.nl_floor + normalizer);
+    for (int64_t i = 0; i < tiles_.set_size(); ++i) {
+      const Real log_weight = (s_.entries.x[size_t(i)] - ref) * inverse_t;
+      const bool at_rest = log_weight < least;
+      sums.loss += at_rest ? p_.nl_floor : double(log_weight) - normalizer;
+      sums.active += !at_rest;
+    }
+    return sums;
   }
 
-  // What follows from the sums of all shards.
-  Result merged(const Task& task, const std::vector<RowSums>& shards, ExpPlan<Real>& plan) {
-    start(task);
-    return conclude(merge(shards, inverse_t_), plan);
+  // What follows from the sums of a whole vocabulary, and their partial sums.
+  RowResult conclude(const PartialSums& totals, ExpPlan<Real>& plan) const {
+    const RowSums& s = sums_;
+    const ExpLoss row = loss_of(totals);
+    plan = {};
+    if (!s.policy.is_empty()) {  // weights add up to 4: the largest ones' exponents are rounded least
+      const double shift = 2 - s.policy.log * UNIT<Real>;
+      ExpLevel<Real> level(inverse_t_, Real(s.policy.ref), shift);
+      if (!level.is_fine()) {
+        plan.zero = level.ref;
+        level = ExpLevel<Real>(inverse_t_, 0, shift);
+      }
+      plan.ref = level.ref, plan.c = level.c;
+      plan.weight = Real(row.kept * ::exp(-s.policy.log - level.lead() / UNIT<Real>));
+    }
+    plan.bias = Real(row.bias), plan.push = Real(row.push), plan.least = Real(row.least);
+    plan.set_ref = Real(s.policy_set.ref);
+    if (!s.policy_set.is_empty()) plan.set = Real(row.set * ::exp(-s.policy_set.log));
+    RowResult result{row.loss, is_undefined(t_.loss, s)};
+    if (result.lost) result.loss = NAN;
+    if (t_.loss == UNLIKELIHOOD && row.loss == INFINITY) result.lost = true;
+    return result;
   }
 
   // A second pass whose first was in another launch.
-  void resume(const Task& task, const ExpPlan<Real>&) { start(task); }
+  void resume(const ExpPlan<Real>&) {}
 
   // Writes the gradient times `factor`; calls done(first, n) with as many columns as are written, for prefetches.
   template <class Done>
@@ -185,12 +203,6 @@ class ExpRow {
   }
 
  private:
-  void start(const Task& task) {
-    t_ = task;
-    tiles_.begin(task.z, nullptr, task.apart);
-    tiles_.save(t_.gradient ? 1 : 0);
-    gathered_ = saved_ = false;
-  }
   bool is_smoothed() const { return t_.loss == LOG_LIKELIHOOD && smooths_uniformly(p_); }
 
   void gather() {
@@ -198,53 +210,17 @@ class ExpRow {
     gathered_ = true;
   }
 
-  PartialSums of_set(const RowSums& s) {
-    PartialSums sums;
-    if (t_.loss != NEGATIVE_LIKELIHOOD) return sums;
-    gather();
-    const double normalizer = set_normalizer(s, inverse_t_);
-    const Real ref = Real(s.policy_set.ref), inverse_t = Real(inverse_t_), least = Real(p_.nl_floor + normalizer);
-    for (int64_t i = 0; i < tiles_.set_size(); ++i) {
-      const Real log_weight = (s_.entries.x[size_t(i)] - ref) * inverse_t;
-      const bool at_rest = log_weight < least;
-      sums.loss += at_rest ? p_.nl_floor : double(log_weight) - normalizer;
-      sums.active += !at_rest;
-    }
-    return sums;
-  }
-
-  ExpLoss loss_of(const RowSums& s) const {
+  ExpLoss loss_of(const PartialSums& totals) const {
+    const RowSums& s = sums_;
     const double odds = log_odds(s, inverse_t_);  // p(set)/p(K)
     switch (t_.loss) {
       case LOG_LIKELIHOOD:
         if (!is_smoothed()) return log_likelihood(odds);
         return smoothed_log_likelihood(s, odds, p_.eps, double(p_.vocab_size), inverse_t_);
       case UNLIKELIHOOD: return unlikelihood(odds);
-      case NEGATIVE_LIKELIHOOD: return negative_likelihood(s, odds, t_.totals, p_.nl_floor, inverse_t_);
+      case NEGATIVE_LIKELIHOOD: return negative_likelihood(s, odds, totals, p_.nl_floor, inverse_t_);
       default: return {};
     }
-  }
-
-  Result conclude(const RowSums& s, ExpPlan<Real>& plan) const {
-    const ExpLoss row = loss_of(s);
-    plan = {};
-    if (!s.policy.is_empty()) {  // weights add up to 4: the largest ones' exponents are rounded least
-      const double shift = 2 - s.policy.log * UNIT<Real>;
-      ExpLevel<Real> level(inverse_t_, Real(s.policy.ref), shift);
-      if (!level.is_fine()) {
-        plan.zero = level.ref;
-        level = ExpLevel<Real>(inverse_t_, 0, shift);
-      }
-      plan.ref = level.ref, plan.c = level.c;
-      plan.weight = Real(row.kept * ::exp(-s.policy.log - level.lead() / UNIT<Real>));
-    }
-    plan.bias = Real(row.bias), plan.push = Real(row.push), plan.least = Real(row.least);
-    plan.set_ref = Real(s.policy_set.ref);
-    if (!s.policy_set.is_empty()) plan.set = Real(row.set * ::exp(-s.policy_set.log));
-    Result result{row.loss, is_undefined(t_.loss, s), s};
-    if (result.lost) result.loss = NAN;
-    if (t_.loss == UNLIKELIHOOD && row.loss == INFINITY) result.lost = true;
-    return result;
   }
 
   void set_gradients(const ExpPlan<Real>& plan, double factor) {
@@ -264,7 +240,8 @@ class ExpRow {
   ExpScratch<Real>& s_;
   const double inverse_t_;
   RowTiles<Logit, Gradient> tiles_;
-  Task t_;
+  const Task& t_;
+  RowSums sums_;
   bool gathered_ = false;  // the set's logits
   bool saved_ = false;     // the weights
 };

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cmath>
-#include <optional>
 #include <vector>
 
 #include "cpu/kl_slices.h"
@@ -17,32 +16,32 @@ inline namespace TNT_ISA {
 template <class Real>
 struct KlTile {
   KlSums sums;
-  KlShift<Real> shift;  // that they took
-  bool has_sums;        // false: they are no numbers
+  KlShift<Real> shift;   // that they took
+  bool has_sums = true;  // false: they are no numbers
+  bool careful = false;  // its blocks are far
 };
 
 template <class Real>
 struct KlScratch {
   TileScratch<Real> entries;  // the removed entries, and a partially pushed y
-  std::vector<char> careful;  // of every tile: its blocks are far
   std::vector<KlTile<Real>> tiles;
   std::vector<KlSlice> slices;
 };
 
-// What a first pass finds.
+// What a first pass finds. Its shifts lie in the scratch.
 template <class Real>
 struct KlFound {
-  KlSlice kept;                        // all entries that stay, without a y that is pushed down in part
-  std::optional<KlShift<Real>> shift;  // of the whole row, if its sums are of one
-  double moment = 0;                   // mean of y, relative to that
-  std::optional<KlShift<Real>> first;  // of the first tile, which others take, too
+  KlSlice kept;                          // all entries that stay, without a y that is pushed down in part
+  const KlShift<Real>* shift = nullptr;  // of the whole row, if its sums are of one
+  double sum = 0, moment = 0;            // of its weights, and the mean of y, relative to that
+  const KlShift<Real>* first = nullptr;  // of the first tile, which others take, too
 };
 
 template <class Logit, class Gradient>
 class KlFirstPass {
  public:
   using Real = RealOf<Logit>;
-  static constexpr int64_t TILE = TILE_ENTRIES<Real>, SAMPLE = 256;
+  static constexpr int64_t TILE = TILE_ENTRIES<Real>, SAMPLE = 128;
 
   // `label_x`, `label_o`: the logits of a y that is pushed down in part; NaN if there is none.
   KlFirstPass(RowTiles<Logit, Gradient>& tiles, KlScratch<Real>& scratch, double inverse_t, double label_x,
@@ -56,8 +55,8 @@ class KlFirstPass {
 
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
 
-  // The row's, from the `first` tile that has usable maxima, or `from_maxima` of all its logits.
-  KlShift<Real> first_shift(bool from_maxima, int64_t& first) {
+  // For the row's shift: of the `first` tile that has usable maxima, or `from_maxima` of all its logits.
+  KlSample<Real> sample_row(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
     while (!from_maxima && first < tiles_.count()) {
       sample = sample_of(first, SAMPLE);
@@ -74,7 +73,7 @@ class KlFirstPass {
       tiles_.read_relative_to(x_zero, o_zero);
       sample.x_top -= x_zero, sample.o_top -= o_zero, sample.mean -= double(o_zero) - double(x_zero);
     }
-    return shift_of(sample);
+    return sample;
   }
 
  private:
@@ -101,15 +100,13 @@ class KlFirstPass {
   }
 
   template <bool REVERSE, bool ENTROPY>
-  KlSums sums_of(int64_t k, const KlShift<Real>& shift, Real* saved) {
-    KlSums t;
-    char& careful = s_.careful[size_t(k)];
-    const auto sum = [&](const auto& in, int64_t) { t = kl_sums<REVERSE, ENTROPY>(in, shift, saved); };
-    tiles_.on(k, careful, sum);
+  void sum(int64_t k, const KlShift<Real>& shift, Real* saved, KlSums& t) {
+    bool& careful = s_.tiles[size_t(k)].careful;
+    const auto body = [&](const auto& in, int64_t) { write_kl_sums<REVERSE, ENTROPY>(in, shift, saved, t); };
+    tiles_.on(k, careful, body);
     // Infinite logits, met in a block that was taken for a near one, make a sum NaN. The second pass is told of all.
-    if (!careful && !(t.a == t.a && t.phi == t.phi)) tiles_.on(k, true, sum);
+    if (!careful && !(t.a == t.a && t.phi == t.phi)) tiles_.on(k, true, body);
     careful |= t.infinite;
-    return t;
   }
 
   KlSample<Real> sample_of(int64_t k, int64_t most) const {
@@ -136,7 +133,7 @@ class KlFirstPass {
     return all;
   }
 
-  KlShift<Real> shift_of(const KlSample<Real>& sample) const {
+  TNT_FN KlShift<Real> shift_of(const KlSample<Real>& sample) const {
     const double apart = double(KlShift<Real>::usable(sample.o_top)) - double(KlShift<Real>::usable(sample.x_top));
     const double more = (sample.mean - apart) * inverse_t_;  // the mean is nearer to L than the distance of the maxima
     const bool takes_mean = std::abs(more) > 0.125 && std::abs(more) < 16;
@@ -147,10 +144,14 @@ class KlFirstPass {
   // keep: then a row is read relative to them. 16-bit logits have few digits.
   static bool are_close(double x_top, double o_top) { return std::abs(o_top - x_top) <= (sizeof(Logit) == 2 ? 64 : 8); }
 
+  // The tile's sums with the shift that it has, or with another where that does not fit.
   template <bool REVERSE, bool ENTROPY>
-  KlTile<Real> fitted(int64_t k, const KlShift<Real>& first_shift, double most_log_ratio) {
-    KlTile<Real> tile{sums_of<REVERSE, ENTROPY>(k, first_shift, tiles_.saved(k)), first_shift, true};
-    for (int attempt = 0; attempt < 3; ++attempt) {
+  void fit(int64_t k, double most_log_ratio) {
+    KlTile<Real>& tile = s_.tiles[size_t(k)];
+    tile.has_sums = true, tile.careful = false;
+    sum<REVERSE, ENTROPY>(k, tile.shift, tiles_.saved(k), tile.sums);
+    int attempt = 0;
+    for (; attempt < 3; ++attempt) {
       double log_ratio;
       const Fit fit = judge(tile.sums, attempt > 0, most_log_ratio, log_ratio);
       if (fit == Fit::GOOD) break;
@@ -167,10 +168,9 @@ class KlFirstPass {
         tile.shift = KlShift<Real>(inverse_t_, was.x_ref, was.o_ref, was.more + log_ratio);
       }
       most_log_ratio = 3;
-      tile.sums = sums_of<REVERSE, ENTROPY>(k, tile.shift, tiles_.saved(k));
+      sum<REVERSE, ENTROPY>(k, tile.shift, tiles_.saved(k), tile.sums);
     }
-    if (ENTROPY) refine_entropy<REVERSE>(k, !(tile.shift == first_shift), tile);
-    return tile;
+    if (ENTROPY) refine_entropy<REVERSE>(k, attempt > 0, tile);
   }
 
   // Where weights add up to much, their logarithms hide the entropy: it is taken from weights that add up to about 1.
@@ -181,7 +181,9 @@ class KlFirstPass {
     if (!(weight < MOST && (weight > 0x1p10 || (has_own_shift && weight < 0x1p-10 && weight > 1 / MOST)))) return;
     const double by = ::log(weight) / inverse_t_;
     const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
-    const KlSlice slice = slice_of(sums_of<REVERSE, true>(k, shift, nullptr), shift, REVERSE, true);
+    KlSums sums;
+    sum<REVERSE, true>(k, shift, nullptr, sums);
+    const KlSlice slice = slice_of(sums, shift, REVERSE, true);
     tile.sums.entropy = weight * (::log(weight) - slice.policy_entropy) * UNIT<Real>;
   }
 
@@ -199,10 +201,12 @@ class KlFirstPass {
     tiles_.on(k, true, [&](const auto& in, int64_t) {
       constexpr int64_t SOME = BLOCK_ENTRIES<double>;
       double x[SOME], o[SOME];
-      KlSums t;
+      KlSums t, some;
       for (int64_t i = 0; i < in.n; i += SOME) {
         for (int64_t j = 0; j < SOME; ++j) x[j] = double(load(in.base[i + j])), o[j] = double(load(in.other[i + j]));
-        t += kl_sums<REVERSE, ENTROPY>(TileEntries<double>{x, o, SOME, in.bits, in.entry + i, true}, wide);
+        const TileEntries<double> entries{x, o, SOME, in.bits, in.entry + i, true};
+        write_kl_sums<REVERSE, ENTROPY>(entries, wide, static_cast<double*>(nullptr), some);
+        t += some;
       }
       s_.slices.push_back(slice_of(t, wide, REVERSE, ENTROPY));
     });
@@ -212,7 +216,6 @@ class KlFirstPass {
   void run(KlFound<Real>& found) {
     if (run<REVERSE, ENTROPY>(false, found) && are_close(found.kept.x_ref, found.kept.o_ref)) return;
     tiles_.read_relative_to(0, 0);  // some logits are larger than the first ones let expect
-    s_.careful.assign(size_t(tiles_.count()), 0);
     run<REVERSE, ENTROPY>(true, found);
   }
 
@@ -221,15 +224,19 @@ class KlFirstPass {
   bool run(bool from_maxima, KlFound<Real>& found) {
     bool has_sums = true;
     s_.slices.clear();
-    found.shift.reset();
+    found.shift = nullptr;
     if (tiles_.count() == 0) return true;
+    s_.tiles.resize(size_t(tiles_.count()));
     int64_t first = 0;
-    const KlShift<Real> sampled = first_shift(from_maxima, first);
-    const KlTile<Real> first_tile = fitted<REVERSE, ENTROPY>(first, sampled, 0.25);
-    const KlShift<Real> shift = first_tile.shift;
-    s_.tiles.assign(size_t(tiles_.count()), first_tile);
+    const KlSample<Real> sample = sample_row(from_maxima, first);
+    KlShift<Real>& shift = s_.tiles[size_t(first)].shift;
+    shift = shift_of(sample);
+    fit<REVERSE, ENTROPY>(first, 0.25);
     tiles_.each(false, [&](int64_t k) {
-      if (k != first) s_.tiles[size_t(k)] = fitted<REVERSE, ENTROPY>(k, shift, 3);
+      if (k != first) {
+        s_.tiles[size_t(k)].shift = shift;
+        fit<REVERSE, ENTROPY>(k, 3);
+      }
       tiles_.gather(k);
     });
     // The first tile's sums come first.
@@ -252,10 +259,10 @@ class KlFirstPass {
     const bool lacks_other = total.s > 0 && total.s + total.a <= 0;
     has_sums &= !(lacks_other && total.phi < INFINITY && s_.slices.empty());
     found.kept = slice_of(total, shift, REVERSE, ENTROPY);
-    found.first = shift;
+    found.first = &shift;
     if (s_.slices.empty()) {
-      found.shift = shift;
-      found.moment = total.m / total.s;
+      found.shift = &shift;
+      found.sum = total.s, found.moment = total.m / total.s;
       return has_sums;
     }
     if (found.kept.log_base != -INFINITY || found.kept.log_other != -INFINITY)

@@ -13,7 +13,7 @@ struct ForwardGradient {  // factor (p - q*)
   Real shift;             // y* = log p - log q* = (o - x)/T - shift - rest, shift as KlShift stores levels
   Real rest;              // what rounding took from it: next to p = q, y* is as small
   Real h;                 // factor q* = h e
-  Real p_shift, sign;     // factor p = sign 2^((o - o_ref) scale + p_shift)
+  Real p_shift, p_by;     // factor p = p_by 2^((o - o_ref) scale + p_shift), |p_by| < 1
 };
 template <class Real>
 struct ReverseGradient {  // factor p (M/S - y + p(R) Δ) = e (k0 + k1 y)
@@ -82,7 +82,7 @@ __attribute__((noinline)) int64_t write_other_blocks(const TileEntries<Logit>& i
       for (int j = 0; j < 4; ++j) {
         const auto is_near = less(absolute(y[j]), same(Real(SINH_NEAR_BOUND)));
         const V y_near = select(is_near, y[j], same(Real(0))), q = power(k.at(b.x[j])) * h;
-        const V p = power(fused_multiply_add(b.o[j] - k.o_ref, k.scale, same(g.p_shift))) * same(g.sign);
+        const V p = power(fused_multiply_add(b.o[j] - k.o_ref, k.scale, same(g.p_shift))) * same(g.p_by);
         const V near = (power(y_near * half) * y_near) * sinh_ratio<false>(y_near * y_near);
         d[j] = select(is_near, q * near, p - q);
       }

@@ -32,7 +32,8 @@ struct KlShift {
   Real rho;               // e e^y = 2^((o - o_ref) scale + rho)
   double more;            // by which a exceeds (o_ref - x_ref)/T
 
-  KlShift(double inverse_temperature, Real x_top, Real o_top, double more_)
+  KlShift() = default;
+  TNT_FN KlShift(double inverse_temperature, Real x_top, Real o_top, double more_)
       : scale(exponent_scale<Real>(inverse_temperature)),
         inverse_t(Real(inverse_temperature)),
         x_ref(usable(x_top)),
@@ -47,12 +48,16 @@ struct KlShift {
   Real stored(double level) const { return Real(FUSED<Real> ? level : level / double(inverse_t)); }
   double value(Real level) const { return FUSED<Real> ? double(level) : double(level) * double(inverse_t); }
   double log_ratio() const { return value(a) - (double(o_ref) - double(x_ref)) * double(inverse_t); }
-  // For a second pass.
-  KlShift(double inverse_temperature, Real x_top, Real o_top, Real a_, Real c_)
-      : KlShift(inverse_temperature, x_top, o_top, 0.0) {
-    a = a_;
-    c = c_;
-  }
+  // For a second pass, which has its own numbers in place of `rho` and `more`.
+  TNT_FN KlShift(double inverse_temperature, Real x_ref_, Real o_ref_, Real a_, Real c_)
+      : scale(exponent_scale<Real>(inverse_temperature)),
+        inverse_t(Real(inverse_temperature)),
+        x_ref(x_ref_),
+        o_ref(o_ref_),
+        c(c_),
+        a(a_),
+        rho(0),
+        more(0) {}
   // The same with weights that add up to about 2^`sum`, given the log of their sum relative to x_ref.
   KlShift with_sum(double log_sum, double sum) const {
     KlShift to = *this;
@@ -187,13 +192,14 @@ struct KlTotals {
     excess.add(t.excess);
     broken.add(t.broken);
   }
-  KlSums sums() const {
-    KlSums t;
-    t.s = s.sum(), t.m = near_m.sum(), t.phi = near_phi.sum(), t.entropy = entropy.sum();
+  template <bool ENTROPY>
+  void write(KlSums& t) const {
+    t.s = s.sum(), t.m = near_m.sum(), t.phi = near_phi.sum();
+    t.entropy = ENTROPY ? entropy.sum() : 0;
     t.a = t.m + t.phi;
+    t.broken = 0;
     t.infinite = infinite;
     if (others) t.m += m.sum(), t.phi += phi.sum(), t.a += excess.sum(), t.broken = broken.sum();
-    return t;
   }
 };
 
@@ -325,7 +331,7 @@ __attribute__((noinline)) int64_t add_other_blocks(const TileEntries<Logit>& in,
 }
 
 template <bool REVERSE, bool ENTROPY, bool REMOVED, bool SAVED, class Logit, class Real>
-KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved) {
+void write_kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved, KlSums& sums) {
   KlTotals<Real> totals;
   bool near = true;  // the first loop goes on
   for (int64_t i = 0; i < in.n;) {
@@ -336,17 +342,17 @@ KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* s
       i = add_near_blocks<REVERSE, ENTROPY, REMOVED, SAVED, true>(in, i, shift, saved, totals, near);
     if (!near && i < in.n) i = add_other_blocks<REVERSE, ENTROPY>(in, i, shift, saved, totals, near);
   }
-  return totals.sums();
+  totals.template write<ENTROPY>(sums);
 }
 // `saved`: where weights are saved for write_saved, two numbers an entry; null: they are not.
 template <bool REVERSE, bool ENTROPY, class Logit, class Real>
-KlSums kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved = nullptr) {
-  const auto sums = [&](auto removed) {
+void write_kl_sums(const TileEntries<Logit>& in, const KlShift<Real>& shift, Real* saved, KlSums& sums) {
+  const auto write = [&](auto removed) {
     constexpr bool REMOVED = decltype(removed)::value;
-    return saved ? kl_sums<REVERSE, ENTROPY, REMOVED, true>(in, shift, saved)
-                 : kl_sums<REVERSE, ENTROPY, REMOVED, false>(in, shift, saved);
+    saved ? write_kl_sums<REVERSE, ENTROPY, REMOVED, true>(in, shift, saved, sums)
+          : write_kl_sums<REVERSE, ENTROPY, REMOVED, false>(in, shift, saved, sums);
   };
-  return in.bits ? sums(std::true_type()) : sums(std::false_type());
+  in.bits ? write(std::true_type()) : write(std::false_type());
 }
 
 // Whether some o - x is no number that the near loops may meet.

@@ -29,61 +29,84 @@ class KlRow {
  public:
   using Real = RealOf<Logit>;
   static constexpr int64_t TILE = TILE_ENTRIES<Real>;
-  // In a second pass weights add up to about 4, or less where the factor on them is small: what underflows is then
-  // below what a float's gradient holds. The largest weights' exponents are next to 0, where they are rounded least.
-  static double second_sum(double log_factor) { return 2 + std::max(-64.0, std::min(0.0, log_factor + 32)); }
+  // log2 of what weights add up to in a second pass: about 4, or less where the factor on them, about 2^exponent, is
+  // small. What underflows is then below what a float's gradient holds, and the largest weights' exponents are next to
+  // 0, where they are rounded least.
+  static double second_sum(double exponent) {
+    return 2 + std::max(-64.0, std::min(0.0, (exponent + 32) * EXPONENT_UNIT));
+  }
+  static constexpr double EXPONENT_UNIT = UNIT<Real> / LOG2_E;  // power()'s argument per factor of 2
 
   struct Task {
     const Logit *z, *r;
     Gradient* gradient;
     bool reverse, entropy;
-    int64_t removed = 0;    // number of tokens, of the whole vocabulary
+    int64_t removed;        // number of tokens, of the whole vocabulary
     const uint64_t* apart;  // the bits of those here and of a partial y; null: there are none
-    int64_t partial = -1;   // the column of a y with -1 < w < 0, if it lies here
-    double log_kappa = 0;   // of that y, wherever it lies; else 0
-  };
-  struct Result {
-    double loss;
-    bool lost;  // the gradient is NaN
-    RowSums sums;
+    int64_t partial;        // the column of a y with -1 < w < 0, if it lies here; else -1
+    double log_kappa;       // of that y, wherever it lies; else 0
   };
 
-  KlRow(const RowCall& call, int threads, KlScratch<Real>& scratch)
+  KlRow(const RowCall& call, int threads, KlScratch<Real>& scratch, const Task& task)
       : p_(call),
         s_(scratch),
         inverse_t_(double(Real(1 / call.temperature))),
-        tiles_(call.vocab, threads, scratch.entries) {}
-
-  // The first pass over this slice of the vocabulary.
-  RowSums sums(const Task& task) {
-    start(task);
-    first_pass().run(t_.reverse, t_.entropy, found_);
-    s_.slices.assign(1, found_.kept);
-    return sums_of(found_.kept);
+        tiles_(call.vocab, threads, scratch.entries),
+        t_(task) {
+    tiles_.begin(task.reverse ? task.z : task.r, task.reverse ? task.r : task.z, task.apart);
+    tiles_.save(task.gradient ? 2 : 0);
+    if (task.partial >= 0) label_z_ = double(load(task.z[task.partial])), label_r_ = double(load(task.r[task.partial]));
   }
 
-  // The first pass over a whole vocabulary, and what follows from it.
-  Result whole(const Task& task, KlPlan<Real>& plan) {
-    const RowSums s = sums(task);
-    return conclude(s, false, plan);
+  // Of this slice of the vocabulary behind first_pass, of all shards behind merge.
+  const RowSums& sums() const { return sums_; }
+
+  void first_pass() {
+    pass().run(t_.reverse, t_.entropy, found_);
+    sum_up();
   }
 
-  // What follows from the sums of all shards.
-  Result merged(const Task& task, const std::vector<RowSums>& shards, KlPlan<Real>& plan) {
-    start(task);
+  void merge(const std::vector<RowSums>& shards) {
+    sums_ = tnt::merge(shards, inverse_t_);
     s_.slices.clear();
     for (const RowSums& s : shards)
       if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s, t_.reverse));
     if (s_.slices.empty()) s_.slices.emplace_back();
-    return conclude(merge(shards, inverse_t_), true, plan);
+    found_.kept = merged_slices();
+    merged_ = true;
+  }
+
+  PartialSums partial_sums() const { return {}; }  // its statistics say all
+
+  // What follows from the sums of a whole vocabulary.
+  RowResult conclude(const PartialSums&, KlPlan<Real>& plan) {
+    KlSlice& kept = found_.kept;
+    if (t_.log_kappa != 0) add_partial(kept);
+    if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
+    RowSums with_partial;
+    if (t_.log_kappa != 0) {
+      with_partial = sums_;
+      base_of(with_partial) = {kept.x_ref + tiles_.x_zero(), kept.log_base, 0};
+      other_of(with_partial) = {kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
+    }
+    const RowSums& all = t_.log_kappa != 0 ? with_partial : sums_;
+    if (merged_ && t_.gradient) refer_to_here(kept);
+    KlShift<Real> own;
+    if (!found_.shift) {
+      const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
+      own = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
+      found_.moment = kept.log_ratio - own.log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
+    }
+    const KlShift<Real>& shift = found_.shift ? *found_.shift : own;  // it has kept's references
+    return t_.reverse ? conclude<true>(kept, shift, all, plan) : conclude<false>(kept, shift, all, plan);
   }
 
   // A second pass whose first was in another launch.
-  void resume(const Task& task, const KlPlan<Real>& plan) {
-    start(task);
+  void resume(const KlPlan<Real>& plan) {
     tiles_.read_relative_to(plan.x_zero, plan.o_zero);
+    s_.tiles.resize(size_t(tiles_.count()));
     tiles_.each(false, [&](int64_t k) {
-      tiles_.on(k, false, [&](const auto& in, int64_t) { s_.careful[size_t(k)] = has_infinite(in); });
+      tiles_.on(k, false, [&](const auto& in, int64_t) { s_.tiles[size_t(k)].careful = has_infinite(in); });
       tiles_.gather(k);
     });
   }
@@ -91,23 +114,24 @@ class KlRow {
   // Writes the gradient times `factor`; calls done(first, n) with as many columns as are written, for prefetches.
   template <class Done>
   void second_pass(const KlPlan<Real>& plan, double factor, Done done) {
-    set_gradients(plan, factor);
-    const double log_factor = ::log(std::abs(factor)) * UNIT<Real>;
-    const Real c = Real(double(plan.c) + second_sum(0) - second_sum(log_factor));
-    const KlShift<Real> shift(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, c);
+    if (tiles_.set_size() > 0) set_gradients(plan, factor);
+    int exponent;
+    const double mantissa = ::frexp(factor, &exponent);
+    const Real c = Real(double(plan.c) + second_sum(0) - second_sum(exponent));
     const double by = c == plan.c ? factor : factor * ::exp((double(c) - double(plan.c)) / UNIT<Real>);
-    const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by), Real(double(plan.u1) + log_factor),
-                                        Real(factor < 0 ? -1 : 1)};
+    const KlShift<Real> shift(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, c);
+    const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by),
+                                        Real(double(plan.u1) + exponent * EXPONENT_UNIT), Real(mantissa)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
     const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
     tiles_.each(true, [&](int64_t k) {
-      const bool is_careful = s_.careful[size_t(k)] != 0;  // an infinite y is no factor
-      if (saved && !is_careful && s_.tiles[size_t(k)].shift == *found_.first) {
+      const KlTile<Real>& tile = s_.tiles[size_t(k)];
+      if (saved && !tile.careful && tile.shift == *found_.first) {
         tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
           write_saved<decltype(stored)>(weights, n, *saved, to);
         });
       } else {
-        tiles_.write(k, is_careful, t_.gradient, [&](const auto& in, Gradient* to) {
+        tiles_.write(k, tile.careful, t_.gradient, [&](const auto& in, Gradient* to) {
           t_.reverse ? write_gradient(in, shift, reverse, to) : write_gradient(in, shift, forward, to);
         });
       }
@@ -118,17 +142,8 @@ class KlRow {
   }
 
  private:
-  void start(const Task& task) {
-    t_ = task;
-    tiles_.begin(task.reverse ? task.z : task.r, task.reverse ? task.r : task.z, task.apart);
-    label_z_ = label_r_ = 0;
-    if (t_.partial >= 0) label_z_ = double(load(t_.z[t_.partial])), label_r_ = double(load(t_.r[t_.partial]));
-    s_.careful.assign(size_t(tiles_.count()), 0);
-    tiles_.save(t_.gradient ? 2 : 0);
-  }
-
   using Pass = KlFirstPass<Logit, Gradient>;
-  Pass first_pass() {
+  Pass pass() {
     const double z = t_.partial >= 0 ? label_z_ : NAN, r = t_.partial >= 0 ? label_r_ : NAN;
     return t_.reverse ? Pass(tiles_, s_, inverse_t_, z, r) : Pass(tiles_, s_, inverse_t_, r, z);
   }
@@ -138,10 +153,11 @@ class KlRow {
     if (!found_.first || !tiles_.saved(0)) return {};
     const KlShift<Real>& first = *found_.first;
     const KlShift<Real> second(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, plan.c);
-    const double by = factor * ::exp((second.lead() - first.lead()) / UNIT<Real>);  // the weights' factor
     // By as much the y of the plan is less.
     const double more = second.value(second.a) - first.value(first.a) + (t_.reverse ? 0 : double(plan.rest));
     if (second.x_ref != first.x_ref || !(std::abs(more) < 1)) return {};  // far apart, products would cancel
+    double by = factor;                                                   // on the weights
+    if (second.c != first.c) by *= ::exp((second.lead() - first.lead()) / UNIT<Real>);
     const double fall = ::expm1(-more);
     if (t_.reverse) return SavedGradient<Real>{Real(plan.u1 * by), Real((plan.u0 - plan.u1 * more) * by)};
     return SavedGradient<Real>{Real(plan.u0 * by * (1 + fall)), Real(plan.u0 * by * fall)};
@@ -181,34 +197,38 @@ class KlRow {
 
   // ---- from sums to the loss
 
-  KlSlice merged_slices() { return tnt::merged(s_.slices, t_.reverse, inverse_t_, last_); }
+  KlSlice merged_slices() {
+    return s_.slices.size() == 1 ? s_.slices[0] : merged(s_.slices, t_.reverse, inverse_t_, last_);
+  }
 
-  // The sums of what first_pass found, for any reader: references as Reals, and relative to nothing.
-  RowSums sums_of(const KlSlice& kept) {
-    RowSums s;
+  // What the first pass found, for any reader: references as Reals, and relative to nothing.
+  void sum_up() {
+    const KlSlice& kept = found_.kept;
     const double x_ref = kept.x_ref + tiles_.x_zero(), o_ref = kept.o_ref + tiles_.o_zero();
     const double x_rest = x_ref - double(Real(x_ref)), o_rest = o_ref - double(Real(o_ref));
-    LogSum base{double(Real(x_ref)), kept.log_base + x_rest * inverse_t_, 0},
-        other{double(Real(o_ref)), kept.log_other + o_rest * inverse_t_, 0};
-    (t_.reverse ? base : other).entropy = kept.policy_entropy;
-    s.policy = t_.reverse ? base : other;
-    s.reference = t_.reverse ? other : base;
+    LogSum &base = base_of(sums_), &other = other_of(sums_);
+    base.ref = double(Real(x_ref)), base.log = kept.log_base + x_rest * inverse_t_;
+    other.ref = double(Real(o_ref)), other.log = kept.log_other + o_rest * inverse_t_;
+    sums_.policy.entropy = kept.policy_entropy;
+    sums_.kl = kept.kl;
+    if (kept.has_base()) sums_.log_ratio = kept.log_ratio + (o_rest - x_rest) * inverse_t_;
+    sums_.label_policy = label_z_, sums_.label_reference = label_r_;
+    sums_.kept = double(p_.vocab - tiles_.set_size());
+    if (tiles_.set_size() == 0) return;
     const auto sum_of_set = [&](std::vector<Real>& logits, double partial) {
       return log_sum_of_set(logits.data(), tiles_.set_size(), t_.partial >= 0, partial, inverse_t_);
     };
-    s.policy_set = sum_of_set(policy_set(), label_z_);
-    s.reference_set = t_.entropy ? sum_of_set(reference_set(), label_r_) : existence_of_set(reference_set());
-    s.label_policy = label_z_, s.label_reference = label_r_;
-    s.kl = kept.kl;
-    s.log_ratio = kept.has_base() ? kept.log_ratio + (o_rest - x_rest) * inverse_t_ : 0;
-    s.kept = double(p_.vocab - tiles_.set_size());
-    return s;
+    sums_.policy_set = sum_of_set(policy_set(), label_z_);
+    sums_.reference_set = t_.entropy ? sum_of_set(reference_set(), label_r_) : existence_of_set(reference_set());
   }
+
+  LogSum& base_of(RowSums& s) const { return t_.reverse ? s.policy : s.reference; }
+  LogSum& other_of(RowSums& s) const { return t_.reverse ? s.reference : s.policy; }
 
   // In a second pass a shard reads its logits as it did in its first: other roundings would not add up to 0.
   void refer_to_here(KlSlice& kept) {
     int64_t first = 0;
-    if (tiles_.count() > 0) first_pass().first_shift(false, first);
+    if (tiles_.count() > 0) pass().sample_row(false, first);
     const double x_zero = double(tiles_.x_zero()), o_zero = double(tiles_.o_zero());
     if (x_zero == 0 && o_zero == 0 && Pass::is_usable(Real(kept.x_ref)) && Pass::is_usable(Real(kept.o_ref))) return;
     const double x_by = (kept.x_ref - x_zero) * inverse_t_, o_by = (kept.o_ref - o_zero) * inverse_t_;
@@ -216,30 +236,13 @@ class KlRow {
     kept.x_ref = kept.o_ref = 0;
   }
 
-  // From the slices of a whole vocabulary.
-  Result conclude(const RowSums& s, bool gathered, KlPlan<Real>& plan) {
-    KlSlice kept = s_.slices.size() == 1 ? s_.slices[0] : merged_slices();
-    if (t_.log_kappa != 0) {
-      label_z_ = s.label_policy, label_r_ = s.label_reference;
-      s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
-      found_.shift.reset();
-      kept = merged_slices();
-    }
-    if (kept.has_base() && kept.log_other == -INFINITY) kept.kl = INFINITY, kept.log_ratio = -INFINITY;
-    RowSums all = s;  // with the partially pushed y
-    LogSum base{kept.x_ref + tiles_.x_zero(), kept.log_base, 0}, other{kept.o_ref + tiles_.o_zero(), kept.log_other, 0};
-    all.policy = t_.reverse ? base : other;
-    all.reference = t_.reverse ? other : base;
-    if (gathered && t_.gradient) refer_to_here(kept);
-    if (!found_.shift) {
-      const double more = std::abs(kept.log_ratio) < 1e29 ? kept.log_ratio : 0;
-      found_.shift = KlShift<Real>(inverse_t_, Real(kept.x_ref), Real(kept.o_ref), more);
-      found_.moment =
-          kept.log_ratio - found_.shift->log_ratio() - kept.kl;  // A = M + Φ is 0, of y relative to log_ratio
-    }
-    Result result = t_.reverse ? finish<true>(kept, all, plan) : finish<false>(kept, all, plan);
-    result.sums = s;
-    return result;
+  // Puts the partially pushed y to the rest of the row's slices.
+  void add_partial(KlSlice& kept) {
+    if (!merged_) s_.slices.assign(1, kept);
+    label_z_ = sums_.label_policy, label_r_ = sums_.label_reference;
+    s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
+    found_.shift = nullptr;
+    kept = merged_slices();
   }
 
   // Of the partially pushed y.
@@ -267,22 +270,26 @@ class KlRow {
   }
 
   template <bool REVERSE>
-  Result finish(const KlSlice& kept, const RowSums& all, KlPlan<Real>& plan) const {
-    const KlShift<Real>& shift = *found_.shift;  // it has kept's references
+  RowResult conclude(const KlSlice& kept, const KlShift<Real>& shift, const RowSums& all, KlPlan<Real>& plan) const {
     const LogSum& set = all.policy_set;
     const double odds = log_odds(all, inverse_t_);  // p(R)/p(K)
     const bool removes = !set.is_empty();
     const double kept_mass = removes ? 1 / (1 + ::exp(odds)) : 1, removed_mass = removes ? 1 / (1 + ::exp(-odds)) : 0;
     const double pushed = removes ? softplus(odds) : 0;  // -log p(K)
     const bool undefined = is_undefined(REVERSE ? REVERSE_KL : FORWARD_KL, all);
-    const KlShift<Real> second = shift.with_sum(kept.log_base, second_sum(REVERSE ? -pushed * UNIT<Real> : 0));
-    const double base_sum = ::exp(kept.log_base + second.lead() / UNIT<Real>);  // of the second pass's weights
     plan = {};
-    plan.x_ref = shift.x_ref, plan.o_ref = shift.o_ref, plan.c = second.c;
+    plan.x_ref = shift.x_ref, plan.o_ref = shift.o_ref, plan.c = shift.c;
+    double base_sum = found_.sum;  // of the second pass's weights: where it will do, the first's
+    const double wanted = second_sum(REVERSE ? -pushed * LOG2_E : 0);
+    if (!(found_.shift && wanted == second_sum(0) && base_sum > 0x1p-2 && base_sum < 0x1p6)) {
+      const KlShift<Real> second = shift.with_sum(kept.log_base, wanted);
+      plan.c = second.c;
+      base_sum = ::exp(kept.log_base + second.lead() / UNIT<Real>);
+    }
     plan.x_zero = tiles_.x_zero(), plan.o_zero = tiles_.o_zero();
     plan.set_max = Real(removes ? set.ref : 0);
     if (removes) plan.set_scale = Real(removed_mass * ::exp(-set.log));
-    Result result;
+    RowResult result;
     if (REVERSE)
       result.loss = reverse_coefficients(kept, set, odds, kept_mass, removed_mass, base_sum, plan);
     else
@@ -353,9 +360,11 @@ class KlRow {
   KlScratch<Real>& s_;
   const double inverse_t_;  // as the loops have it: next to p = q, another rounding would show
   RowTiles<Logit, Gradient> tiles_;
-  Task t_;
+  const Task& t_;
+  RowSums sums_;
   double label_z_ = 0, label_r_ = 0;  // of the partially pushed y
   KlFound<Real> found_;               // by this launch's first pass
+  bool merged_ = false;               // not by it, but of all shards
   KlEntry last_{};                    // of the last slice merged
 };
 

@@ -32,7 +32,7 @@ struct KlSlice {
 };
 
 template <class Number>
-KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse, bool entropy) {
+TNT_FN KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse, bool entropy) {
   const double a = t.a, other = t.s + a;
   KlSlice slice;
   slice.x_ref = shift.x_ref, slice.o_ref = shift.o_ref;

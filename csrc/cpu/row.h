@@ -168,31 +168,29 @@ class Row {
   // ---- what a launch does, by its kind
 
   typename KlRow<Logit, Gradient>::Task kl_task() const {
-    typename KlRow<Logit, Gradient>::Task task{};
-    task.z = z_, task.r = r_, task.gradient = g_;
-    task.reverse = loss_ == REVERSE_KL;
-    task.entropy = p_.diagnostics != nullptr;
-    task.removed = set_size_;
-    task.apart = apart();
-    task.partial = partial_;
-    task.log_kappa = log_kappa_;
-    return task;
+    return {z_, r_, g_, loss_ == REVERSE_KL, p_.diagnostics != nullptr, set_size_, apart(), partial_, log_kappa_};
   }
 
   double one_stream() {
     if (loss_ == NONE && !p_.diagnostics) return inactive();
-    typename ExpRow<Logit, Gradient>::Task task{z_, g_, loss_, p_.diagnostics != nullptr, apart(), {}};
-    task.totals = p_.kind == Kind::FINISH ? total_sums() : PartialSums{0, double(set_size_)};
-    return launch(ExpRow<Logit, Gradient>(p_, threads_, s_.exp), task, ExpPlan<Real>());
+    const typename ExpRow<Logit, Gradient>::Task task{z_, g_, loss_, p_.diagnostics != nullptr, apart()};
+    ExpRow<Logit, Gradient> row(p_, threads_, s_.exp, task);
+    ExpPlan<Real> plan;
+    return launch(row, plan);
   }
 
-  double kl() { return launch(KlRow<Logit, Gradient>(p_, threads_, s_.kl), kl_task(), KlPlan<Real>()); }
+  double kl() {
+    const auto task = kl_task();
+    KlRow<Logit, Gradient> row(p_, threads_, s_.kl, task);
+    KlPlan<Real> plan;
+    return launch(row, plan);
+  }
 
   template <class AnyRow, class Plan>
-  double launch(AnyRow row, const typename AnyRow::Task& task, Plan plan) {
+  double launch(AnyRow& row, Plan& plan) {
     const auto write_gradient = [&](bool resumes) {
       if (scale_ == 0 || scale_ != scale_) return fill(scale_);
-      if (resumes) row.resume(task, plan);
+      if (resumes) row.resume(plan);
       row.second_pass(plan, scale_, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
     };
     if (p_.kind == Kind::BACKWARD) {
@@ -200,32 +198,33 @@ class Row {
       write_gradient(true);
       return 0;
     }
+    if (is_first(p_.kind)) row.first_pass();
     if (p_.kind == Kind::STATISTICS) {
-      pack(row.sums(task), is_kl(loss_), packed(p_.statistics));
+      pack(row.sums(), is_kl(loss_), packed(p_.statistics));
       return 0;
     }
+    if (is_sharded(p_.kind)) row.merge(gathered_sums());
     if (p_.kind == Kind::PARTIAL_SUMS) {
-      write_partial_sums(partial_sums_of(row, task));
+      write_partial_sums(row.partial_sums());
       if (!g_) return 0;
     }
-    const auto result = is_sharded(p_.kind) ? row.merged(task, gathered_sums(), plan) : row.whole(task, plan);
+    // A gradient that does not wait for the total is of a loss whose whole set is active.
+    const PartialSums totals = p_.kind == Kind::FUSED    ? row.partial_sums()
+                               : p_.kind == Kind::FINISH ? total_sums()
+                                                         : PartialSums{0, double(set_size_)};
+    const RowResult result = row.conclude(totals, plan);
     if (p_.kind == Kind::FINISH) take_upstream();
     if (scale_ != 0 && result.lost) scale_ = NAN;
     if (g_) write_gradient(is_sharded(p_.kind));
     if (p_.kind == Kind::PARTIAL_SUMS) return 0;
     write_coefficients(plan);
-    return report(result.sums, result.loss);
-  }
-  PartialSums partial_sums_of(KlRow<Logit, Gradient>&, const typename KlRow<Logit, Gradient>::Task&) const {
-    return {};  // its statistics say all
-  }
-  PartialSums partial_sums_of(ExpRow<Logit, Gradient>& row, const typename ExpRow<Logit, Gradient>::Task& task) const {
-    return row.partial_sums(task, gathered_sums());
+    return report(row.sums(), result.loss);
   }
 
   // Its loss comes from the second pass, which may write the gradient if that does not need the loss.
   double uniform_kl() {
-    UniformRow<Logit, Gradient> row(p_, threads_, s_.uniform);
+    const auto task = kl_task();
+    UniformRow<Logit, Gradient> row(p_, threads_, s_.uniform, task);
     UniformPlan<Real> plan;
     const auto second_pass = [&](double scale) {
       return row.second_pass(plan, scale, [&](int64_t at, int64_t n) { prefetch_next(at, n); });
@@ -234,7 +233,6 @@ class Row {
       if (scale_ == 0 || scale_ != scale_) return fill(scale_);
       second_pass(scale_);
     };
-    row.start(kl_task());
     if (p_.kind == Kind::BACKWARD) {
       read_coefficients(plan);
       write_gradient();

@@ -31,10 +31,17 @@ struct LogSum {
   }
 };
 
+// Of one logit, with a weight. NaN if it is no number.
+TNT_FN LogSum log_sum_of(double logit, double log_weight) {
+  if (logit == -INFINITY) return {};
+  return {logit, logit < INFINITY ? log_weight : NAN, 0};
+}
+
 // Of n logits. NaN if one of them is no number.
 template <class Real>
 LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
-  constexpr int64_t SOME = 1024;  // that are added up as Real
+  if (n <= 1) return n == 0 ? LogSum() : log_sum_of(double(x[0]), 0);  // mostly a row's own y
+  constexpr int64_t SOME = 1024;                                       // that are added up as Real
   const Real scale = exponent_scale<Real>(inverse_temperature), inverse_t = Real(inverse_temperature);
   Real top = std::numeric_limits<Real>::lowest();
 #pragma omp simd reduction(max : top)
@@ -67,12 +74,6 @@ LogSum log_sum_of_set(Real* x, int64_t n, bool has_partial, double partial, doub
   return sum;
 }
 
-// Of one logit, with a weight. NaN if it is no number.
-TNT_FN LogSum log_sum_of(double logit, double log_weight) {
-  if (logit == -INFINITY) return {};
-  return {logit, logit < INFINITY ? log_weight : NAN, 0};
-}
-
 TNT_FN LogSum merge(const LogSum& a, const LogSum& b, double inverse_t) {
   if (a.is_empty()) return b;
   if (b.is_empty()) return a;
@@ -103,6 +104,18 @@ struct RowSums {
   double kl = 0, log_ratio = 0;
   double total = 0;  // of LL under uniform smoothing: Σ (z - policy's ref)/T
   double kept = 0;   // number of entries that stay
+};
+
+// What shards add up between their statistics and the loss.
+struct PartialSums {
+  double loss = 0;    // of NL, Σ max(log p_s, floor)
+  double active = 0;  // of NL: how many log p_s are not below the floor
+};
+
+// What follows from the sums of a whole vocabulary.
+struct RowResult {
+  double loss;
+  bool lost;  // the gradient is NaN
 };
 
 // As it travels between devices, in ROW_STATISTICS numbers: layout 2 (docs/sharded.md).

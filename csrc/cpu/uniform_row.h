@@ -95,11 +95,12 @@ class UniformRow {
   using Real = RealOf<Logit>;
   using Task = typename KlRow<Logit, Gradient>::Task;
 
-  UniformRow(const RowCall& call, int threads, UniformScratch<Real>& scratch)
-      : p_(call), s_(scratch), inverse_t_(1 / call.temperature), tiles_(call.vocab, threads, scratch.entries) {}
-
-  void start(const Task& task) {
-    t_ = task;
+  UniformRow(const RowCall& call, int threads, UniformScratch<Real>& scratch, const Task& task)
+      : p_(call),
+        s_(scratch),
+        inverse_t_(1 / call.temperature),
+        tiles_(call.vocab, threads, scratch.entries),
+        t_(task) {
     tiles_.begin(task.z, task.r, task.apart);
   }
 
@@ -190,7 +191,7 @@ class UniformRow {
   UniformScratch<Real>& s_;
   const double inverse_t_;
   RowTiles<Logit, Gradient> tiles_;
-  Task t_;
+  const Task& t_;
 };
 
 }  // namespace TNT_ISA
