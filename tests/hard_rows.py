@@ -309,6 +309,25 @@ def rare() -> Iterator[Rare]:
     z[1196], r[2522] = 100.0, 20.0
     yield from rows("peaks in tiles of their own", z, r, 0, 1.0, F32)
 
+    # The sum of all e, less that of e (1 - e^y), has lost digits of the second row's.
+    z, r = noise(600), noise(600)
+    z[52], r[472] = 1e30, 40.0
+    yield from rows("a sum of the policy next to one of e^40", z, r, 0, 1.0, F64)
+
+    # Relative to the first entries, weights are so large that some times their log-ratios are no float.
+    z = noise(2300)
+    z[2100], z[2200] = 5.0, 6.0
+    r = z.clone()
+    r[[1, 2100]] = -1e30
+    for dtype in (F32, BF16):
+        yield from rows("masks that have weights", z, r, 3, -1.0, dtype, temperature=0.1)
+
+    # Where log p is below the floor by more than a float holds.
+    z = torch.full((64,), -3e38, dtype=F64)
+    z[36] = -INF
+    batch = _row(z.tolist(), z.tolist(), 36, -0.7, "nl+ll", F32, nl_floor=-2.0, temperature=0.5)
+    yield Rare("a label that the policy has not, beside huge logits", batch)
+
 
 def broken(dtype: torch.dtype, vocab: int) -> Iterator[Batch]:
     """NaN, +inf or a whole row of -inf, on either side, at a kept token, at one of the set, at the label."""

@@ -435,8 +435,31 @@ def test_a_vocabulary_of_one_token(backend: str) -> None:
 def test_rows_off_the_short_way(row: hard_rows.Rare, cpu: str) -> None:
     for name in instruction_sets():
         with instruction_set(name):
-            result = run(row.batch, cpu, reduction="none", return_stats=True)
-        fuzz.assert_agrees(result, row.batch, f"{name}, {row.name}")
+            later = run(row.batch, cpu, reduction="none", return_stats=True)
+            at_once = run(row.batch, cpu, reduction="sum", return_stats=True)
+        fuzz.assert_agrees(later, row.batch, f"{name}, {row.name}")
+        at_once = at_once._replace(loss=at_once.loss.reshape(1))
+        fuzz.assert_agrees(at_once, row.batch, f"{name}, {row.name}, gradient at once")
+
+
+@pytest.mark.parametrize("kind", KLS)
+def test_a_pushed_label_beside_a_large_sum(kind: str, cpu: str) -> None:
+    """Next to the first entries weights add up to e^64, of which a logarithm has lost what the label adds."""
+    generator = torch.Generator().manual_seed(8)
+    r = torch.randn(1, 2100, dtype=F64, generator=generator)
+    r[0, 2090], r[0, 2080] = 9.0, 6.0
+    z = r + 1e-6 * torch.randn(1, 2100, dtype=F64, generator=generator)
+    weights = torch.tensor([-0.7], dtype=F64)
+    batch = Batch(
+        z,
+        r,
+        torch.tensor([2080]),
+        weights,
+        {"method": tnt.Objective(kind, kind), "temperature": 0.1},
+    )
+    result = run(batch, cpu)
+    assert result.gradient.abs().sum() > 1e-13
+    assert result.gradient.sum().abs() < 1e-18
 
 
 # --- next to the fixed point ---------------------------------------------------------------------------

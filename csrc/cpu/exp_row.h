@@ -22,6 +22,13 @@ TNT_FN double set_normalizer(const RowSums& s, double inverse_t) {
   return merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy_set.ref, inverse_t);
 }
 
+// That of the least log p that is pushed down. A Real holds it, as one below any floor is -inf where logits are huge.
+template <class Real>
+double least_log_weight(const RowSums& s, double floor, double inverse_t) {
+  const double least = floor + set_normalizer(s, inverse_t);
+  return floor > -INFINITY ? std::max(least, double(std::numeric_limits<Real>::lowest())) : least;
+}
+
 // -log p_y; p - [v = y], which at y is -p(K).
 TNT_FN ExpLoss log_likelihood(double odds) {
   const double kept = 1 / (1 + ::exp(odds));
@@ -54,14 +61,13 @@ TNT_FN ExpLoss unlikelihood(double odds) {
 }
 
 // Σ_{s∈S} max(log p_s, floor); Σ ([v = s] - p_v) over the active s, whose log p_s is not below the floor.
-TNT_FN ExpLoss negative_likelihood(const RowSums& s, double odds, const PartialSums& of_set, double floor,
-                                   double inverse_t) {
+TNT_FN ExpLoss negative_likelihood(double odds, const PartialSums& of_set, double least) {
   ExpLoss row;
   row.loss = of_set.loss;
   row.kept = -of_set.active / (1 + ::exp(odds));
   row.set = -of_set.active / (1 + ::exp(-odds));
   row.push = 1;
-  row.least = floor + set_normalizer(s, inverse_t);
+  row.least = least;
   return row;
 }
 
@@ -138,7 +144,8 @@ class ExpRow {
     if (t_.loss != NEGATIVE_LIKELIHOOD) return sums;
     gather();
     const double normalizer = set_normalizer(sums_, inverse_t_);
-    const Real ref = Real(sums_.policy_set.ref), inverse_t = Real(inverse_t_), least = Real(p_.nl_floor + normalizer);
+    const Real ref = Real(sums_.policy_set.ref), inverse_t = Real(inverse_t_),
+               least = Real(least_log_weight<Real>(sums_, p_.nl_floor, inverse_t_));
     for (int64_t i = 0; i < tiles_.set_size(); ++i) {
       const Real log_weight = (s_.entries.x[size_t(i)] - ref) * inverse_t;
       const bool at_rest = log_weight < least;
@@ -218,7 +225,8 @@ class ExpRow {
         if (!is_smoothed()) return log_likelihood(odds);
         return smoothed_log_likelihood(s, odds, p_.eps, double(p_.vocab_size), inverse_t_);
       case UNLIKELIHOOD: return unlikelihood(odds);
-      case NEGATIVE_LIKELIHOOD: return negative_likelihood(s, odds, totals, p_.nl_floor, inverse_t_);
+      case NEGATIVE_LIKELIHOOD:
+        return negative_likelihood(odds, totals, least_log_weight<Real>(s, p_.nl_floor, inverse_t_));
       default: return {};
     }
   }

@@ -55,6 +55,10 @@ class KlFirstPass {
 
   static bool is_usable(Real top) { return KlShift<Real>::usable(top) == top; }
 
+  // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
+  // row.
+  static bool is_too_wide(const KlSums& t) { return !(t.phi < INFINITY && t.m > -INFINITY) && t.s < MOST; }
+
   // For the row's shift: of the `first` tile that has usable maxima, or `from_maxima` of all its logits.
   KlSample<Real> sample_row(bool from_maxima, int64_t& first) {
     KlSample<Real> sample;
@@ -80,16 +84,16 @@ class KlFirstPass {
   enum class Fit { GOOD, REFERENCES, LEVEL };  // what its shift lacks
   static constexpr double MOST = 0x1p100, LEAST = 0x1p-60;
 
-  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.s + t.a < MOST && t.phi == t.phi; }
+  static bool has_numbers(const KlSums& t) { return t.s < MOST && t.other < MOST && t.phi == t.phi; }
 
   // Next to p = q, φ(L) against Φ/S says how many digits of the KL are lost.
   // Weights may be too large for a level, but not for one of their own: then a logit is no number.
   static Fit judge(const KlSums& t, bool has_own_level, double most_log_ratio, double& log_ratio) {
-    const double a = t.a, other = t.s + a, phi = t.phi;
+    const double a = t.a, phi = t.phi;
     log_ratio = 0;
     if (!has_numbers(t) || (t.broken != 0 && !has_own_level)) return Fit::REFERENCES;
     if (t.s == 0 || a == 0) return Fit::GOOD;
-    if (!(other > 0)) return Fit::REFERENCES;
+    if (!(t.other > 0)) return Fit::REFERENCES;
     const double ratio = a / t.s;
     if (std::abs(ratio) < 0.2 && ratio * a <= 1.5 * phi) return Fit::GOOD;
     log_ratio = log1p(ratio);
@@ -177,7 +181,7 @@ class KlFirstPass {
   // So it is where they add up to little, unless the row's other tiles, which share the shift, have more.
   template <bool REVERSE>
   void refine_entropy(int64_t k, bool has_own_shift, KlTile<Real>& tile) {
-    const double weight = REVERSE ? tile.sums.s : tile.sums.s + tile.sums.a;
+    const double weight = REVERSE ? tile.sums.s : tile.sums.other;
     if (!(weight < MOST && (weight > 0x1p10 || (has_own_shift && weight < 0x1p-10 && weight > 1 / MOST)))) return;
     const double by = ::log(weight) / inverse_t_;
     const KlShift<Real> shift(inverse_t_, Real(tile.shift.x_ref + by), Real(tile.shift.o_ref + by), tile.shift.more);
@@ -186,10 +190,6 @@ class KlFirstPass {
     const KlSlice slice = slice_of(sums, shift, REVERSE, true);
     tile.sums.entropy = weight * (::log(weight) - slice.policy_entropy) * UNIT<Real>;
   }
-
-  // Whether there is an infinite log-ratio, or one that no sum of floats holds, as where the lowest number masks one
-  // row.
-  static bool is_too_wide(const KlSums& t) { return !(t.phi < INFINITY && t.m > -INFINITY) && t.s < MOST; }
 
   // Whether a tile has nothing of the base, but so much of the other that the row's KL would lose digits to its L.
   static bool lacks_base(const KlSums& t) { return t.s == 0 && t.a > 0.125; }
@@ -256,7 +256,7 @@ class KlFirstPass {
       if (k != first) add(k);
 
     // All that was read may have nothing of the other row, unless other maxima show it.
-    const bool lacks_other = total.s > 0 && total.s + total.a <= 0;
+    const bool lacks_other = total.s > 0 && total.other <= 0;
     has_sums &= !(lacks_other && total.phi < INFINITY && s_.slices.empty());
     found.kept = slice_of(total, shift, REVERSE, ENTROPY);
     found.first = &shift;

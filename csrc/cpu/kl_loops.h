@@ -97,12 +97,14 @@ struct KlLanes {
 
 struct KlSums {
   double s = 0, phi = 0, a = 0;  // S, Φ, A
+  double other = 0;              // S + A: of tiles, sums of it have digits that sums of S and of A may lack
   double m = 0;                  // M, of reverse KLs
   double broken = 0;             // other than 0 if some e is no number: it is left out of the rest
   bool infinite = false;         // some y was, or if it is reverse may be with a factor
   double entropy = 0;            // of the policy's weights times their log2, where it is asked for
   KlSums& operator+=(const KlSums& t) {
-    s += t.s, phi += t.phi, a += t.a, m += t.m, broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
+    s += t.s, phi += t.phi, a += t.a, other += t.other, m += t.m;
+    broken += t.broken, entropy += t.entropy, infinite |= t.infinite;
     return *this;
   }
 };
@@ -200,6 +202,7 @@ struct KlTotals {
     t.broken = 0;
     t.infinite = infinite;
     if (others) t.m += m.sum(), t.phi += phi.sum(), t.a += excess.sum(), t.broken = broken.sum();
+    t.other = t.s + t.a;
   }
 };
 

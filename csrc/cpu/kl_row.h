@@ -126,7 +126,7 @@ class KlRow {
     const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
     tiles_.each(true, [&](int64_t k) {
       const KlTile<Real>& tile = s_.tiles[size_t(k)];
-      if (saved && !tile.careful && tile.shift == *found_.first) {
+      if (saved && !tile.careful && tile.shift == *found_.first && !Pass::is_too_wide(tile.sums)) {
         tiles_.write_saved(k, t_.gradient, [&](const Real* weights, int64_t n, auto stored, Gradient* to) {
           write_saved<decltype(stored)>(weights, n, *saved, to);
         });

@@ -33,13 +33,13 @@ struct KlSlice {
 
 template <class Number>
 TNT_FN KlSlice slice_of(const KlSums& t, const KlShift<Number>& shift, bool reverse, bool entropy) {
-  const double a = t.a, other = t.s + a;
+  const double other = t.other;
   KlSlice slice;
   slice.x_ref = shift.x_ref, slice.o_ref = shift.o_ref;
   if (t.broken != 0) {
     slice.log_base = slice.log_ratio = slice.kl = NAN;
   } else if (t.s != 0) {
-    const double ratio = a / t.s, excess_log = log1p(ratio);
+    const double ratio = t.a / t.s, excess_log = ratio > -0.5 ? log1p(ratio) : ::log(other / t.s);
     slice.log_base = ::log(t.s) - shift.lead() / UNIT<Number>;
     slice.log_ratio = shift.log_ratio() + excess_log;
     const double kl = t.phi / t.s - phi_of_log(ratio, excess_log);
@@ -80,12 +80,13 @@ struct KlEntry {
 inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double inverse_t, KlEntry& last) {
   // Relative to those that weigh most. They are found relative to the first.
   KlSlice all;
+  const KlSlice* top = &slices[0];
   double top_base = -INFINITY, top_other = -INFINITY;
   all.x_ref = slices[0].x_ref, all.o_ref = slices[0].o_ref;
   for (const KlSlice& slice : slices) {
     const double base = slice.log_base + (slice.x_ref - slices[0].x_ref) * inverse_t;
     const double other = slice.log_other + (slice.o_ref - slices[0].o_ref) * inverse_t;
-    if (base > top_base) top_base = base, all.x_ref = slice.x_ref;
+    if (base > top_base) top_base = base, all.x_ref = slice.x_ref, top = &slice;
     if (other > top_other) top_other = other, all.o_ref = slice.o_ref;
   }
   const auto log_ratio = [&](const KlSlice& slice) {
@@ -102,8 +103,14 @@ inline KlSlice merged(const std::vector<KlSlice>& slices, bool reverse, double i
   if (lacks_other) {
     for (const KlSlice& slice : slices)
       if (slice.has_base()) all.log_ratio += ::exp(log_base(slice) - all.log_base) * log_ratio(slice);
-  } else {  // of equal rows, the sums are equal
-    all.log_ratio = all.log_other - all.log_base;
+  } else {
+    // Next to that of the slice that weighs most, where all have both. Of large sums, logarithms have lost digits.
+    double rise = 0;
+    for (const KlSlice& slice : slices)
+      rise += slice.has_base() && slice.log_other > -INFINITY
+                  ? ::exp(log_base(slice) - all.log_base) * ::expm1(log_ratio(slice) - log_ratio(*top))
+                  : NAN;
+    all.log_ratio = std::abs(rise) < 0.5 ? log_ratio(*top) + log1p(rise) : all.log_other - all.log_base;
   }
   for (const KlSlice& slice : slices) {
     const double log_base_share = slice.has_base() ? log_base(slice) - all.log_base : -INFINITY;
