@@ -136,6 +136,7 @@ class ExpRow {
     for (const double total : s_.totals) sums_.total += total * inverse_t_;
   }
 
+  // In place of a first pass.
   void merge(const std::vector<RowSums>& shards) { sums_ = tnt::merge(shards, inverse_t_); }
 
   // What this slice adds to the sums of all shards.

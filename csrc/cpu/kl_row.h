@@ -66,6 +66,7 @@ class KlRow {
     sum_up();
   }
 
+  // In place of a first pass.
   void merge(const std::vector<RowSums>& shards) {
     sums_ = tnt::merge(shards, inverse_t_);
     s_.slices.clear();
@@ -115,7 +116,7 @@ class KlRow {
   template <class Done>
   void second_pass(const KlPlan<Real>& plan, double factor, Done done) {
     if (tiles_.set_size() > 0) set_gradients(plan, factor);
-    int exponent;
+    int exponent = 0;
     const double mantissa = ::frexp(factor, &exponent);
     const Real c = Real(double(plan.c) + second_sum(0) - second_sum(exponent));
     const double by = c == plan.c ? factor : factor * ::exp((double(c) - double(plan.c)) / UNIT<Real>);
