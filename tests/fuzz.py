@@ -261,6 +261,20 @@ class Expected:
             outcome = outcome.otherwise
 
 
+def expected_of(
+    z: Tensor,
+    r: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
+    ids: Tensor | None,
+    options: dict[str, Any],
+) -> Expected:
+    """Of logits (N, V) as they are stored."""
+    wide_r = None if r is None else widened(r)
+    with np.errstate(all="ignore"):
+        return Expected(widened(z), wide_r, labels, weights, ids, options, arithmetic_of(z.dtype))
+
+
 def agrees(got: Array, value: Array, bound: Array) -> np.ndarray:
     same = (got == value) | (np.isnan(got) & np.isnan(value))
     with np.errstate(invalid="ignore"):
@@ -377,17 +391,9 @@ class LogitsCall:
             self.upstream = torch.from_numpy(upstream).to(real)
 
     def expected(self) -> Expected:
-        r = None if self.r_rows is None else widened(self.r_rows)
-        with np.errstate(all="ignore"):
-            return Expected(
-                widened(self.z_rows),
-                r,
-                self.labels,
-                self.weights,
-                self.ids,
-                self.options,
-                arithmetic_of(self.dtype),
-            )
+        return expected_of(
+            self.z_rows, self.r_rows, self.labels, self.weights, self.ids, self.options
+        )
 
     def run(self, backend: str, device: str = "cpu") -> tuple[Tensor, Tensor, Any]:
         """The loss and its gradient, and the statistics if the call asks for them, on the CPU."""
@@ -486,17 +492,14 @@ class Report:
 def assert_agrees(result: Result, batch: Batch, label: str) -> None:
     """Of a batch whose losses are not reduced."""
     options, dtype = batch.options | {"reduction": "none"}, batch.logits.dtype
-    r = None if batch.ref_logits is None else widened(batch.ref_logits)
-    with np.errstate(all="ignore"):
-        expected = Expected(
-            widened(batch.logits),
-            r,
-            batch.labels,
-            batch.weights,
-            batch.options.get("negative_ids"),
-            options,
-            arithmetic_of(dtype),
-        )
+    expected = expected_of(
+        batch.logits,
+        batch.ref_logits,
+        batch.labels,
+        batch.weights,
+        batch.options.get("negative_ids"),
+        options,
+    )
     report = Report(label, lambda row: f"row {row} of {options}")
     shape = tuple(batch.labels.shape)
     compare_losses(report, expected, result.loss, result.stats, "none", shape)

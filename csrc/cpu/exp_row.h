@@ -24,8 +24,8 @@ TNT_FN double set_normalizer(const RowSums& s, double inverse_t) {
 
 // That of the least log p that is pushed down. A Real holds it, as one below any floor is -inf where logits are huge.
 template <class Real>
-double least_log_weight(const RowSums& s, double floor, double inverse_t) {
-  const double least = floor + set_normalizer(s, inverse_t);
+double least_log_weight(double floor, double normalizer) {
+  const double least = floor + normalizer;
   return floor > -INFINITY ? std::max(least, double(std::numeric_limits<Real>::lowest())) : least;
 }
 
@@ -146,7 +146,7 @@ class ExpRow {
     gather();
     const double normalizer = set_normalizer(sums_, inverse_t_);
     const Real ref = Real(sums_.policy_set.ref), inverse_t = Real(inverse_t_),
-               least = Real(least_log_weight<Real>(sums_, p_.nl_floor, inverse_t_));
+               least = Real(least_log_weight<Real>(p_.nl_floor, normalizer));
     for (int64_t i = 0; i < tiles_.set_size(); ++i) {
       const Real log_weight = (s_.entries.x[size_t(i)] - ref) * inverse_t;
       const bool at_rest = log_weight < least;
@@ -227,7 +227,7 @@ class ExpRow {
         return smoothed_log_likelihood(s, odds, p_.eps, double(p_.vocab_size), inverse_t_);
       case UNLIKELIHOOD: return unlikelihood(odds);
       case NEGATIVE_LIKELIHOOD:
-        return negative_likelihood(odds, totals, least_log_weight<Real>(s, p_.nl_floor, inverse_t_));
+        return negative_likelihood(odds, totals, least_log_weight<Real>(p_.nl_floor, set_normalizer(s, inverse_t_)));
       default: return {};
     }
   }

@@ -240,10 +240,6 @@ TNT_FN V greatest_size(const V (&y)[4]) {
   return greater_size(greater_size(y[0], y[1]), greater_size(y[2], y[3]));
 }
 
-// The loops take turns, so that their sums stay in registers. That of near blocks is another one where entries may be
-// removed (REMOVED), as they would take registers from the rest. The first stops at a block that is not near; the
-// second, WIDE, at one that is not wide, or is the second near one in turn; the last behind a wide one, at one that is
-// wide. They return where. A stretch is as long as a lane's sum may be.
 // Saves the weights of a block's j-th vector.
 template <class Real>
 TNT_FN void save(const KlWeight<Real>& weight, int j, Real* block) {
@@ -256,6 +252,10 @@ TNT_FN bool is_near(V size) {
   return is_everywhere(less(size, same(decltype(greatest(size))(WIDE ? PHI_WIDE_BOUND : PHI_NEAR_BOUND))));
 }
 
+// The loops take turns, so that their sums stay in registers. That of near blocks is another one where entries may be
+// removed (REMOVED), as they would take registers from the rest. The first stops at a block that is not near; the
+// second, WIDE, at one that is not wide, or is the second near one in turn; the last behind a wide one, at one that is
+// wide. They return where. A stretch is as long as a lane's sum may be.
 template <bool REVERSE, bool ENTROPY, bool REMOVED, bool SAVED, bool WIDE, class Logit, class Real>
 __attribute__((noinline)) int64_t add_near_blocks(const TileEntries<Logit>& in, int64_t i, const KlShift<Real>& shift,
                                                   Real* saved, KlTotals<Real>& totals, bool& near_before) {

@@ -124,7 +124,7 @@ class KlRow {
     const ForwardGradient<Real> forward{plan.shift, plan.rest, Real(plan.u0 * by),
                                         Real(double(plan.u1) + exponent * EXPONENT_UNIT), Real(mantissa)};
     const ReverseGradient<Real> reverse{Real(plan.u0 * by), Real(plan.u1 * by)};
-    const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, factor);
+    const std::optional<SavedGradient<Real>> saved = saved_gradient(plan, shift, by);
     tiles_.each(true, [&](int64_t k) {
       const KlTile<Real>& tile = s_.tiles[size_t(k)];
       if (saved && !tile.careful && tile.shift == *found_.first && !Pass::is_too_wide(tile.sums)) {
@@ -149,15 +149,14 @@ class KlRow {
     return t_.reverse ? Pass(tiles_, s_, inverse_t_, z, r) : Pass(tiles_, s_, inverse_t_, r, z);
   }
 
-  // Where this launch's first pass saved its weights.
-  std::optional<SavedGradient<Real>> saved_gradient(const KlPlan<Real>& plan, double factor) const {
+  // Where this launch's first pass saved its weights. `by`: the factor on those of the second pass.
+  std::optional<SavedGradient<Real>> saved_gradient(const KlPlan<Real>& plan, const KlShift<Real>& second,
+                                                    double by) const {
     if (!found_.first || !tiles_.saved(0)) return {};
     const KlShift<Real>& first = *found_.first;
-    const KlShift<Real> second(inverse_t_, plan.x_ref, plan.o_ref, plan.shift, plan.c);
     // By as much the y of the plan is less.
     const double more = second.value(second.a) - first.value(first.a) + (t_.reverse ? 0 : double(plan.rest));
     if (second.x_ref != first.x_ref || !(std::abs(more) < 1)) return {};  // far apart, products would cancel
-    double by = factor;                                                   // on the weights
     if (second.c != first.c) by *= ::exp((second.lead() - first.lead()) / UNIT<Real>);
     const double fall = ::expm1(-more);
     if (t_.reverse) return SavedGradient<Real>{Real(plan.u1 * by), Real((plan.u0 - plan.u1 * more) * by)};

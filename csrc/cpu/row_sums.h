@@ -40,8 +40,9 @@ TNT_FN LogSum log_sum_of(double logit, double log_weight) {
 // Of n logits. NaN if one of them is no number.
 template <class Real>
 LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
-  if (n <= 1) return n == 0 ? LogSum() : log_sum_of(double(x[0]), 0);  // mostly a row's own y
-  constexpr int64_t SOME = 1024;                                       // that are added up as Real
+  // Most sets are empty, or a row's own y.
+  if (n <= 1) return n == 0 ? LogSum() : log_sum_of(double(x[0]), 0);
+  constexpr int64_t SOME = 1024;  // that are added up as Real
   const Real scale = exponent_scale<Real>(inverse_temperature), inverse_t = Real(inverse_temperature);
   Real top = std::numeric_limits<Real>::lowest();
 #pragma omp simd reduction(max : top)
