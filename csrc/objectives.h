@@ -6,7 +6,7 @@
 //   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable: statistics.h
 //   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
 //   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
-// What a call says of a row, and the rule for what is undefined, stand in row_rules.h.
+// What a call says of a row stands in row_rules.h, the rule for what is undefined in row_sums.h.
 #pragma once
 
 #include <cmath>

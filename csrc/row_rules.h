@@ -1,12 +1,10 @@
-// The rules of a row, for host and device: which loss it has, whether it counts, what its loss is multiplied by, and
-// where that is undefined.
+// The rules of a row, for host and device: which loss it has, whether it counts, and what its loss is multiplied by.
 #pragma once
 
 #include <cstdint>
 
 #include "call.h"
 #include "elementary.h"
-#include "statistics.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
@@ -62,19 +60,6 @@ TNT_FN double inverse_normalizer(const RowCall& p, double active_rows) {
                        : p.normalizer        ? double(*static_cast<const Real*>(p.normalizer))
                                              : p.normalizer_value;
   return value == 0 ? 0 : 1 / value;
-}
-
-// --------------------------------------------------------------------------------------------- what is undefined
-//
-// A logit of -inf is a number, that of a token without probability. NaN and +inf are none: among the logits that a
-// row's loss reads, those of its set included, they make a sum NaN. The policy is read by every loss, the reference by
-// a KL. A row is undefined, its loss and gradient NaN, where a distribution that it needs does not exist: because it
-// is broken in this way, or as all of it is -inf, or because a KL's target has nothing left outside the removed tokens.
-
-TNT_FN bool is_undefined(int loss, const RowStatistics& s) {
-  if (loss == NONE) return false;
-  if (loss != FORWARD_KL && loss != REVERSE_KL) return !has_policy(s);
-  return !(has_policy(s) && has_reference(s) && s.reference.sum > 0);
 }
 
 }  // namespace TNT_ISA

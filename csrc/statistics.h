@@ -1,6 +1,6 @@
 // Statistics of a row as CUDA's kernels have them, for host and device: the sums over its logits that loss and gradient
 // begin from, of the whole vocabulary or of any slice of it; those of slices merge. z are the policy's logits, r the
-// reference's (objectives.h). The CPU's are in cpu/row_sums.h.
+// reference's (objectives.h). The CPU's are in row_sums.h.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,8 @@
 
 #include "call.h"
 #include "elementary.h"
+#include "row_rules.h"
+#include "row_sums.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
@@ -148,16 +150,18 @@ TNT_FN RowStatistics unpack(const Real* from) {
   return s;
 }
 
-// ------------------------------------------------------------------------------------------------- diagnostics
+// ------------------------------------------------------------------------------ what is undefined; diagnostics
 
 // Whether the distribution exists. Its sum is NaN where a logit is NaN or +inf, and 0 where all are -inf.
 TNT_FN bool has_policy(const RowStatistics& s) { return s.policy.sum + s.policy_set.sum > 0; }
 TNT_FN bool has_reference(const RowStatistics& s) { return s.reference.sum + s.reference_set.sum > 0; }
 
-// NaN where the distribution that they are of does not exist, or is not read. Without a policy there are none.
-struct RowDiagnosis {
-  double negative_mass = NAN, ref_negative_mass = NAN, entropy = NAN;
-};
+// The rule stands in row_sums.h.
+TNT_FN bool is_undefined(int loss, const RowStatistics& s) {
+  if (loss == NONE) return false;
+  if (loss != FORWARD_KL && loss != REVERSE_KL) return !has_policy(s);
+  return !(has_policy(s) && has_reference(s) && s.reference.sum > 0);
+}
 
 // `kl`: the row's loss reads the reference. `pushed_part`: -w of a y with -1 < w < 0, else 0.
 TNT_FN RowDiagnosis diagnose(const RowStatistics& s, bool negative, bool kl, double pushed_part, double inverse_t) {

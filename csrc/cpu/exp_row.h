@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/log_sum.h"
 #include "cpu/stream_sum.h"
 
 namespace tnt {

@@ -8,6 +8,7 @@
 
 #include "cpu/kl_first_pass.h"
 #include "cpu/kl_gradient.h"
+#include "cpu/log_sum.h"
 
 namespace tnt {
 inline namespace TNT_ISA {

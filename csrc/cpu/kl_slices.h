@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/kl_loops.h"
-#include "cpu/row_sums.h"
+#include "row_sums.h"
 
 namespace tnt {
 inline namespace TNT_ISA {

@@ -11,6 +11,7 @@
 
 #include "cpu/exp_row.h"
 #include "cpu/kl_row.h"
+#include "cpu/log_sum.h"
 #include "cpu/uniform_row.h"
 #include "row_rules.h"
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/exp_loops.h"
-#include "cpu/row_sums.h"
+#include "row_sums.h"
 
 namespace tnt {
 inline namespace TNT_ISA {

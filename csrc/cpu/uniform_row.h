@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kl_row.h"
+#include "cpu/log_sum.h"
 #include "cpu/stream_sum.h"
 #include "objectives.h"
 

@@ -1,13 +1,11 @@
-// What a slice of a row is reduced to, the whole vocabulary or a shard of it: sums of exponentials by their logarithms,
-// which no logit is too large for. Those of slices merge.
+// What a slice of a row is reduced to, the whole vocabulary or a part of it, for host and device: sums of exponentials
+// by their logarithms, which no logit is too large for. Those of slices merge.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <vector>
 
 #include "call.h"
+#include "elementary.h"
 #include "row_rules.h"
 
 namespace tnt {
@@ -25,8 +23,8 @@ TNT_FN double log_add(double a, double b) {
 struct LogSum {
   double ref = 0, log = -INFINITY, entropy = 0;
 
-  bool is_empty() const { return log == -INFINITY; }
-  double relative_to(double other_ref, double inverse_t) const {
+  TNT_FN bool is_empty() const { return log == -INFINITY; }
+  TNT_FN double relative_to(double other_ref, double inverse_t) const {
     return is_empty() ? -INFINITY : (ref - other_ref) * inverse_t + log;
   }
 };
@@ -35,44 +33,6 @@ struct LogSum {
 TNT_FN LogSum log_sum_of(double logit, double log_weight) {
   if (logit == -INFINITY) return {};
   return {logit, logit < INFINITY ? log_weight : NAN, 0};
-}
-
-// Of n logits. NaN if one of them is no number.
-template <class Real>
-LogSum log_sum_of(const Real* x, int64_t n, double inverse_temperature) {
-  // Most sets are empty, or a row's own y.
-  if (n <= 1) return n == 0 ? LogSum() : log_sum_of(double(x[0]), 0);
-  constexpr int64_t SOME = 1024;  // that are added up as Real
-  const Real scale = exponent_scale<Real>(inverse_temperature), inverse_t = Real(inverse_temperature);
-  Real top = std::numeric_limits<Real>::lowest();
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
-  double sum = 0, moment = 0;
-  for (int64_t at = 0; at < n; at += SOME) {
-    const int64_t end = std::min(n, at + SOME);
-    Real some = 0, some_moment = 0;
-#pragma omp simd reduction(+ : some, some_moment)
-    for (int64_t i = at; i < end; ++i) {
-      const Real centred = x[i] - top, weight = exponential(centred * scale);
-      some += weight;
-      some_moment += weight == Real(0) ? Real(0) : weight * (centred * inverse_t);
-    }
-    sum += some;
-    moment += some_moment;
-  }
-  if (sum == 0) return {};
-  return {double(top), ::log(sum), ::log(sum) - moment / sum};
-}
-
-// Of the set's logits. Where a y is pushed down in part, it lies among them: an entry that equals it is left out for
-// it.
-template <class Real>
-LogSum log_sum_of_set(Real* x, int64_t n, bool has_partial, double partial, double inverse_temperature) {
-  Real* const out = has_partial ? std::find(x, x + n, Real(partial)) : x + n;
-  if (out != x + n) *out = -INFINITY;
-  const LogSum sum = log_sum_of(x, n, inverse_temperature);
-  if (out != x + n) *out = Real(partial);
-  return sum;
 }
 
 TNT_FN LogSum merge(const LogSum& a, const LogSum& b, double inverse_t) {
@@ -121,7 +81,7 @@ struct RowResult {
 
 // As it travels between devices, in ROW_STATISTICS numbers: layout 2 (docs/sharded.md).
 template <class Real>
-void pack(const RowSums& s, bool kl, Real* to) {
+TNT_FN void pack(const RowSums& s, bool kl, Real* to) {
   const double values[] = {s.policy.ref,
                            s.policy.log,
                            s.policy.entropy,
@@ -141,7 +101,7 @@ void pack(const RowSums& s, bool kl, Real* to) {
   for (int i = 0; i < ROW_STATISTICS; ++i) to[i] = static_cast<Real>(values[i]);
 }
 template <class Real>
-RowSums unpack(const Real* from, bool kl) {
+TNT_FN RowSums unpack(const Real* from, bool kl) {
   RowSums s;
   s.policy = {from[0], from[1], from[2]};
   s.reference = {from[3], from[4], 0};
@@ -162,18 +122,14 @@ TNT_FN RowSums merge(const RowSums& a, const RowSums& b, double inverse_t) {
   s.reference = merge(a.reference, b.reference, inverse_t);
   s.policy_set = merge(a.policy_set, b.policy_set, inverse_t);
   s.reference_set = merge(a.reference_set, b.reference_set, inverse_t);
-  for (const RowSums* slice : {&a, &b})
-    if (slice->kept != 0) s.total += slice->total + slice->kept * (slice->policy.ref - s.policy.ref) * inverse_t;
+  const auto total = [&](const RowSums& slice) {
+    return slice.kept != 0 ? slice.total + slice.kept * (slice.policy.ref - s.policy.ref) * inverse_t : 0;
+  };
+  s.total = total(a) + total(b);
   s.kept = a.kept + b.kept;
   s.label_policy = a.label_policy + b.label_policy;
   s.label_reference = a.label_reference + b.label_reference;
   return s;
-}
-
-TNT_FN RowSums merge(const std::vector<RowSums>& slices, double inverse_t) {
-  RowSums all;
-  for (const RowSums& slice : slices) all = merge(all, slice, inverse_t);
-  return all;
 }
 
 // log of the odds p(set) / p(outside).
@@ -183,20 +139,29 @@ TNT_FN double log_odds(const RowSums& s, double inverse_t) {
   return s.policy_set.relative_to(s.policy.ref, inverse_t) - s.policy.log;
 }
 
-// ------------------------------------------------------------------------------------- what is undefined; diagnostics
+// --------------------------------------------------------------------------------------------- what is undefined
+//
+// A logit of -inf is a number, that of a token without probability. NaN and +inf are none: among the logits that a
+// row's loss reads, those of its set included, they make a sum NaN. The policy is read by every loss, the reference by
+// a KL. A row is undefined, its loss and gradient NaN, where a distribution that it needs does not exist: because it
+// is broken in this way, or as all of it is -inf, or because a KL's target has nothing left outside the removed tokens.
 
-// Whether the distribution exists. A sum is no number where a logit is NaN or +inf.
 TNT_FN bool exists(const LogSum& kept, const LogSum& set) {
   return kept.log < INFINITY && set.log < INFINITY && !(kept.is_empty() && set.is_empty());
 }
 
-// The NaN rule: a row's loss is NaN because a distribution that it reads does not exist, or because a KL's target has
-// nothing left outside the removed tokens.
 TNT_FN bool is_undefined(int loss, const RowSums& s) {
   if (loss == NONE) return false;
   if (!exists(s.policy, s.policy_set)) return true;
   return is_kl(loss) && (!exists(s.reference, s.reference_set) || s.reference.is_empty());
 }
+
+// ------------------------------------------------------------------------------------------------- diagnostics
+
+// NaN where the distribution that they are of does not exist, or is not read. Without a policy there are none.
+struct RowDiagnosis {
+  double negative_mass = NAN, ref_negative_mass = NAN, entropy = NAN;
+};
 
 // `log_kappa` is 0 where no y is pushed down in part.
 TNT_FN RowDiagnosis diagnose(const RowSums& s, bool negative, bool kl, double log_kappa, double inverse_t) {
