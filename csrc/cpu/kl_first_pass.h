@@ -7,7 +7,8 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/kl_slices.h"
+#include "cpu/kl_loops.h"
+#include "kl_slices.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
@@ -26,6 +27,28 @@ struct KlScratch {
   TileScratch<Real> entries;  // the removed entries, and a partially pushed y
   std::vector<KlTile<Real>> tiles;
   std::vector<KlSlice> slices;
+};
+
+// As `merged` takes slices; of one at least.
+struct SliceVector {
+  const std::vector<KlSlice>& slices;
+
+  const KlSlice& first() const { return slices.front(); }
+  template <class Function>
+  double sum(Function f) const {
+    double sum = 0;
+    for (const KlSlice& slice : slices) sum += f(slice);
+    return sum;
+  }
+  template <class Function>
+  double max(Function f) const {
+    double top = -INFINITY;
+    for (const KlSlice& slice : slices) {
+      const double value = f(slice);
+      if (value > top) top = value;
+    }
+    return top;
+  }
 };
 
 // What a first pass finds. Its shifts lie in the scratch.
@@ -267,8 +290,7 @@ class KlFirstPass {
     }
     if (found.kept.log_base != -INFINITY || found.kept.log_other != -INFINITY)
       s_.slices.insert(s_.slices.begin(), found.kept);
-    KlEntry last;
-    found.kept = merged(s_.slices, REVERSE, inverse_t_, last);
+    found.kept = merged(SliceVector{s_.slices}, REVERSE, inverse_t_);
     return has_sums;
   }
 

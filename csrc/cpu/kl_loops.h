@@ -25,6 +25,8 @@ constexpr int MIDDLE = 16;
 // What a tile's weights are relative to.
 template <class Real>
 struct KlShift {
+  static constexpr double LOG_UNIT = UNIT<Real>;  // a natural logarithm of 1, in what lead() is counted in
+
   Real scale, inverse_t;  // log2(e)/T, 1/T
   Real x_ref, o_ref;      // near the maxima
   Real c;                 // x_ref scale

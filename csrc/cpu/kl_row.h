@@ -74,7 +74,7 @@ class KlRow {
     for (const RowSums& s : shards)
       if (!s.policy.is_empty() || !s.reference.is_empty()) s_.slices.push_back(slice_of(s, t_.reverse));
     if (s_.slices.empty()) s_.slices.emplace_back();
-    found_.kept = merged_slices();
+    found_.kept = s_.slices.size() == 1 ? s_.slices[0] : merged(SliceVector{s_.slices}, t_.reverse, inverse_t_);
     merged_ = true;
   }
 
@@ -198,10 +198,6 @@ class KlRow {
 
   // ---- from sums to the loss
 
-  KlSlice merged_slices() {
-    return s_.slices.size() == 1 ? s_.slices[0] : merged(s_.slices, t_.reverse, inverse_t_, last_);
-  }
-
   // What the first pass found, for any reader: references as Reals, and relative to nothing.
   void sum_up() {
     const KlSlice& kept = found_.kept;
@@ -243,7 +239,8 @@ class KlRow {
     label_z_ = sums_.label_policy, label_r_ = sums_.label_reference;
     s_.slices.push_back(t_.reverse ? slice_of_partial<true>(kept) : slice_of_partial<false>(kept));
     found_.shift = nullptr;
-    kept = merged_slices();
+    kept = merged(SliceVector{s_.slices}, t_.reverse, inverse_t_);
+    partial_ = entry_of(s_.slices.back(), kept, inverse_t_);
   }
 
   // Of the partially pushed y.
@@ -349,12 +346,12 @@ class KlRow {
   template <bool REVERSE>
   double partial_gradient(double pushed, double loss) const {
     if (REVERSE) {
-      const double p = ::exp(last_.log_base - pushed), log_norm = log1p(p_.eps * double(t_.removed));
-      return p == 0 ? 0 : p * (log_norm - pushed - last_.y - loss);
+      const double p = ::exp(partial_.log_base - pushed), log_norm = log1p(p_.eps * double(t_.removed));
+      return p == 0 ? 0 : p * (log_norm - pushed - partial_.y - loss);
     }
-    const double q = ::exp(last_.log_base), d = last_.y - pushed;
+    const double q = ::exp(partial_.log_base), d = partial_.y - pushed;
     if (std::abs(d) < 1) return q * ::expm1(d);
-    return ::exp(last_.log_other - pushed) - q;
+    return ::exp(partial_.log_other - pushed) - q;
   }
 
   const RowCall& p_;
@@ -366,7 +363,7 @@ class KlRow {
   double label_z_ = 0, label_r_ = 0;  // of the partially pushed y
   KlFound<Real> found_;               // by this launch's first pass
   bool merged_ = false;               // not by it, but of all shards
-  KlEntry last_{};                    // of the last slice merged
+  KlEntry partial_{};                 // of the partially pushed y
 };
 
 }  // namespace TNT_ISA
