@@ -6,14 +6,17 @@
 //   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable: statistics.h
 //   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
 //   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
+// On a CPU, a loss that reads the policy alone follows from the sums of row_sums.h instead.
 // What a call says of a row stands in row_rules.h, the rule for what is undefined in row_sums.h.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
 #include "elementary.h"
 #include "row_rules.h"
+#include "row_sums.h"
 #include "statistics.h"
 
 namespace tnt {
@@ -132,6 +135,71 @@ TNT_FN bool is_lost(int loss, const RowCoefficients& c) {
   if (c.loss != c.loss) return true;
   if (loss == UNLIKELIHOOD) return c.loss == INFINITY;
   return loss == REVERSE_KL && (c.loss == INFINITY || !(c.kl_centre < INFINITY && c.kl_centre > -INFINITY));
+}
+
+// ------------------------------------------------------------------------------- losses that read the policy alone
+//
+// From the sums of row_sums.h. The set is y of LL, S of the others; K is what lies outside.
+
+// A row's loss, and its gradient: kept p_K(v) + bias on K, set p_set(v) + push in the set. What is below `least` there,
+// as (z - its ref)/T, is not pushed.
+struct ExpLoss {
+  double loss = 0, kept = 0, bias = 0, set = 0, push = 0, least = -INFINITY;
+};
+
+// log p of an entry of the set = (z - the set's ref)/T - this.
+TNT_FN double set_normalizer(const RowSums& s, double inverse_t) {
+  return merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy_set.ref, inverse_t);
+}
+
+// That of the least log p that is pushed down. A Real holds it, as one below any floor is -inf where logits are huge.
+template <class Real>
+TNT_FN double least_log_weight(double floor, double normalizer) {
+  constexpr double LOWEST_REAL = sizeof(Real) == sizeof(float) ? -FLT_MAX : -DBL_MAX;
+  const double least = floor + normalizer;
+  return floor > -INFINITY && least < LOWEST_REAL ? LOWEST_REAL : least;
+}
+
+// -log p_y; p - [v = y], which at y is -p(K).
+TNT_FN ExpLoss log_likelihood(double odds) {
+  const double kept = 1 / (1 + ::exp(odds));
+  ExpLoss row;
+  row.loss = softplus(-odds);
+  row.kept = kept;
+  row.push = -kept;
+  return row;
+}
+
+// The cross-entropy against y~ = ([v = y] + ε)/(1 + V ε); p - y~.
+TNT_FN ExpLoss smoothed_log_likelihood(const RowSums& s, double odds, double eps, double vocab, double inverse_t) {
+  const double norm = 1 / (1 + vocab * eps), others = vocab - 1;
+  ExpLoss row = log_likelihood(odds);
+  const double log_sum = merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy.ref, inverse_t);
+  const double log_p_total = s.total - (others > 0 ? others * log_sum : 0) - row.loss;
+  row.loss = (row.loss - eps * log_p_total) * norm;
+  row.bias = -eps * norm;
+  row.push += others * eps * norm;
+  return row;
+}
+
+// -log(1 - p(S)) = -log p(K); p_v in S, -p(S) p_K(v) on K.
+TNT_FN ExpLoss unlikelihood(double odds) {
+  ExpLoss row;
+  row.loss = softplus(odds);
+  row.set = 1 / (1 + ::exp(-odds));
+  row.kept = -row.set;
+  return row;
+}
+
+// Σ_{s∈S} max(log p_s, floor); Σ ([v = s] - p_v) over the active s, whose log p_s is not below the floor.
+TNT_FN ExpLoss negative_likelihood(double odds, const PartialSums& of_set, double least) {
+  ExpLoss row;
+  row.loss = of_set.loss;
+  row.kept = -of_set.active / (1 + ::exp(odds));
+  row.set = -of_set.active / (1 + ::exp(-odds));
+  row.push = 1;
+  row.least = least;
+  return row;
 }
 
 // ----------------------------------------------------------------------------------------------- 3. row elements

@@ -8,69 +8,10 @@
 
 #include "cpu/log_sum.h"
 #include "cpu/stream_sum.h"
+#include "objectives.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
-
-// A row's loss, and its gradient: kept p_K(v) + bias on K, set p_set(v) + push in the set. What is below `least` there,
-// as (z - its ref)/T, is not pushed.
-struct ExpLoss {
-  double loss = 0, kept = 0, bias = 0, set = 0, push = 0, least = -INFINITY;
-};
-
-// log p of an entry of the set = (z - the set's ref)/T - this.
-TNT_FN double set_normalizer(const RowSums& s, double inverse_t) {
-  return merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy_set.ref, inverse_t);
-}
-
-// That of the least log p that is pushed down. A Real holds it, as one below any floor is -inf where logits are huge.
-template <class Real>
-double least_log_weight(double floor, double normalizer) {
-  const double least = floor + normalizer;
-  return floor > -INFINITY ? std::max(least, double(std::numeric_limits<Real>::lowest())) : least;
-}
-
-// -log p_y; p - [v = y], which at y is -p(K).
-TNT_FN ExpLoss log_likelihood(double odds) {
-  const double kept = 1 / (1 + ::exp(odds));
-  ExpLoss row;
-  row.loss = softplus(-odds);
-  row.kept = kept;
-  row.push = -kept;
-  return row;
-}
-
-// The cross-entropy against y~ = ([v = y] + ε)/(1 + V ε); p - y~.
-TNT_FN ExpLoss smoothed_log_likelihood(const RowSums& s, double odds, double eps, double vocab, double inverse_t) {
-  const double norm = 1 / (1 + vocab * eps), others = vocab - 1;
-  ExpLoss row = log_likelihood(odds);
-  const double log_sum = merge(s.policy, s.policy_set, inverse_t).relative_to(s.policy.ref, inverse_t);
-  const double log_p_total = s.total - (others > 0 ? others * log_sum : 0) - row.loss;
-  row.loss = (row.loss - eps * log_p_total) * norm;
-  row.bias = -eps * norm;
-  row.push += others * eps * norm;
-  return row;
-}
-
-// -log(1 - p(S)) = -log p(K); p_v in S, -p(S) p_K(v) on K.
-TNT_FN ExpLoss unlikelihood(double odds) {
-  ExpLoss row;
-  row.loss = softplus(odds);
-  row.set = 1 / (1 + ::exp(-odds));
-  row.kept = -row.set;
-  return row;
-}
-
-// Σ_{s∈S} max(log p_s, floor); Σ ([v = s] - p_v) over the active s, whose log p_s is not below the floor.
-TNT_FN ExpLoss negative_likelihood(double odds, const PartialSums& of_set, double least) {
-  ExpLoss row;
-  row.loss = of_set.loss;
-  row.kept = -of_set.active / (1 + ::exp(odds));
-  row.set = -of_set.active / (1 + ::exp(-odds));
-  row.push = 1;
-  row.least = least;
-  return row;
-}
 
 // What a row's second pass takes, for a factor of 1. It may have to wait for its factor: as Reals it is kept till then.
 template <class Real>
