@@ -451,3 +451,150 @@ def test_a_change_of_the_instruction_count_is_seen() -> None:
     assert changes({"a": 10.5}, {"a": 10.0}) == ["a: 10.5 instructions a pair, committed 10.0"]
     assert changes({"a": 9.0}, {"a": 10.0}) != []
     assert changes({}, {"a": 10.0}) == ["a: None instructions a pair, committed 10.0"]
+
+
+# --- the GPU kernels' machine code ---------------------------------------------------------------
+
+
+def stored_slots(backend: str, **which: Any) -> list[dict[str, Any]]:
+    from benchmarks import sass
+
+    entries = json.loads(sass.PATH.read_text())["entries"]
+    chosen = {"backend": backend, "arch": "sm_90", "dtype": "bfloat16", **which}
+    return [e for e in entries if all(e[name] == value for name, value in chosen.items())]
+
+
+def test_the_cuda_kernels_take_the_issue_slots_that_were_committed() -> None:
+    """One dtype for one architecture: this compiles for half a minute."""
+    from benchmarks import machine_code, sass
+
+    if reason := sass.why_not():
+        pytest.skip(reason)
+    stored = json.loads(sass.PATH.read_text())
+    if stored["nvcc"] != machine_code.nvcc_version():
+        pytest.skip(f"counted for nvcc {stored['nvcc']}, here is {machine_code.nvcc_version()}")
+    counted = sass.count_cuda(("bfloat16",), ("sm_90",))
+    found = sass.changes(counted.entries, stored_slots("cuda"))
+    assert not found, "\n".join([*found, "python -m benchmarks.sass --write accepts this"])
+    for e in counted.entries:
+        assert e["stack"] == e["spills"] == e["local"] == 0
+
+
+def test_the_triton_kernels_take_the_issue_slots_that_were_committed() -> None:
+    from benchmarks import sass
+
+    if reason := sass.why_no_triton():
+        pytest.skip(reason)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted functions cannot be compiled")
+    stored = json.loads(sass.PATH.read_text())["triton"]
+    if stored != sass.triton_version():
+        pytest.skip(f"counted for Triton {stored}, here is {sass.triton_version()}")
+    counted = sass.count_triton(("sm_90",), sass.TRITON_CASES[:4])
+    mine = stored_slots("triton", gradient=True, set="none")
+    found = sass.changes(counted, mine)
+    assert not found, "\n".join([*found, "python -m benchmarks.sass --write accepts this"])
+
+
+def test_both_passes_keep_to_the_slots_that_they_are_to_have() -> None:
+    from benchmarks import sass
+
+    sums = sass.sums(json.loads(sass.PATH.read_text())["entries"])
+    assert len(sums) == 2 * len(sass.TARGETS)
+    assert not [s for s in sums if s.slots > s.target + 0.05]
+
+
+def test_the_model_is_near_what_was_measured() -> None:
+    """As it was when the slots were stored."""
+    from benchmarks import sass
+
+    model = json.loads(sass.PATH.read_text())["model"]
+    assert model["cases"] > 50
+    assert model["average"] < 0.05
+    assert model["most"] < 0.15
+
+
+def code_of(*lines: str) -> Any:
+    """Instructions, and labels with a colon."""
+    from benchmarks.machine_code import Code, Instruction
+
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = len(instructions)
+            continue
+        predicate, rest = line.split(" ", 1) if line.startswith("@") else ("", line)
+        opcode, _, operands = rest.partition(" ")
+        instructions.append(Instruction(16 * len(instructions), predicate, opcode, operands, ""))
+    return Code("code", instructions, labels)
+
+
+def test_paths_through_a_loop() -> None:
+    """Both branches, without the wait's retry, which is a loop of its own."""
+    code = code_of(
+        "MOV R0, R1",
+        ".L_x_0:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2",
+        "@!P0 BRA `(.L_x_3)",
+        ".L_x_1:",
+        "MUFU.EX2 R3, R3",
+        "@P1 BRA `(.L_x_2)",
+        "FADD R3, R3, R4",
+        "FADD R3, R3, R4",
+        ".L_x_2:",
+        "ISETP.NE.AND P2, PT, R5, RZ, PT",
+        "@P2 BRA `(.L_x_0)",
+        "EXIT",
+        ".L_x_3:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2",
+        "@!P0 BRA `(.L_x_3)",
+        "BRA `(.L_x_1)",
+    )
+    (loop,) = code.hot_loops(1)
+    assert sorted(len(list(code.of(path))) for path in code.paths(loop)) == [6, 8]
+    assert len(code.loops) == 2
+
+
+def test_branches_of_a_converged_warp_and_jumps_by_a_table() -> None:
+    code = code_of(
+        'BRX R2 -0x10 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)',
+        ".L_x_0:",
+        "BRA.DIV UR4, `(.L_x_1)",
+        "BRA.U UP0, `(.L_x_1)",
+        "EXIT",
+        ".L_x_1:",
+        "EXIT",
+    )
+    assert [block.next for block in code.blocks] == [(1, 4), (2,), (3, 4), (), ()]
+
+
+def test_a_change_of_the_slots_is_seen() -> None:
+    from benchmarks import sass
+
+    entry = dict.fromkeys(sass._KEY, "") | {"slots": 10.0}
+    assert sass.changes([entry], [entry | {"slots": 10.2}]) == []
+    assert len(sass.changes([entry], [entry | {"slots": 10.5}])) == 1
+    assert len(sass.changes([], [entry])) == 1
+
+
+def test_a_network_with_one_block_waits_for_nobody() -> None:
+    from benchmarks.row_model import mva
+
+    assert mva(1, 2.0, 3.0, 5.0) == pytest.approx(0.1)
+    assert mva(1000, 2.0, 3.0, 5.0) == pytest.approx(1 / 3, rel=1e-3)
+    assert mva(1.5, 2.0, 3.0, 5.0) == pytest.approx(
+        (mva(1, 2.0, 3.0, 5.0) + mva(2, 2.0, 3.0, 5.0)) / 2
+    )
+
+
+def test_ways_of_a_row() -> None:
+    """Near where no difference reaches 1; summed twice where the sums' L is far from 0."""
+    from benchmarks.row_model import shares
+
+    near = shares(False, 0.1)
+    assert near.first["near"] == 1
+    assert near.second == {"direct": 1}
+    far = shares(True, 3.0)
+    assert far.first["near"] == 0
+    assert far.exchanges > 2
