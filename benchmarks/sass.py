@@ -763,7 +763,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{step['step']:<60}{step['instructions']:>5} instructions{step['cycles']:>6} cycles")
     total = [sum(x[name] for x in row.chain) for name in ("instructions", "cycles")]
     print(
-        f"{'together':<60}{total[0]:>5} instructions{total[1]:>6} cycles, {total[1] / row_model.CLOCK:.2f} us"
+        f"{'together':<60}{total[0]:>5} instructions{total[1]:>6} cycles, {total[1] / row_model.H200.clock:.2f} us"
     )
     print(
         f"outside the loops {row.fixed[0]:g} instructions a warp at least, and {row.fixed[1]:g} for the gradient"
