@@ -669,17 +669,41 @@ def _print_entries(entries: Sequence[Mapping[str, Any]], stored: Mapping[str, fl
         )
 
 
-def _print_shares(work: row_model.Work) -> None:
-    print("\nWays of a row's groups of 256 columns (above 1 together: some rows are summed twice)")
+def ways(work: row_model.Work) -> list[Entry]:
+    """How often a row's groups of 256 columns go each way, and the slots a pair that this makes, in place."""
+    found = []
     for reverse in (False, True):
         for distance in row_model.DISTANCES:
             s = row_model.shares(reverse, distance)
-            parts = [f"{n} {x:.2f}" for n, x in s.first.items() if x > 0.0005]
-            second = [f"{n} {x:.2f}" for n, x in s.second.items() if x > 0.0005]
-            name = "reverse" if reverse else "forward"
-            print(
-                f"{name}, {distance} apart: first pass {', '.join(parts)}; second {', '.join(second)}"
+            first, second = (
+                {name: round(x, 3) for name, x in part.items() if x > 0.0005}
+                for part in (s.first, s.second)
             )
+            method = "tnrr" if reverse else "tnff"
+            slots = round(work.slots(method, True, distance), 2)
+            found.append(
+                {
+                    "method": method,
+                    "distance": distance,
+                    "first": first,
+                    "second": second,
+                    "slots": slots,
+                }
+            )
+    return found
+
+
+def _print_ways(found: Sequence[Mapping[str, Any]]) -> None:
+    print("\nWays of a row's groups of 256 columns (above 1 together: some rows are summed twice)")
+    for w in found:
+        first, second = (
+            ", ".join(f"{name} {x:.2f}" for name, x in w[part].items())
+            for part in ("first", "second")
+        )
+        print(
+            f"{w['method']}, {w['distance']} apart: first pass {first}; second {second}: "
+            f"{w['slots']:.1f} slots a pair in the loops of both"
+        )
 
 
 def _print_model(cuda: Cuda, fit: bool) -> list[row_model.Error]:
@@ -756,7 +780,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{s.what:<40}{s.slots:>7.2f}, at most {s.target:g}{verdict}")
     if ("sm_90", "bfloat16") not in cuda.layouts:
         return
-    _print_shares(work_of(cuda))
+    groups = ways(work_of(cuda))
+    _print_ways(groups)
     row = cuda.rows["sm_90", "bfloat16"]
     print("\nA row from the last chunk's arrival to its first store (cycles are estimates)")
     for step in row.chain:
@@ -789,6 +814,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "nvcc": machine_code.nvcc_version(),
             "triton": triton_version(),
             "entries": entries,
+            "ways": groups,
             "row": {"chain": row.chain, "fixed": row.fixed},
             "model": _figures([x for x in found if x.case.fitted]),
             "model_not_fitted": _figures([x for x in found if not x.case.fitted]),

@@ -468,6 +468,8 @@ def test_the_cuda_kernels_take_the_issue_slots_that_were_committed() -> None:
     """One dtype for one architecture: this compiles for half a minute."""
     from benchmarks import machine_code, sass
 
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("compilers are not to be instrumented")
     if reason := sass.why_not():
         pytest.skip(reason)
     stored = json.loads(sass.PATH.read_text())
@@ -554,6 +556,21 @@ def test_paths_through_a_loop() -> None:
     (loop,) = code.hot_loops(1)
     assert sorted(len(list(code.of(path))) for path in code.paths(loop)) == [6, 8]
     assert len(code.loops) == 2
+
+
+def test_a_kernel_without_the_loops_that_it_should_have_is_not_counted() -> None:
+    from benchmarks import sass
+    from benchmarks.machine_code import Compiled
+
+    code = code_of(".L_x_0:", *["MUFU.EX2 R3, R3"] * 8, "@P2 BRA `(.L_x_0)", "EXIT")
+    with pytest.raises(RuntimeError, match="no loop for"):
+        sass._kernel_entries(Compiled(code, {}), 8)
+    function = "_ZN3tnt7computeILb1ELb0EEEvv_8add_nearI"
+    some = [x._replace(function=function) for x in code.instructions]
+    (entry,) = sass._loop_entries(type(code)("code", some, {".L_x_0": 0}), code.loops[0], 8)
+    assert (entry["method"], entry["path"], entry["slots"]) == ("reverse", "near", 1.125)
+    with pytest.raises(RuntimeError, match="exponentials in a turn"):
+        sass._loop_entries(type(code)("code", some[1:], {".L_x_0": 0}), code.loops[0], 8)
 
 
 def test_branches_of_a_converged_warp_and_jumps_by_a_table() -> None:
