@@ -528,11 +528,15 @@ UNITS = {
 
 
 def profiles(raw: str) -> Iterator[dict[str, Any]]:
-    """Each launch of ``PROFILED`` with its figures, in bytes and seconds, from a report's page of raw figures."""
+    """Each launch of ``PROFILED`` with its figures, in bytes and seconds, from a report's page of raw figures.
+
+    They are those of its first kernel: another one behind it looks for rows that this one has left.
+    """
     head, units, *rows = csv.reader(io.StringIO(raw[raw.index('"ID"') :]))
-    for what, row in zip(PROFILED, rows, strict=False):
+    at = head.index("Kernel Name")
+    for what, row in zip(PROFILED, (x for x in rows if x[at] == rows[0][at]), strict=False):
         record: dict[str, Any] = {"launch": what, **PROFILED_SIZE._asdict()}
-        record["kernel"] = row[head.index("Kernel Name")][:80]
+        record["kernel"] = row[at][:80]
         for name, unit, value in zip(head, units, row, strict=True):
             if re.search(METRICS, name):
                 scale = UNITS.get(unit.partition("/")[0], 1.0)

@@ -138,11 +138,14 @@ def _ncu(a: argparse.Namespace) -> list[Command]:
         ncu = ["ncu", "--clock-control", "none", "--set", "detailed"]
         for section in SECTIONS:
             ncu += ["--section", section]
-        ncu += ["--profile-from-start", "off", "--kernel-name", "regex:row_kernel|kl_kernel"]
+        names = (
+            "regex:kl_kernel|row_kernel|stream_kernel"  # what computes rows, of Triton and of CUDA
+        )
+        ncu += ["--profile-from-start", "off", "--kernel-name", names]
         ncu += ["--export", str(folder / f"{backend}.ncu-rep")]
         launch = _python(a, "launch", "--backend", backend, "--instrumented")
         # A module with many kernels costs ncu 4 s a launch: it counts the executions of every instruction.
-        seconds = 34 if backend == "cuda" else 22
+        seconds = 46 if backend == "cuda" else 22
         found.append(Command([*([] if a.tiny else ncu), *launch], name=backend, seconds=seconds))
     pages = _python(a, "pages", "--reports", folder, "--archive", a.out / "profiles.zip")
     return [*found, Command(pages, name="pages", seconds=24)]
@@ -179,7 +182,7 @@ STAGES: dict[str, Stage] = {
     "synccheck": Stage(24, _sanitize("synccheck"), at_once=True),
     "bandwidth": Stage(20, _alone("bandwidth")),
     "speed": Stage(42, _each_backend("speed")),
-    "ncu": Stage(80, _ncu),
+    "ncu": Stage(92, _ncu),
     "table": Stage(120, _cases("table")),
     "settings": Stage(60, _each_backend("settings")),
     "linear": Stage(90, _cases("linear")),

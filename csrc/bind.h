@@ -128,6 +128,10 @@ inline void bind_cuda(pybind11::module_& m) {
                     device, address<void>(stream));
   });
   m.def("why_not_cuda", &why_not_cuda);
+  m.def("plan_cuda", [](int dtype, int64_t vocab, bool pair, int device) {
+    const CudaPlan plan = plan_cuda(static_cast<DType>(dtype), vocab, pair, device);
+    return pybind11::make_tuple(plan.blocks, plan.threads, plan.shared_bytes, plan.rows);
+  });
   m.def("forget_plans", &forget_plans);
 }
 

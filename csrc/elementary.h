@@ -34,6 +34,15 @@ TNT_FN float fused_multiply_add(float a, float b, float c) {
 }
 TNT_FN double fused_multiply_add(double a, double b, double c) { return a * b + c; }
 
+// Whether loops over many entries fuse multiply-adds, with vectors of Real on a CPU.
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+template <class Real>
+constexpr bool FUSED = sizeof(Real) == sizeof(float);
+#else
+template <class Real>
+constexpr bool FUSED = false;
+#endif
+
 template <class To, class From>
 TNT_FN To bits_as(From value) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -44,6 +53,10 @@ TNT_FN To bits_as(From value) {
 
 constexpr double LOG2_E = 1.4426950408889634074;
 constexpr double LN_2 = 0.69314718055994530942;
+
+// 1 / log of the base of exponential() and of the loops' powers: 2 for float, e for double.
+template <class Real>
+constexpr double UNIT = sizeof(Real) == sizeof(float) ? LOG2_E : 1;
 
 // What (x - max) is multiplied by before exponential(): log2(e)/T where exponential is 2^x, 1/T where it is e^x.
 template <class Real>
@@ -65,11 +78,6 @@ TNT_FN float power_of_two(float shifted) { return bits_as<float>(bits_as<uint32_
 // 2^x for x < 128, 0 below -127 (-inf gives exactly 0), NaN for NaN. Relative error 1.6e-7, 0 at 0: x is split at the
 // nearest integer, 2^fraction is a minimax polynomial.
 TNT_FN float exponential(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;  // one instruction of the special-function unit, where exp2f adds three for subnormal results; 2 ulp
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
   x = -127.0f > x ? -127.0f : x;  // in this order: NaN stays
   const float shifted = x + ROUNDER;
   const float f = x - (shifted - ROUNDER);
@@ -80,7 +88,6 @@ TNT_FN float exponential(float x) {
   y = fused_multiply_add(y, f, 0x1.62e42ap-1f);
   y = fused_multiply_add(y, f, 1.0f);
   return y * power_of_two(shifted);
-#endif
 }
 TNT_FN double exponential(double x) { return ::exp(x); }
 

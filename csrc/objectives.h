@@ -2,11 +2,8 @@
 // logits r, p = softmax(z / T), q = softmax(r / T), a set R of removed tokens (n of them) and the target q* (q without
 // R, renormalised). Natural logarithms throughout; 1/T and log2(e) are folded into `exponent_scale` (elementary.h).
 //
-// Three stages, each a set of plain functions:
-//   1. row statistics   (max, scaled sum, moment) over any slice of the vocabulary; mergeable: statistics.h
-//   2. row coefficients statistics + the row's scalars -> the few numbers that loss and gradient need
-//   3. row elements     loss and gradient of one vocabulary entry, side by side under their formula
-// On a CPU, a loss that reads the policy alone follows from the sums of row_sums.h instead.
+// A first pass leaves a row's sums (row_sums.h). From these follow its loss and what the second pass takes (plans.h):
+// here of the losses that read the policy alone and of KLs under uniform smoothing, in kl_conclusion.h of other KLs.
 // What a call says of a row stands in row_rules.h, the rule for what is undefined in row_sums.h.
 #pragma once
 
@@ -15,127 +12,12 @@
 #include <cstdint>
 
 #include "elementary.h"
+#include "plans.h"
 #include "row_rules.h"
 #include "row_sums.h"
-#include "statistics.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
-
-// ------------------------------------------------------------------------------------------ 2. row coefficients
-
-struct RowScalars {  // what a row is, besides its logits
-  int loss = NONE;
-  bool uniform = false;
-  double eps = 0;
-  double nl_floor = 0;  // -inf: none
-  double inverse_temperature = 1;
-  int64_t vocab = 0;
-  int64_t set_size = 0;
-};
-
-// Of a kept entry p_v = exponential((z_v - kept_max) * exponent_scale) * kept_inverse, of any entry the same with
-// policy_max and policy_inverse; q*_v likewise. For the losses that compare p with a target, of a kept entry
-// d_v = log p_v - log q*_v = x_v + offset, x_v = Difference(kept_max, reference_max)(z_v, r_v)/T - log κ_v.
-// For LL, UL and NL, outside the set: gradient = weight * exponential((z_v - kept_max) * exponent_scale) + bias. The
-// maximum is that of the entries outside, because under UL their shares stay finite while their p underflow.
-struct RowCoefficients {
-  double policy_max = 0, policy_inverse = 0, policy_log_sum = 0;
-  double kept_max = 0, kept_inverse = 0;
-  double reference_max = 0, reference_inverse = 0;
-  double offset = 0;
-  double kl_centre = 0;   // reverse KL: gradient p_v (x_v - kl_centre)
-  double set_offset = 0;  // reverse KL, removed tokens: d_s = (z_s - policy_max)/T + set_offset,
-  double set_centre = 0;  // gradient p_s ((z_s - policy_max)/T - set_centre)
-  double set_value = 0;   // reverse KL: q̃ of a removed token; LL: the gradient of y
-  double weight = 0, bias = 0;
-  double loss = 0;  // the part of the loss that needs no second pass; NaN where there is no loss
-};
-
-// log of the odds p(set) / p(outside), from the two sums alone: right for p(set) near 0 and near 1.
-TNT_FN double log_odds(const RowStatistics& s, double inverse_temperature) {
-  if (s.policy_set.sum == 0) return -INFINITY;
-  if (s.policy.sum == 0) return INFINITY;
-  return (s.policy_set.max - s.policy.max) * inverse_temperature + ::log(s.policy_set.sum / s.policy.sum);
-}
-
-// Real: that of the kernel, whose x_v are rounded to it.
-template <class Real>
-TNT_FN RowCoefficients row_coefficients(const RowScalars& row, const RowStatistics& s) {
-  RowCoefficients c;
-  const double inverse_t = row.inverse_temperature;
-  const ExpSum all = merge(s.policy, s.policy_set, inverse_t);
-  const double removed = share(s.policy_set, all, inverse_t);
-  const double odds = log_odds(s, inverse_t);
-
-  c.policy_max = all.max;
-  c.policy_inverse = 1 / all.sum;
-  c.policy_log_sum = ::log(all.sum);
-  c.kept_max = s.policy.sum != 0 ? s.policy.max : all.max;
-  c.kept_inverse = ::exp((c.kept_max - all.max) * inverse_t) / all.sum;
-  if (is_undefined(row.loss, s)) c.loss = NAN;
-
-  const double n = static_cast<double>(row.set_size), v = static_cast<double>(row.vocab);
-  if (row.loss == LOG_LIKELIHOOD) {  // -log p_y = softplus(-log odds of y)
-    const double loss = softplus(-odds);
-    c.loss += loss;
-    c.weight = c.kept_inverse;
-    c.set_value = -s.policy.sum * c.kept_inverse;  // p_y - 1 without the subtraction
-    if (row.uniform) {                             // cross-entropy against the one-hot label, smoothed
-      const double norm = 1 / (1 + v * row.eps);
-      const double log_p_total =
-          s.policy_total - (v - 1) * (c.policy_log_sum + (all.max - c.kept_max) * inverse_t) - loss;
-      c.loss = (c.loss - row.eps * log_p_total) * norm;
-      c.bias = -row.eps * norm;
-      c.set_value += (v - 1) * row.eps * norm;
-    }
-  } else if (row.loss == UNLIKELIHOOD) {  // -log(1 - p(S)); outside S the gradient is -p(S) p_v / (1 - p(S))
-    c.loss += softplus(odds);
-    c.weight = -removed / s.policy.sum;
-  } else if (row.loss == NEGATIVE_LIKELIHOOD) {  // Σ log p_s, taken over the set; outside it the gradient is -n p_v
-    c.weight = -c.kept_inverse;                  // for one active token; their number and the loss come from the set
-  } else if (is_kl(row.loss)) {
-    c.reference_max = s.reference.max;
-    c.reference_inverse = 1 / s.reference.sum;
-    // log Σ_r - log Σ_z as the log of one ratio: exactly 0 where the sums are the same number. Where no kept entry has
-    // any p, d is -inf whatever is added to it.
-    const double kept = s.policy.sum * c.kept_inverse;
-    const Real z_max = static_cast<Real>(s.policy.max), r_max = static_cast<Real>(s.reference.max);
-    const double excess = excess_of_difference(z_max, r_max) * inverse_t;
-    if (s.policy.sum != 0) c.offset = ::log(s.reference.sum / s.policy.sum) - softplus(odds) - excess;
-    if (row.loss == REVERSE_KL && !row.uniform) {
-      const double log_norm = log1p(row.eps * n);
-      c.set_value = row.eps / (1 + row.eps * n);
-      c.reference_inverse /= 1 + row.eps * n;
-      c.offset += log_norm;
-      c.set_offset = log_norm - ::log(row.eps) - c.policy_log_sum;
-      // d - KL = (d - M) + p(other group) (M - M of the other group), with M the mean of d over the entry's own group,
-      // kept or removed. Nothing cancels: not near p = q (M is 0 there), and not for p(R) near 1.
-      if (s.policy.sum != 0) c.kl_centre = s.kl_moment / s.policy.sum + excess;
-      if (removed > 0) {
-        const double set_mean = s.policy_set.moment / s.policy_set.sum + (s.policy_set.max - all.max) * inverse_t;
-        const double gap = c.kl_centre + c.offset - (set_mean + c.set_offset);  // M kept - M removed
-        c.set_centre = set_mean;
-        if (kept > 0) {
-          c.set_centre += kept * gap;
-          c.kl_centre -= removed * gap;
-        }
-        if (row.eps == 0) c.kl_centre = INFINITY;  // as is the loss
-      }
-    } else if (row.loss == FORWARD_KL && !row.uniform) {
-      c.loss += removed;  // q* is 0 there, so each of them gives p_s
-    }
-  }
-  return c;
-}
-
-// Whether the row's gradient is NaN: where the loss is undefined, or infinite without a finite gradient. A shard may
-// not see the loss, but it sees why: in the coefficients.
-TNT_FN bool is_lost(int loss, const RowCoefficients& c) {
-  if (c.loss != c.loss) return true;
-  if (loss == UNLIKELIHOOD) return c.loss == INFINITY;
-  return loss == REVERSE_KL && (c.loss == INFINITY || !(c.kl_centre < INFINITY && c.kl_centre > -INFINITY));
-}
 
 // ------------------------------------------------------------------------------- losses that read the policy alone
 //
@@ -202,7 +84,26 @@ TNT_FN ExpLoss negative_likelihood(double odds, const PartialSums& of_set, doubl
   return row;
 }
 
-// ----------------------------------------------------------------------------------------------- 3. row elements
+// Of any of these losses, or none. `totals`: of all slices.
+template <class Real>
+TNT_FN ExpLoss exp_loss(int loss, const RowSums& s, const PartialSums& totals, const RowCall& p, double inverse_t) {
+  const double odds = log_odds(s, inverse_t);  // p(set)/p(K)
+  switch (loss) {
+    case LOG_LIKELIHOOD:
+      if (!smooths_uniformly(p)) return log_likelihood(odds);
+      return smoothed_log_likelihood(s, odds, p.eps, double(p.vocab_size), inverse_t);
+    case UNLIKELIHOOD: return unlikelihood(odds);
+    case NEGATIVE_LIKELIHOOD:
+      return negative_likelihood(odds, totals, least_log_weight<Real>(p.nl_floor, set_normalizer(s, inverse_t)));
+    default: return {};
+  }
+}
+TNT_FN RowResult result_of(int loss, const RowSums& s, const ExpLoss& row) {
+  const bool undefined = is_undefined(loss, s);
+  return {undefined ? NAN : row.loss, undefined || (loss == UNLIKELIHOOD && row.loss == INFINITY)};
+}
+
+// ------------------------------------------------------------------------------------- KLs under uniform smoothing
 
 template <class Real>
 struct Element {
@@ -235,6 +136,43 @@ TNT_FN Element<Real> reverse_kl_element(Real p, Real q, Real d, Real excess) {
   const Element<Real> e = reverse_kl_element(p, d, excess);
   const Real loss = p == Real(0) ? q : fused_multiply_add(p, d, q - p);
   return {bounded ? e.loss : loss, p == Real(0) ? Real(0) : e.gradient};
+}
+
+// What follows from the sums of a whole vocabulary; `log_kappa` is that of a y with -1 < w < 0, else 0. Whether the row
+// has a loss.
+template <class Real>
+TNT_FN bool conclude_uniform(RowSums s, bool reverse, double log_kappa, double inverse_t, UniformPlan<Real>& plan) {
+  if (log_kappa != 0) {
+    s.policy = merge(s.policy, log_sum_of(s.label_policy, 0), inverse_t);
+    s.reference = merge(s.reference, log_sum_of(s.label_reference, log_kappa), inverse_t);
+  }
+  const LogSum all = merge(s.policy, s.policy_set, inverse_t);
+  plan = {};
+  plan.z_ref = Real(all.ref), plan.p_inverse = Real(::exp(-all.log)), plan.p_log_sum = Real(all.log);
+  plan.r_ref = Real(s.reference.ref), plan.q_inverse = Real(::exp(-s.reference.log));
+  return !is_undefined(reverse ? REVERSE_KL : FORWARD_KL, s);
+}
+
+// What entries take: the row's numbers, with what is the call's.
+template <class Real>
+struct UniformNumbers {
+  UniformPlan<Real> row;
+  Real scale, inverse_t;     // of exponents; of differences
+  Real eps, norm, log_norm;  // 1/(1 + V ε)
+  Real factor;               // on the gradient
+  template <class Number>
+  TNT_FN Element<Number> element(bool reverse, Number log_p, Number p, Number q_star) const {
+    const Number smoothed = q_star + eps, q = smoothed * norm, d = log_p - (logarithm(smoothed) + log_norm);
+    return reverse ? reverse_kl_element(p, q, d, d - row.loss) : forward_kl_element(p, q, d);
+  }
+};
+template <class Real>
+TNT_FN UniformNumbers<Real> uniform_numbers(const UniformPlan<Real>& row, const RowCall& p, double inverse_t,
+                                            double factor) {
+  const double v_eps = double(p.vocab_size) * p.eps;
+  return {row,         exponent_scale<Real>(inverse_t), Real(inverse_t),
+          Real(p.eps), Real(1 / (1 + v_eps)),           Real(-log1p(v_eps)),
+          Real(factor)};
 }
 
 }  // namespace TNT_ISA

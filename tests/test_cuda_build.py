@@ -23,12 +23,14 @@ if _build_info.load().sanitize:
 MEGABYTE = 10**6
 KERNELS = {
     "kl_kernel": 8,
-    "left_rows_kernel": 4,
-    "row_kernel": 8,
+    "stream_kernel": 4,
     "scale_kernel": 3,
     "normalizer_kernel": 1,
     "loss_kernel": 1,
 }
+#: Bytes of a kernel's stack, 0 for the others. stream_kernel calls functions between its passes, once a row; its loops
+#: keep everything in registers.
+STACK = {"stream_kernel": 512}
 
 
 def cuobjdump() -> str:
@@ -42,7 +44,7 @@ def cuobjdump() -> str:
 
 
 def test_no_spills(record_property: Callable[[str, object], None]) -> None:
-    """Every kernel of every architecture: nothing on the stack, nothing in local memory."""
+    """Every kernel of every architecture: nothing in local memory, and on the stack what its functions take."""
     command = [cuobjdump(), "--dump-resource-usage", str(native.__file__)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     images = re.split(r"^arch = (\w+)$", report, flags=re.MULTILINE)[1:]
@@ -58,7 +60,10 @@ def test_no_spills(record_property: Callable[[str, object], None]) -> None:
             assert len(some) == count, (architecture, name)
             registers = ", ".join(x[1] for x in some)
             record_property("resources", f"{architecture} CUDA {name}: registers {registers}")
-        assert not [x for x in found if x[2] != "0" or x[3] != "0"], architecture
+        for function, _, stack, local in found:
+            allowed = sum(STACK[name] for name in STACK if f"{len(name)}{name}" in function)
+            assert int(stack) <= allowed, (architecture, function)
+            assert local == "0", (architecture, function)
 
 
 def test_the_extension_stays_small() -> None:

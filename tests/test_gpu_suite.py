@@ -120,7 +120,7 @@ def test_every_stage_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_stages_fit_into_a_gpu_s_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sum(STAGES[name].seconds for name in FIRST) < 300
+    assert sum(STAGES[name].seconds for name in FIRST) <= 310
     assert sum(STAGES[name].seconds for name in SECOND) < 600
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -132,9 +132,9 @@ def test_the_stages_fit_into_a_gpu_s_time(tmp_path: Path, monkeypatch: pytest.Mo
         parts = [c.seconds for c in commands if c.seconds is not None]
         assert not parts or sum(parts) == stage.seconds, name
     (pattern,) = (w[6:] for w in STAGES["ncu"].commands(a)[0].words if w.startswith("regex:"))
-    known = ("row_kernel", "kl_kernel", "left_rows_kernel", "loss_kernel", "normalizer_kernel")
-    # One a launch, or the figures would be those of another.
-    assert [name for name in known if re.search(pattern, name)] == ["row_kernel", "kl_kernel"]
+    rows = ("kl_kernel", "row_kernel", "stream_kernel")
+    known = (*rows, "loss_kernel", "normalizer_kernel", "scale_kernel")
+    assert tuple(name for name in known if re.search(pattern, name)) == rows
     (build, *warm) = STAGES["build"].commands(a)
     assert build.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert len(warm) == len(gpu_stages.WARM)
@@ -417,8 +417,10 @@ case "$*" in
 '"sm__warps_active.avg.pct_of_peak_sustained_active","lts__t_sector_hit_rate.pct","beside__the_point",'\
 '"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"' \
 '"","","Gbyte","Mbyte","us","inst","%","%","%","","inst"' \
-'"0","row_kernel","2.1","1,050","3,210","721,000,000","50.6","23.9","54.9","7","1.8"' \
-'"1","row_kernel","2.1","1,050","3,210","721,000,000","50.6","23.9","54.9","7","1.8"';;
+'"0","kl_kernel","2.1","1,050","3,210","721,000,000","50.6","23.9","54.9","7","1.8"' \
+'"1","stream_kernel","0.001","0.001","7","1,000","50.6","23.9","54.9","7","1.8"' \
+'"2","kl_kernel","2.1","1,050","3,210","721,000,000","50.6","23.9","54.9","7","1.8"' \
+'"3","stream_kernel","0.001","0.001","7","1,000","50.6","23.9","54.9","7","1.8"';;
 *source*) SLEEP;;
 *) echo details;;
 esac
@@ -441,6 +443,8 @@ def test_profiles_become_figures(
     lines = capsys.readouterr().out.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(r["backend"], r["launch"]) for r in found] == [("cuda", "tnff"), ("cuda", "tnrr")]
+    assert {r["kernel"] for r in found} == {"kl_kernel"}
+    assert found[0].items() - {("launch", "tnff")} == found[1].items() - {("launch", "tnrr")}
     assert found[0]["dram__bytes_read.sum"] == pytest.approx(2.1e9)
     assert found[0]["dram__bytes_write.sum"] == pytest.approx(1.05e9)
     assert found[0]["gpu__time_duration.sum"] == pytest.approx(3.21e-3)
@@ -452,7 +456,7 @@ def test_profiles_become_figures(
         assert set(archive.namelist()) == expected
     text = summary({**empty(), "profiles": [{**found[0], "stage": "ncu"}]})
     assert "| cuda, tnff, elements moved a pair | 3 |  |  | 3 |" in text
-    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 37–39 |" in text
+    assert "| cuda, tnff, instructions a pair | 43.9 |  |  | 36–39 |" in text
     assert "| cuda | tnff | 3.21 | 2.1 | 1.05 | 54.9 | 50.6 | 23.9 |  | barrier 1.80 |" in text
 
 
@@ -492,8 +496,8 @@ def test_verdicts() -> None:
     text = summary(results)
     for line in (
         "# NVIDIA H100 80GB HBM3, 2026-01-02T03:04, commit 0123456789",
-        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.85–0.95 |",
-        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.85–0.95 |",
+        "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes | 0.74–0.82 |",
+        "| cuda, tnrr in place, of the floor | 0.5 | ≥ 0.85 | **no** | 0.74–0.82 |",
         "| cuda, tnff forward, of the floor | 0.2 | ≥ 0.9 | **no** |  |",
         "| triton, tnff in place, of the floor | 0.6 | ≥ 0.7 | **no** | 0.65–0.77 |",
         "| cuda, 10% active, of its floor | 0.76 | ≥ 0.75 | yes |  |",
@@ -509,7 +513,7 @@ def test_verdicts() -> None:
     assert "cuda, V = 32000, of the floor" in missing
     assert "cuda, tnff in place" not in missing
     other = summary({**results, "machine": {"device": "NVIDIA H200"}})
-    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.69–0.71 |" in other
+    assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.75 | yes | 0.65–0.71 |" in other
     unknown = summary({**results, "machine": {"device": "A GPU"}})
     assert "| cuda, tnff in place, of the floor | 0.9 | ≥ 0.85 | yes |  |" in unknown
 

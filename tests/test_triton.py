@@ -14,7 +14,6 @@ from typing import Any
 import hard_rows
 import pytest
 import torch
-from cuda_model import SCHEDULES, build, installed
 from fuzz import SmallCall
 from oracle import (
     BF16,
@@ -33,8 +32,7 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient, run_shards
-from test_cuda_model import MACHINES
+from shards import assert_rounds_its_gradient
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -204,21 +202,6 @@ def test_known_values(dtype: torch.dtype) -> None:
 
         hard_rows.assert_known(result, dtype, str(keywords))
     hard_rows.assert_known_of_shards("triton", dtype, prepare=on_device)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="CUDA's kernels run on a model of a GPU here")
-@pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
-def test_cuda_and_triton_understand_each_other(smoothing: str) -> None:
-    """What the shards of these two backends tell each other means the same: layout 1 of docs/sharded.md."""
-    batch = mixed_batch(60).with_options(smoothing=smoothing, nl_floor=-5.0)
-    upstream = torch.linspace(-1, 2, 12)
-    with installed(build()) as model:
-        model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
-        for objective in OBJECTIVES[:4]:
-            some = batch.with_options(method=objective)
-            for names in (("cuda", "triton"), ("triton", "cuda")):
-                result = run_shards(some, names, (20, 40), reduction="none", upstream=upstream)
-                assert_agrees(result, truth(some), some, reduction="none", upstream=upstream)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

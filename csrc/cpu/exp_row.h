@@ -13,16 +13,6 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-// What a row's second pass takes, for a factor of 1. It may have to wait for its factor: as Reals it is kept till then.
-template <class Real>
-struct ExpPlan {
-  Real zero;                // what logits are read relative to
-  Real ref, c;              // of ExpLevel
-  Real weight, bias;        // on K
-  Real set_ref, set, push;  // in the set, of t = (z - set_ref)/T: set e^t, and push unless t < least
-  Real least;
-};
-
 template <class Real>
 struct ExpScratch {
   TileScratch<Real> entries;
@@ -101,7 +91,7 @@ class ExpRow {
   // What follows from the sums of a whole vocabulary, and their partial sums.
   RowResult conclude(const PartialSums& totals, ExpPlan<Real>& plan) const {
     const RowSums& s = sums_;
-    const ExpLoss row = loss_of(totals);
+    const ExpLoss row = exp_loss<Real>(t_.loss, s, totals, p_, inverse_t_);
     plan = {};
     if (!s.policy.is_empty()) {  // weights add up to 4: the largest ones' exponents are rounded least
       const double shift = 2 - s.policy.log * UNIT<Real>;
@@ -116,10 +106,7 @@ class ExpRow {
     plan.bias = Real(row.bias), plan.push = Real(row.push), plan.least = Real(row.least);
     plan.set_ref = Real(s.policy_set.ref);
     if (!s.policy_set.is_empty()) plan.set = Real(row.set * ::exp(-s.policy_set.log));
-    RowResult result{row.loss, is_undefined(t_.loss, s)};
-    if (result.lost) result.loss = NAN;
-    if (t_.loss == UNLIKELIHOOD && row.loss == INFINITY) result.lost = true;
-    return result;
+    return result_of(t_.loss, s, row);
   }
 
   // A second pass whose first was in another launch.
@@ -158,20 +145,6 @@ class ExpRow {
   void gather() {
     if (!gathered_) tiles_.each(false, [&](int64_t k) { tiles_.gather(k); });
     gathered_ = true;
-  }
-
-  ExpLoss loss_of(const PartialSums& totals) const {
-    const RowSums& s = sums_;
-    const double odds = log_odds(s, inverse_t_);  // p(set)/p(K)
-    switch (t_.loss) {
-      case LOG_LIKELIHOOD:
-        if (!is_smoothed()) return log_likelihood(odds);
-        return smoothed_log_likelihood(s, odds, p_.eps, double(p_.vocab_size), inverse_t_);
-      case UNLIKELIHOOD: return unlikelihood(odds);
-      case NEGATIVE_LIKELIHOOD:
-        return negative_likelihood(odds, totals, least_log_weight<Real>(p_.nl_floor, set_normalizer(s, inverse_t_)));
-      default: return {};
-    }
   }
 
   void set_gradients(const ExpPlan<Real>& plan, double factor) {

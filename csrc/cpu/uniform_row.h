@@ -14,28 +14,6 @@
 namespace tnt {
 inline namespace TNT_ISA {
 
-// What entries take. It may have to wait for the gradient's factor: as Reals it is kept till then.
-template <class Real>
-struct UniformPlan {
-  Real z_ref, p_inverse, p_log_sum;  // p = e^{(z - z_ref)/T} p_inverse, log p = (z - z_ref)/T - p_log_sum
-  Real r_ref, q_inverse;             // q* = e^{(r - r_ref)/T} q_inverse of what is not removed
-  Real loss;
-};
-
-// The same with what is the call's.
-template <class Real>
-struct UniformNumbers {
-  UniformPlan<Real> row;
-  Real scale, inverse_t;     // of exponents; of differences
-  Real eps, norm, log_norm;  // 1/(1 + V ε)
-  Real factor;               // on the gradient
-  template <bool REVERSE, class Number>
-  TNT_FN Element<Number> element(Number log_p, Number p, Number q_star) const {
-    const Number smoothed = q_star + eps, q = smoothed * norm, d = log_p - (logarithm(smoothed) + log_norm);
-    return REVERSE ? reverse_kl_element(p, q, d, d - row.loss) : forward_kl_element(p, q, d);
-  }
-};
-
 // A block's entries as Real, where they lie or in a copy.
 template <class Logit, class Real>
 TNT_FN const Real* as_real(const Logit* from, Real* copy) {
@@ -67,7 +45,7 @@ __attribute__((noinline)) double uniform_tile(const TileEntries<Logit>& in, int6
       const Real centred = z[j] - row.z_ref;
       const Real p = exponential(centred * c.scale) * row.p_inverse;
       const Real q_star = exponential((r[j] - row.r_ref) * c.scale) * row.q_inverse;
-      const auto e = c.template element<REVERSE>(centred * c.inverse_t - row.p_log_sum, p, q_star);
+      const auto e = c.element(REVERSE, centred * c.inverse_t - row.p_log_sum, p, q_star);
       loss[j] = e.loss;
       gradient[j] = e.gradient * c.factor;
     }
@@ -133,26 +111,14 @@ class UniformRow {
 
   // What follows from the sums of a whole vocabulary. Whether the row has a loss.
   bool conclude(const RowSums& sums, UniformPlan<Real>& plan) const {
-    RowSums s = sums;
-    if (t_.log_kappa != 0) {
-      s.policy = merge(s.policy, log_sum_of(s.label_policy, 0), inverse_t_);
-      s.reference = merge(s.reference, log_sum_of(s.label_reference, t_.log_kappa), inverse_t_);
-    }
-    const LogSum all = merge(s.policy, s.policy_set, inverse_t_);
-    plan = {};
-    plan.z_ref = Real(all.ref), plan.p_inverse = Real(::exp(-all.log)), plan.p_log_sum = Real(all.log);
-    plan.r_ref = Real(s.reference.ref), plan.q_inverse = Real(::exp(-s.reference.log));
-    return !is_undefined(t_.reverse ? REVERSE_KL : FORWARD_KL, s);
+    return conclude_uniform(sums, t_.reverse, t_.log_kappa, inverse_t_, plan);
   }
 
   // The loss of this slice's entries, and their gradients times `factor`, unless it is 0; calls done(first, n) with as
   // many columns as are done, for prefetches.
   template <class Done>
   double second_pass(const UniformPlan<Real>& plan, double factor, Done done) {
-    UniformNumbers<Real> numbers{plan,        exponent_scale<Real>(inverse_t_), Real(inverse_t_), Real(p_.eps), 0, 0,
-                                 Real(factor)};
-    numbers.norm = Real(1 / (1 + double(p_.vocab_size) * p_.eps));
-    numbers.log_norm = Real(-log1p(double(p_.vocab_size) * p_.eps));
+    const UniformNumbers<Real> numbers = uniform_numbers(plan, p_, inverse_t_, factor);
     const double label_z = t_.partial >= 0 ? load(t_.z[t_.partial]) : 0,
                  label_r = t_.partial >= 0 ? load(t_.r[t_.partial]) : 0;  // before a gradient takes its place
     s_.losses.assign(size_t(tiles_.count()), 0);
@@ -182,8 +148,8 @@ class UniformRow {
   double partial_element(const UniformNumbers<Real>& c, double z, double r) const {
     const double log_weight = (z - double(c.row.z_ref)) * inverse_t_;
     const double q_star = ::exp((r - double(c.row.r_ref)) * inverse_t_ + t_.log_kappa) * double(c.row.q_inverse);
-    const auto e = c.template element<REVERSE>(log_weight - double(c.row.p_log_sum),
-                                               ::exp(log_weight) * double(c.row.p_inverse), q_star);
+    const auto e =
+        c.element(REVERSE, log_weight - double(c.row.p_log_sum), ::exp(log_weight) * double(c.row.p_inverse), q_star);
     if (c.factor != 0) store(t_.gradient + t_.partial, Real(e.gradient * double(c.factor)));
     return e.loss;
   }

@@ -99,15 +99,6 @@ TNT_FN Floats fused_multiply_add(Floats a, Floats b, Floats c) {
 }
 #endif
 
-// Whether fused_multiply_add rounds once.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-template <class Real>
-constexpr bool FUSED = sizeof(Real) == sizeof(float);
-#else
-template <class Real>
-constexpr bool FUSED = false;
-#endif
-
 // The second operand where one of them is NaN, as x86 has it.
 #if defined(__AVX512F__)
 // With a mask, as GCC 12 takes the operand that the plain intrinsics leave undefined for an uninitialised one.
@@ -135,10 +126,6 @@ TNT_FN Floats greater_size(Floats a, Floats b) { return _mm512_maskz_range_ps(EV
 TNT_FN Floats greater_size(Floats a, Floats b) { return greater_of(absolute(a), absolute(b)); }
 #endif
 TNT_FN double greater_size(double a, double b) { return greater_of(absolute(a), absolute(b)); }
-
-// 1 / log of power()'s base, which is exponential()'s: 2 for float, e for double. exponent_scale() is it, over T.
-template <class Real>
-constexpr double UNIT = sizeof(Real) == sizeof(float) ? LOG2_E : 1;
 
 // The polynomial of given coefficients, that of the highest power first.
 template <class Number, int N>

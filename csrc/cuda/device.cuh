@@ -11,13 +11,16 @@
 
 #include <cstdint>
 
+// A function that is called, as its code is too long to stand in every place.
+#define TNT_CALLED inline __device__ __noinline__
+
 namespace tnt {
 namespace device {
 
 constexpr int WARP = 32;
-constexpr int ROW_THREADS = 256;     // of a block that holds its part of the row: two of them share a multiprocessor
-constexpr int STREAM_THREADS = 512;  // of one that reads its part twice
-constexpr int KL_THREADS = 256;      // of one of kl_kernel.cuh: three of them share a multiprocessor
+constexpr int KL_THREADS = 256;      // of a block of kl_kernel.cuh: three of them share a multiprocessor
+constexpr int STREAM_THREADS = 256;  // of one of stream_kernel.cuh: two
+constexpr int SUM_THREADS = 512;     // of one that sums over all rows
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -47,6 +50,12 @@ __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); 
 
 // ---- elementary operations
 
+// 2^x by one instruction: to 2 ulp, 0 below 2^-126, infinity from 2^128.
+__device__ __forceinline__ float power(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float half_to_float(uint32_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));

@@ -20,7 +20,7 @@ namespace tnt {
 inline namespace TNT_ISA {
 namespace {
 
-constexpr int SUM_THREADS = device::STREAM_THREADS;
+using device::SUM_THREADS;
 
 // Over a block, the same bits every time; on thread 0.
 TNT_DEVICE double sum_of_block(double x) {
@@ -123,6 +123,14 @@ void run_rows_cuda(const RowCall& p, const CudaPlace& place) {
     return rows->logits_dtype == p.dtype && rows->gradient_dtype == p.gradient_dtype;
   };
   one_of(ALL_ROWS, serves)->run(p, place);
+}
+
+CudaPlan plan_cuda(DType dtype, int64_t vocab, bool pair, int device) {
+  const device::Guard guard(device);
+  const auto serves = [&](const CudaRows* rows) {
+    return rows->logits_dtype == dtype && rows->gradient_dtype == dtype;
+  };
+  return one_of(ALL_ROWS, serves)->plan(vocab, pair, device);
 }
 
 const double* prepare_rows(const RowCall& p, const CudaPlace& place, int* left) {

@@ -18,11 +18,22 @@ struct CudaPlace {  // where a launch runs
 
 void run_rows_cuda(const RowCall&, const CudaPlace&);
 
+// How kl_kernel computes rows of a vocabulary: blocks a row, threads and bytes of shared memory a block, rows at a
+// time.
+struct CudaPlan {
+  int blocks = 0;  // 0: it does not
+  int threads = 0, shared_bytes = 0;
+  int64_t rows = 0;
+};
+// `pair`: the reference is read, too. Rows begin at 16-byte boundaries, and no diagnostics are wanted.
+CudaPlan plan_cuda(DType, int64_t vocab, bool pair, int device);
+
 // The rows of one dtype of logits and gradient.
 struct CudaRows {
   DType logits_dtype, gradient_dtype;
   void (*run)(const RowCall&, const CudaPlace&);
   void (*load)(int device);
+  CudaPlan (*plan)(int64_t vocab, bool pair, int device);
   void (*forget)();
 };
 extern const CudaRows cuda_rows_float32, cuda_rows_float32_bfloat16, cuda_rows_bfloat16, cuda_rows_float16;

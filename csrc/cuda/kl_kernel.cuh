@@ -1,8 +1,9 @@
 // Loss and gradient of KL rows at the speed of memory: one row a cluster, its slices in shared memory, read once. Every
 // warp sums its entries (kl_math.cuh) and sends its sums to every block of the cluster; the first warp of each merges
-// what has come, and tells its block the gradient's coefficients: one exchange a row, no barrier after it. Rows that
-// this arithmetic does not serve (what is broken, infinite, pushed down in part or shifted too far) go on a list, which
-// the kernel in two passes (row_kernel.cuh) works off afterwards.
+// what has come, and tells its block the gradient's coefficients: one exchange a row, no barrier after it. Where the
+// gradient waits for its factor, its plan is written in its place. Rows that this arithmetic does not serve (what is
+// broken, infinite, or shifted too far for 16 bits) go on a list, which the kernel in two passes (stream_kernel.cuh)
+// works off afterwards.
 #pragma once
 
 #include <type_traits>
@@ -22,25 +23,25 @@ struct KlLaunch {
   int mask_bytes;  // of their bits
   int threads;     // of a block
   uint32_t steps;  // 2^32 over the columns that they read at once, rounded up
-  float inverse_temperature;
+  Scales scales;
   const double* inverse_normalizer;  // null: 1
   double* losses;                    // (N) weighted, or null
   int* left;                         // how many rows are left to the other kernel, then their numbers
 };
 
-// What the first warp of a block says of the row's sums.
-enum KlVerdict { KL_GOOD, KL_LEFT, KL_AGAIN, KL_BY_MAXIMA };
-
 // What one warp finds for all of a block; no register holds it through the passes.
 struct KlShared {
   uint64_t arrivals[KL_STEPS];
   uint64_t exchange[2];
-  KlShift shifts[2];  // of forward and of reverse KL
+  RowShift shifts[2];  // of forward and of reverse KL
   float z_level;
   uint32_t flags;
   float factors[2];  // the row's, if it is positive, and if it is negative
   float scale, eps;  // 1/normaliser/T
   KlVerdict verdict;
+  PartialLabel label;  // log_kappa 0: none
+  int label_at;        // its place among this block's columns, or -1
+  float of_label;      // its gradient
   float loss;
   KlForm form;
   ForwardGradient forward;
@@ -62,6 +63,10 @@ class KlBlock {
  public:
   static constexpr int GROUP = Stored<Logit>::GROUP;
   static constexpr bool DIRECT = sizeof(Logit) == 2;  // whether a gradient's direct form is good enough
+  // Whether rows may be read relative to their levels. Of 16 bits, which hold few digits, those would have to lie far
+  // apart.
+  static constexpr bool RELATIVE = sizeof(Logit) == 4;
+  static constexpr float MOST_APART = RELATIVE ? 8.0f : 64.0f;  // levels between which o - x keeps its digits
   // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
   template <bool SET>
   static constexpr int VECTORS = 1 + SET + DIAGNOSTICS;
@@ -102,8 +107,7 @@ class KlBlock {
     if (thread_ == 0) init_barriers();  // while label and weight are on their way
     device::sync_block();
     if (!is_active(p_, label, weight)) return inactive();
-    const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
-    if (label < 0 || label >= p_.vocab_size || in_part) return leave();
+    if (label < 0 || label >= p_.vocab_size) return leave();
     // Whether the reference is read is known at once, unless ids decide which loss the row has.
     const bool late = p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
     const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
@@ -114,16 +118,21 @@ class KlBlock {
       for (int i = thread_; i < mask_words(); i += threads()) mask()[i] = i == at >> 5 ? 1u << (at & 31) : 0u;
     }
     if (thread_ == threads() - device::WARP) {  // of the last
+      const bool in_part = weight < 0.0f && weight > -1.0f && is_kl(p_.negative_loss);
       s_.flags = 0;
+      s_.label_at = in_part ? place_of(label) : -1;
+      s_.label = {0.0f, 0.0f, 0.0f};
+      if (in_part)  // before a gradient may take their place
+        s_.label = {Stored<Logit>::load(z_row() + label), Stored<Logit>::load(r_row() + label), log1pf(weight)};
       s_.factors[0] = weight;
       s_.factors[1] = row_factor<float>(p_, row(), p_.negative_loss, true, weight);
       s_.eps = float(p_.eps);
-      s_.scale = l_.inverse_temperature * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
+      s_.scale = l_.scales.inverse_t * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
     }
     if (warp() == LEVELS) levels(wide, z_some, r_some);
     device::sync_block();
     if (p_.negative_ids) {
-      collect_ids();
+      collect_ids(label);
       device::sync_block();
       if (late) {
         const bool negative = weight < 0.0f || (s_.flags & HAS_IDS);
@@ -188,7 +197,7 @@ class KlBlock {
       for (uint32_t b = mask()[i]; b; b &= b - 1) body(i * 32 + device::lowest_bit(b));
     device::sync_warp();
   }
-  TNT_DEVICE void collect_ids() {
+  TNT_DEVICE void collect_ids(int64_t label) {
     const int64_t* const ids = p_.negative_ids + row() * p_.negative_ids_stride;
     uint32_t flags = 0;
     constexpr int AHEAD = 8;  // asked for before the first is looked at
@@ -204,11 +213,15 @@ class KlBlock {
       for (int i = 0; i < AHEAD; ++i) {
         if (some[i] == -1) continue;
         flags |= HAS_IDS | (some[i] < 0 || some[i] >= p_.vocab_size ? ID_OUTSIDE : 0);
+        if (some[i] == label) flags |= LABEL_AMONG_IDS;
         mark(some[i]);
       }
     }
     if (flags) device::atomic_or(&s_.flags, flags);
   }
+  // Whether y is pushed down in part. Among the ids it is removed.
+  TNT_DEVICE bool has_partial() const { return s_.label.log_kappa != 0.0f && !(s_.flags & LABEL_AMONG_IDS); }
+  TNT_DEVICE int partial_at() const { return has_partial() ? s_.label_at : -1; }
   TNT_DEVICE void mark(int64_t id) {
     const int at = place_of(id);
     if (at >= 0) device::atomic_or(mask() + at / 32, 1u << (at & 31));
@@ -225,6 +238,7 @@ class KlBlock {
   TNT_DEVICE void inactive() {
     if (p_.gradient) write([](int) { return Output{}; });
     if (!leader()) return;
+    if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = 0.0f;
     write_loss(0.0);
     if (DIAGNOSTICS) write_diagnostics(0.0f, NAN, {NAN, NAN, NAN});
   }
@@ -268,9 +282,7 @@ class KlBlock {
     if (pair) reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : Stored<Logit>::nothing();
   }
 
-  struct Group {
-    float x[GROUP], o[GROUP];
-  };
+  using Group = KlGroup<GROUP>;
   // x and o of the group at this place of the policy's slot; away where this thread has none.
   template <bool REVERSE>
   TNT_DEVICE Group load(const char* z, bool present) const {
@@ -285,45 +297,11 @@ class KlBlock {
     }
     return g;
   }
-  TNT_DEVICE static void remove(uint32_t bits, Group& g) {
+  TNT_DEVICE static float relative(float x, float zero) { return RELATIVE ? x - zero : x; }
+  TNT_DEVICE static void relate(const RowShift& k, Group& g) {
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      g.x[i] = bits >> i & 1 ? AWAY : g.x[i];
-      g.o[i] = bits >> i & 1 ? AWAY : g.o[i];
-    }
+    for (int i = 0; i < GROUP; ++i) g.x[i] = relative(g.x[i], k.x_zero), g.o[i] = relative(g.o[i], k.o_zero);
   }
-
-  // ---- first pass: one group. Returns whether the warp had a pair that is not near.
-  template <bool REVERSE>
-  TNT_DEVICE static bool add(KlSums& t, const KlShift& k, const Group& g) {
-    float y2[GROUP];
-    uint32_t any = 0;
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      y2[i] = fmaf(g.o[i] - g.x[i], k.y_scale, -k.y_shift);
-      any |= bits_as<uint32_t>(y2[i]);
-    }
-    if (!device::any_of_warp(!(fabsf(bits_as<float>(any)) < 2.0f))) {  // bit 30
-#pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_near<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
-      return false;
-    }
-    uint32_t top = 0;  // the bits of |Y| order as numbers, infinity and NaN above all
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      const uint32_t bits = bits_as<uint32_t>(fabsf(y2[i]));
-      top = bits > top ? bits : top;
-    }
-    if (device::all_of_warp(top < 0x43000000u)) {  // 128
-#pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_middle<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < GROUP; ++i) add_far<REVERSE, DIAGNOSTICS>(t, k, g.x[i], g.o[i]);
-    }
-    return true;
-  }
-
   // Every warp's numbers to every block, whose judge waits for them. Two places in turn suffice: who sends in exchange
   // i + 2 has heard the verdict on i + 1, for which every warp sent, knowing that on i. A block that is launched alone
   // sends nothing: the number that it has in a cluster is undefined.
@@ -357,9 +335,10 @@ class KlBlock {
   static TNT_DEVICE KlSetSums of(const Vector& x) { return {at(x, 0), at(x, 1), at(x, 2), at(x, 3)}; }
   static TNT_DEVICE KlSetSums of_mass(const Vector& x) { return {at(x, 0), at(x, 1), 0.0f, 0.0f}; }
 
-  // Whether the two rows' levels are near enough for o - x to keep its digits.
-  static TNT_DEVICE bool comparable(float x_ref, float o_ref) {
-    return fabsf(o_ref - x_ref) <= (sizeof(Logit) == 4 ? 1.0f : 64.0f);
+  static TNT_DEVICE References references(float x_top, float o_top) {
+    const bool numbers = fabsf(x_top) < 1e29f && fabsf(o_top) < 1e29f;  // AWAY is none
+    if (RELATIVE && numbers) return references_of(x_top, o_top, MOST_APART);
+    return {x_top, o_top};
   }
 
   // ---- a row
@@ -389,13 +368,13 @@ class KlBlock {
     z_top = from_ordered(device::max_of_warp(ordered(z_top)));
     r_top = from_ordered(device::max_of_warp(ordered(r_top)));
     // The average difference is nearer to L than that of the maxima; infinities have none.
-    float more = (sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_top - r_top)) * l_.inverse_temperature;
+    float more = (sum_of_warp(above) * (1.0f / (device::WARP * GROUP)) - (z_top - r_top)) * l_.scales.inverse_t;
     more = fabsf(more) < 16.0f ? more : 0.0f;
     if (lane() > 1) return;
     const bool reverse = lane() == 1;
     s_.z_level = z_top;
-    s_.shifts[reverse] =
-        kl_shift(reverse ? z_top : r_top, reverse ? r_top : z_top, l_.inverse_temperature, reverse ? -more : more);
+    const References at = references(reverse ? z_top : r_top, reverse ? r_top : z_top);
+    s_.shifts[reverse] = row_shift(at, l_.scales, reverse ? -more : more);
   }
 
   // The first pass until its sums are fit, then the second.
@@ -410,7 +389,7 @@ class KlBlock {
     KlVerdict verdict = KL_AGAIN;
 #pragma unroll 1
     for (int attempt = 0; attempt < KL_ATTEMPTS; ++attempt) {
-      const KlShift k = s_.shifts[REVERSE];
+      const RowShift k = s_.shifts[REVERSE];
       KlSums t;
       uint32_t bit = 1;
       const char* group = z;
@@ -419,17 +398,19 @@ class KlBlock {
       for (int s = 0; s < full; ++s, group += step_bytes(), bit += bit) {
         device::arrival_wait(s_.arrivals + s);
         Group g = load<REVERSE>(group, true);
+        relate(k, g);
         if (SET) {
           const uint32_t bits = set_bits(s);
           if (bits) remove(bits, g);
         }
-        if (add<REVERSE>(t, k, g)) far |= bit;
+        if (add_group<REVERSE, DIAGNOSTICS>(t, k, g, false)) far |= bit;
       }
       if (full < steps) {
         device::arrival_wait(s_.arrivals + full);
         Group g = load<REVERSE>(group, in_tail);
+        relate(k, g);
         if (SET && in_tail) remove(set_bits(full), g);
-        if (add<REVERSE>(t, k, g)) far |= bit;
+        if (add_group<REVERSE, DIAGNOSTICS>(t, k, g, false)) far |= bit;
       }
       Vector mine[VECTORS];
       mine[0] = pack(sum_of_warp(t.s), sum_of_warp(t.a_or_m(REVERSE)), sum_of_warp(t.phi()),
@@ -439,7 +420,9 @@ class KlBlock {
         KlSetSums removed, of_reference;
         const Logit *const z = reinterpret_cast<const Logit*>(slot(false)), *const r = reinterpret_cast<const Logit*>(
                                                                                 slot(true));
-        for_each_marked([&](unsigned at) {
+        const int left_out = partial_at();
+        for_each_marked([&](int at) {
+          if (at == left_out) return;
           const float r_at = Stored<Logit>::load(r + at);
           removed.add(Stored<Logit>::load(z + at), k.scale);
           if (DIAGNOSTICS) of_reference.add(r_at, k.scale);
@@ -463,6 +446,7 @@ class KlBlock {
       if (verdict == KL_AGAIN) continue;
       // The row's maxima in place of those of a few entries.
       float x_top = AWAY, o_top = AWAY;
+      if (SET && has_partial()) x_top = REVERSE ? s_.label.z : s_.label.r, o_top = REVERSE ? s_.label.r : s_.label.z;
 #pragma unroll 1
       for (int s = 0; s < steps; ++s) {
         if (s == full && !in_tail) break;
@@ -482,28 +466,33 @@ class KlBlock {
           x_top = fmaxf(x_top, at(tops[i], 0)), o_top = fmaxf(o_top, at(tops[i], 1));
         device::sync_warp();
         x_top = max_of_warp(x_top), o_top = max_of_warp(o_top);
-        if (lane() == 0) s_.shifts[REVERSE] = kl_shift(x_top, o_top, l_.inverse_temperature, 0.0f);
+        if (lane() == 0) s_.shifts[REVERSE] = row_shift(references(x_top, o_top), l_.scales, 0.0f);
       }
       ++count;
       device::sync_block();
     }
     if (verdict != KL_GOOD) return leave();
     if (p_.gradient) {
-      const KlShift k = s_.shifts[REVERSE];
+      const RowShift k = s_.shifts[REVERSE];
       const auto g = s_.template gradient<REVERSE>();
       const KlForm form = s_.form;
-      if (SET) put_set_gradients([&](float z) { return set_gradient(s_.set, k, z); });
+      if (SET) {
+        const int at_label = partial_at();
+        put_set_gradients([&](int at, float z) { return at == at_label ? s_.of_label : set_gradient(s_.set, k, z); });
+      }
       // A forward KL's direct form serves any logits, a reverse KL's none that are infinite.
       if (DIRECT && form == KL_DIRECT && (!REVERSE || far == 0)) {
         write([&](int s) {
-          return gradient<REVERSE, SET>(s, z, [&](float x, float o) { return direct_gradient(g, k, x, o); });
+          return gradient<REVERSE, SET>(s, z, k, [&](float x, float o) { return direct_gradient(g, k, x, o); });
         });
       } else {
         if (form == KL_FAR) far = ~0u;
         write([&](int s) {
           const bool near = !(far >> s & 1);
-          return near ? gradient<REVERSE, SET>(s, z, [&](float x, float o) { return near_gradient(g, k, x, o); })
-                      : gradient<REVERSE, SET>(s, z, [&](float x, float o) { return far_gradient(g, k, x, o); });
+          return near ? gradient<REVERSE, SET>(s, z, k,
+                                               [&](float x, float o) { return near_gradient<!DIRECT>(g, k, x, o); })
+                      : gradient<REVERSE, SET>(s, z, k,
+                                               [&](float x, float o) { return far_gradient<!DIRECT>(g, k, x, o); });
         });
       }
     }
@@ -515,7 +504,7 @@ class KlBlock {
   template <bool REVERSE, bool SET>
   TNT_DEVICE void judge(const Vector* from, int attempt) {
     constexpr int VECTORS = KlBlock::VECTORS<SET>;
-    const KlShift k = s_.shifts[REVERSE];
+    const RowShift k = s_.shifts[REVERSE];
     KlRow sums;
 #pragma unroll 1
     for (int i = lane(); i < blocks_ * warps(); i += device::WARP) {
@@ -531,33 +520,34 @@ class KlBlock {
     if (SET) sums.set.merge_warp(k.scale);
     if (SET && DIAGNOSTICS) sums.reference_set.merge_warp(k.scale);
     if (lane() > 0) return;
-    const float a = REVERSE ? sums.a_or_m + sums.phi : sums.a_or_m;
-    sums.inverse = 1.0f / sums.s;
-    sums.l = log1pf(a * sums.inverse);
-    const float excess = phi(sums.l);
-    sums.kl = sums.phi * sums.inverse - excess;
-    const bool usable = sums.s > 0x1p-40f && sums.s < 0x1p100f;
-    // Below -3, S + A has lost its digits.
-    const bool in_range = usable && sums.s + a < 0x1p100f && sums.l > -3.0f;
-    // Phi/S and phi(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
-    const bool near = comparable(k.x_ref, k.o_ref);
-    const bool good =
-        in_range && sums.phi < INFINITY && sums.set.sum < INFINITY && !(excess > 0.5f * fabsf(sums.kl)) && near;
-    const bool again = DIAGNOSTICS && attempt == 0 && good && entropy_cancels<REVERSE>(sums);
-    if (good && !again) {
-      s_.verdict = REVERSE && SET && !(s_.eps > 1e-30f) ? KL_LEFT : KL_GOOD;
-      sums.kl = sums.kl > 0.0f ? sums.kl : 0.0f;  // what rounding leaves of 0
-      s_.form = kl_coefficients<SET, DIRECT>(k, sums, s_.factors[SET] * s_.scale, s_.eps,
-                                             s_.template gradient<REVERSE>(), s_.set, s_.loss);
-      if (DIAGNOSTICS && rank_ == 0 && s_.verdict == KL_GOOD)
-        write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, sums));
-    } else if ((usable && sums.phi == INFINITY) || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !near)) {
+    const bool has_label = SET && has_partial();
+    PartialEntry label{};
+    KlRow without_label = sums;
+    if (has_label) {
+      label = entry_of<REVERSE>(s_.label, k);
+      add<REVERSE>(sums, label);
+      if (DIAGNOSTICS) without_label.set.add(s_.label.z, k.scale), without_label.reference_set.add(s_.label.r, k.scale);
+    }
+    // What a few entries say of levels may come from removed ones.
+    const bool readable =
+        RELATIVE ? attempt > 0 || (k.x_zero == 0.0f && k.o_zero == 0.0f) : fabsf(k.o_ref - k.x_ref) <= MOST_APART;
+    const KlVerdict verdict = judge_sums<REVERSE>(sums, DIAGNOSTICS, attempt == 0, readable,
+                                                  DIAGNOSTICS && entropy_cancels<REVERSE>(without_label));
+    const bool served = sums.set.sum < INFINITY && !(REVERSE && SET && !(s_.eps > 1e-30f));
+    if (verdict == KL_GOOD && served) {
+      s_.verdict = KL_GOOD;
+      const float factor = s_.factors[SET] * s_.scale;
+      auto& g = s_.template gradient<REVERSE>();
+      s_.form = kl_coefficients<SET, DIRECT>(k, sums, label, has_label, p_.coefficients ? 1.0f : factor, s_.eps, g,
+                                             s_.set, s_.of_label, s_.loss);
+      if (rank_ != 0) return;
+      if (p_.coefficients) write_plan(plan_of(REVERSE, k, sums, g, s_.set, has_label ? s_.of_label : 0.0f), factor);
+      if (DIAGNOSTICS) write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, without_label));
+    } else if (!served || verdict == KL_INFINITE || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !readable)) {
       s_.verdict = KL_LEFT;
-    } else if ((in_range && near && !again) || attempt > 0) {
-      s_.verdict = KL_AGAIN;
-      s_.shifts[REVERSE] = kl_shift(k.x_ref, k.o_ref, l_.inverse_temperature, k.more + sums.l);
     } else {
-      s_.verdict = KL_BY_MAXIMA;
+      s_.verdict = verdict;
+      if (verdict == KL_AGAIN) s_.shifts[REVERSE] = with(k, k.more + sums.l, 0.0f);
     }
   }
 
@@ -569,11 +559,11 @@ class KlBlock {
     const bool in_tail = full * step() + thread_ * GROUP < n_;
     if (!unlikelihood && thread_ == 0) mark(p_.labels[row()]);
     device::sync_block();
-    KlShift k;
+    RowShift k;
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
       const float x_ref = s_.z_level;
-      k = kl_shift(x_ref, x_ref, l_.inverse_temperature, 0.0f);
+      k = row_shift({x_ref, x_ref}, l_.scales, 0.0f);
       float sum = 0.0f, h = 0.0f, top = AWAY;
 #pragma unroll 1
       for (int s = 0; s < steps; ++s) {
@@ -593,7 +583,7 @@ class KlBlock {
       }
       KlSetSums removed;
       const Logit* const z = reinterpret_cast<const Logit*>(slot(false));
-      for_each_marked([&](unsigned at) { removed.add(Stored<Logit>::load(z + at), k.scale); });
+      for_each_marked([&](int at) { removed.add(Stored<Logit>::load(z + at), k.scale); });
       removed.merge_warp(k.scale);
       const Vector mine[2] = {pack(sum_of_warp(sum), max_of_warp(top), DIAGNOSTICS ? sum_of_warp(h) : 0.0f, 0.0f),
                               pack(removed.max, removed.sum, removed.moment, removed.n)};
@@ -606,7 +596,7 @@ class KlBlock {
     if (s_.verdict != KL_GOOD) return leave();
     if (p_.gradient) {
       const LikelihoodGradient g = s_.likelihood;
-      put_set_gradients([&](float z) { return unlikelihood ? set_gradient(g.set, k, z) : g.label; });
+      put_set_gradients([&](int, float z) { return unlikelihood ? set_gradient(g.set, k, z) : g.label; });
       write([&](int s) {
         float x[GROUP];
         Output out;
@@ -620,7 +610,7 @@ class KlBlock {
     if (leader()) write_loss(double(s_.factors[negative]) * double(s_.loss));
   }
 
-  TNT_DEVICE void judge_likelihood(const Vector* from, const KlShift& k, int attempt, bool unlikelihood,
+  TNT_DEVICE void judge_likelihood(const Vector* from, const RowShift& k, int attempt, bool unlikelihood,
                                    bool negative) {
     KlRow sums;
     float top = AWAY;
@@ -635,7 +625,7 @@ class KlBlock {
     if (DIAGNOSTICS) sums.h = sum_of_warp(sums.h);
     sums.set.merge_warp(k.scale);
     if (lane() > 0) return;
-    const bool good = sums.s > 0x1p-40f && sums.s < 0x1p100f && sums.set.sum < INFINITY;
+    const bool good = sums.s > 0x1p-40f && sums.s < 0x1p40f && sums.set.sum < INFINITY;
     if (attempt == 0 && !(good && !(DIAGNOSTICS && entropy_cancels<true>(sums)))) {
       // The row's maximum in place of that of a few entries.
       s_.verdict = KL_AGAIN;
@@ -643,8 +633,11 @@ class KlBlock {
       return;
     }
     s_.verdict = good && (unlikelihood || sums.set.sum > 0.0f) ? KL_GOOD : KL_LEFT;
-    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, s_.factors[negative] * s_.scale, s_.loss);
-    if (!DIAGNOSTICS || rank_ != 0 || s_.verdict != KL_GOOD) return;
+    const float factor = s_.factors[negative] * s_.scale;
+    s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, p_.coefficients ? 1.0f : factor, s_.loss);
+    if (rank_ != 0 || s_.verdict != KL_GOOD) return;
+    if (p_.coefficients) write_plan(plan_of(k, s_.likelihood), factor);
+    if (!DIAGNOSTICS) return;
     const KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
     write_diagnostics(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
   }
@@ -663,11 +656,11 @@ class KlBlock {
 
   // Of this thread's group in a step; `element` is the gradient of a kept entry.
   template <bool REVERSE, bool SET, class Element>
-  TNT_DEVICE Output gradient(int s, const char* z, Element element) const {
+  TNT_DEVICE Output gradient(int s, const char* z, const RowShift& k, Element element) const {
     const Group pairs = load<REVERSE>(z + s * step_bytes(), true);
     Output out;
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) out.x[i] = element(pairs.x[i], pairs.o[i]);
+    for (int i = 0; i < GROUP; ++i) out.x[i] = element(relative(pairs.x[i], k.x_zero), relative(pairs.o[i], k.o_zero));
     if (SET) {
       const uint32_t bits = set_bits(s);
       if (bits) {
@@ -683,7 +676,7 @@ class KlBlock {
   TNT_DEVICE void put_set_gradients(Compute compute) {
     Logit* const z = reinterpret_cast<Logit*>(slot(false));
     for_each_marked(
-        [&](unsigned at) { store_entry(z + at, Stored<Logit>::pack({compute(Stored<Logit>::load(z + at))}), 0); });
+        [&](int at) { store_entry(z + at, Stored<Logit>::pack({compute(at, Stored<Logit>::load(z + at))}), 0); });
     device::sync_block();
   }
 
@@ -718,6 +711,11 @@ class KlBlock {
     }
   }
 
+  TNT_DEVICE float* coefficients() const { return static_cast<float*>(p_.coefficients) + row() * ROW_COEFFICIENTS; }
+  template <class Plan>
+  TNT_DEVICE void write_plan(const Plan& plan, float factor) const {
+    tnt::write_plan(plan, factor, coefficients());
+  }
   TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, row(), weighted); }
 
   TNT_DEVICE void write_diagnostics(float loss, float kl, const KlDiagnosis& d) const {

@@ -1,4 +1,4 @@
-// KL divergences by one read and one exponential an entry (MATH: "One read, one exponential"). x is the base row's
+// KL divergences by one read and one exponential an entry (docs/numerics.md). x is the base row's
 // logit (forward KL(q* || p): the reference's, reverse KL(p || q~): the policy's), o the other's. With one shift for
 // the whole row,
 //   e = 2^(x scale - c)     y = (o - x)/T - a     phi(y) = e^y - 1 - y
@@ -9,49 +9,72 @@
 #pragma once
 
 #include "cuda/math.cuh"
+#include "plans.h"
 
 namespace tnt {
 inline namespace TNT_ISA {
 
 constexpr float LOG2_E_F = float(LOG2_E), LN_2_F = float(LN_2);
 constexpr float AWAY = -1e30f;  // a logit that weighs nothing: shifts are held below 1e29
+constexpr float LOWEST = -3.4028234663852886e38f;
 
-// 2^x to 2 ulp, 0 below 2^-126, infinity from 2^128.
-TNT_DEVICE float power(float x) {
-#if defined(__CUDA_ARCH__)
-  return exponential(x);
-#else
-  const float y = exp2f(x);
-  return y < 0x1p-126f ? 0.0f : y;
-#endif
-}
+using device::power;
 
 // ------------------------------------------------------------------------------------------------------- first pass
 
-struct KlShift {           // of a row, the same in every block
+struct RowShift {          // the same in every block
   float scale;             // log2(e)/T
   float c;                 // base weights are 2^(x scale - c)
   float y_scale, y_shift;  // Y = 2y = (o - x) y_scale - y_shift: |y| >= 1 shows in one bit of Y, as do NaN and infinity
   float a, inverse_t, x_ref;
-  float o_ref, rho;  // e e^y = 2^((o - o_ref) scale + rho)
-  float more;
+  float o_ref, rho;      // e e^y = 2^((o - o_ref) scale + rho)
+  float more, less;      // what a exceeds the references' distance by; log2 of what weights are lowered by
+  float x_zero, o_zero;  // x and o, and their references, are read relative to these
+  static constexpr double LOG_UNIT = LOG2_E;                       // weights and their logarithms are of base 2
+  TNT_DEVICE float own() const { return fmaf(x_ref, scale, -c); }  // log2 of the weight of an x of x_ref
+  TNT_DEVICE double lead() const { return double(x_ref) * double(scale) - double(c); }
+  // Of the other's sum to the base's, where A is 0, less the distance of the references.
+  TNT_DEVICE double log_ratio() const { return double(a) - (double(o_ref) - double(x_ref)) * double(inverse_t); }
+  TNT_DEVICE double log_lead_of_other() const { return lead() * LN_2 - log_ratio(); }
 };
 
-// x_ref and o_ref: near the maxima of x and of o. rho makes c, a and o_ref agree, though each was rounded. `more` is
-// added to a, which should be near L.
-TNT_DEVICE KlShift kl_shift(float x_ref, float o_ref, float inverse_t, float more) {
-  if (!(fabsf(x_ref) < 1e29f)) x_ref = 0.0f;
-  if (!(fabsf(o_ref) < 1e29f)) o_ref = 0.0f;
-  KlShift s;
-  s.scale = LOG2_E_F * inverse_t;
-  s.c = x_ref * s.scale;
-  const float d = o_ref - x_ref, back = o_ref - d, lost = (back - x_ref) + (o_ref - (d + back));  // d + lost is exact
-  const float a = fmaf(d, inverse_t, more);
-  s.a = a, s.inverse_t = inverse_t, s.x_ref = x_ref;
-  s.y_scale = 2.0f * inverse_t, s.y_shift = 2.0f * a;
-  s.o_ref = o_ref, s.more = more;
-  s.rho = fmaf(fmaf(d, inverse_t, -a) + lost * inverse_t, LOG2_E_F, fmaf(x_ref, s.scale, -s.c));
+// Near the maxima of x and of o.
+struct References {
+  float x, o, x_zero = 0.0f, o_zero = 0.0f;
+};
+
+struct Scales {
+  float exponent, inverse_t;  // log2(e)/T, of exponents; 1/T, of differences
+};
+
+// rho makes c, a and the reference of o agree, though each was rounded. `more` should be near L.
+TNT_DEVICE RowShift row_shift(const References& at, const Scales& t, float more, float less = 0.0f) {
+  RowShift s;
+  s.x_zero = at.x_zero, s.o_zero = at.o_zero;
+  s.x_ref = fabsf(at.x) < 1e29f ? at.x : 0.0f;
+  s.o_ref = fabsf(at.o) < 1e29f ? at.o : 0.0f;
+  s.scale = t.exponent;
+  const float inverse_t = t.inverse_t;
+  s.c = fmaf(s.x_ref, s.scale, less);
+  const float d = s.o_ref - s.x_ref, back = s.o_ref - d, lost = (back - s.x_ref) + (s.o_ref - (d + back));
+  s.a = fmaf(d, inverse_t, more);  // d + lost is exact
+  s.inverse_t = inverse_t;
+  s.y_scale = 2.0f * inverse_t, s.y_shift = 2.0f * s.a;
+  s.more = more, s.less = less;
+  s.rho = fmaf(fmaf(d, inverse_t, -s.a) + lost * inverse_t, LOG2_E_F, s.own());
   return s;
+}
+TNT_DEVICE RowShift with(const RowShift& s, float more, float less) {
+  return row_shift({s.x_ref, s.o_ref, s.x_zero, s.o_zero}, {s.scale, s.inverse_t}, more, less);
+}
+
+// Of maxima: where the two rows lie further apart than `apart`, o - x has lost digits that differences to the maxima
+// keep, and logits are read relative to them.
+TNT_DEVICE References references_of(float x_top, float o_top, float apart) {
+  const bool numbers = fabsf(x_top) < 1e29f && fabsf(o_top) < 1e29f;
+  if (numbers && fabsf(o_top - x_top) <= apart) return {x_top, o_top};
+  const float x_zero = fabsf(x_top) < INFINITY ? x_top : 0.0f, o_zero = fabsf(o_top) < INFINITY ? o_top : 0.0f;
+  return {x_top - x_zero, o_top - o_zero, x_zero, o_zero};
 }
 
 struct KlSums {
@@ -75,30 +98,35 @@ TNT_DEVICE float phi_over_y(float y2) {
 TNT_DEVICE float phi(float y) {  // any y
   return fabsf(y) < 1.0f ? 2.0f * y * phi_over_y(2.0f * y) : power(y * LOG2_E_F) - 1.0f - y;
 }
+TNT_DEVICE float expm1_of(float y) {  // next to phi
+  return fabsf(y) < 1.0f ? fmaf(2.0f * y, phi_over_y(2.0f * y), y) : power(y * LOG2_E_F) - 1.0f;
+}
 
-// `at`: log2 of the base weight e; `excess`: e (e^y - 1). A logarithm of -inf has no weight. A of a reverse KL, which
-// M + Phi would lose digits of, is for the reference's mass alone.
+// `at`: log2 of the base weight e; `excess`: e (e^y - 1); p = e e^y, which e + excess has lost where it is small. A
+// logarithm of -inf has no weight. A of a reverse KL, which M + Phi would lose digits of, is for the reference's mass
+// alone.
 template <bool REVERSE>
-TNT_DEVICE void add_diagnostics(KlSums& t, float e, float excess, float at, float y2) {
+TNT_DEVICE void add_diagnostics(KlSums& t, float e, float excess, float p, float at, float y2) {
   if (REVERSE) {
     t.h = fmaf(e, fmaxf(at, -256.0f), t.h);
     t.a += excess;
   } else {
-    t.h = fmaf(e + excess, fmaxf(fmaf(y2, 0.5f * LOG2_E_F, at), -256.0f), t.h);
+    t.h = fmaf(p, fmaxf(fmaf(y2, 0.5f * LOG2_E_F, at), -256.0f), t.h);
   }
 }
 
 // `at` is log2 of the base weight. The policy is the base of a reverse KL, the other row of a forward KL.
 template <bool REVERSE, bool DIAGNOSTICS>
-TNT_DEVICE void add_near(KlSums& t, const KlShift& k, float x, float y2) {  // |y| < 1
+TNT_DEVICE void add_near(KlSums& t, const RowShift& k, float x, float y2) {  // |y| < 1
   const float at = fmaf(x, k.scale, -k.c), e = power(at), w = e * y2, phi_over = phi_over_y(y2);
   t.s += e;
   t.m += w;
   t.f = fmaf(w, phi_over, t.f);
-  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, w * (phi_over + 0.5f), at, y2);
+  const float excess = w * (phi_over + 0.5f);
+  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, excess, e + excess, at, y2);
 }
 template <bool REVERSE, bool DIAGNOSTICS>
-TNT_DEVICE void add_middle(KlSums& t, const KlShift& k, float x, float y2) {  // |y| < 64; phi to 5e-6
+TNT_DEVICE void add_middle(KlSums& t, const RowShift& k, float x, float y2) {  // |y| < 64; phi to 5e-6
   const float at = fmaf(x, k.scale, -k.c), e = power(at), ratio = power(y2 * (0.5f * LOG2_E_F));
   float p = 0x1.1133b0p-12f;  // |y| < 1/4
   p = fmaf(p, y2, 0x1.560b70p-9f);
@@ -111,10 +139,10 @@ TNT_DEVICE void add_middle(KlSums& t, const KlShift& k, float x, float y2) {  //
   else
     t.far_m = fmaf(e, fmaf(0.5f, y2, f), t.far_m);
   t.far_f = fmaf(e, f, t.far_f);
-  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, e * fmaf(0.5f, y2, f), at, y2);
+  if (DIAGNOSTICS) add_diagnostics<REVERSE>(t, e, e * fmaf(0.5f, y2, f), e * ratio, at, y2);
 }
 template <bool REVERSE, bool DIAGNOSTICS>
-TNT_DEVICE void add_far(KlSums& t, const KlShift& k, float x, float o) {  // any logits
+TNT_DEVICE void add_far(KlSums& t, const RowShift& k, float x, float o) {  // any logits
   const float at = fmaf(x, k.scale, -k.c), other_at = fmaf(o - k.o_ref, k.scale, k.rho);
   const float e = power(at), p = power(other_at);
   const float y = fmaf(o - x, k.inverse_t, -k.a), u = p - e;  // not Y, which overflows at the lowest finite logits
@@ -136,8 +164,52 @@ TNT_DEVICE void add_far(KlSums& t, const KlShift& k, float x, float o) {  // any
   if (DIAGNOSTICS && !REVERSE) t.h += p == 0.0f ? 0.0f : p * other_at;
 }
 
+template <int N>
+struct KlGroup {
+  float x[N], o[N];
+};
+template <int N>
+TNT_DEVICE void remove(uint32_t bits, KlGroup<N>& g) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    g.x[i] = bits >> i & 1 ? AWAY : g.x[i];
+    g.o[i] = bits >> i & 1 ? AWAY : g.o[i];
+  }
+}
+// By all of a warp. Returns whether it had a pair that is not near. `careful`: a weight may underflow where e e^y does
+// not.
+template <bool REVERSE, bool DIAGNOSTICS, int N>
+TNT_DEVICE bool add_group(KlSums& t, const RowShift& k, const KlGroup<N>& g, bool careful) {
+  float y2[N];
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    y2[i] = fmaf(g.o[i] - g.x[i], k.y_scale, -k.y_shift);
+    any |= bits_as<uint32_t>(y2[i]);
+  }
+  if (!device::any_of_warp(!(fabsf(bits_as<float>(any)) < 2.0f))) {  // bit 30
+#pragma unroll
+    for (int i = 0; i < N; ++i) add_near<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
+    return false;
+  }
+  uint32_t top = 0;  // the bits of |Y| order as numbers, infinity and NaN above all
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const uint32_t bits = bits_as<uint32_t>(fabsf(y2[i]));
+    top = bits > top ? bits : top;
+  }
+  if (!careful && device::all_of_warp(top < 0x43000000u)) {  // 128
+#pragma unroll
+    for (int i = 0; i < N; ++i) add_middle<REVERSE, DIAGNOSTICS>(t, k, g.x[i], y2[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) add_far<REVERSE, DIAGNOSTICS>(t, k, g.x[i], g.o[i]);
+  }
+  return true;
+}
+
 struct KlSetSums {  // over removed entries: of 2^((z - max) scale), their moment in units of log2, their number
-  float max = AWAY, sum = 0, moment = 0, n = 0;
+  float max = LOWEST, sum = 0, moment = 0, n = 0;
   TNT_DEVICE void raise(float to, float scale) {
     const float by = (max - to) * scale, factor = power(by);
     moment = factor == 0.0f ? 0.0f : factor * fmaf(sum, by, moment);
@@ -175,6 +247,7 @@ enum KlForm { KL_NEAR, KL_DIRECT, KL_FAR };  // which form of a gradient holds f
 struct ForwardGradient {     // factor (p - q*)
   float y_scale, y_shift;    // near: e y* (h0 + h1 y*^2 + h2 y*^4), e at the geometric mean of p and q*,
   float h0, h1, h2;          //   where y* = log p - log q* = (o - x) y_scale - y_shift, and h are of 2 sinh(y/2)/y
+  float rest;                // what rounding took from y_shift
   float p_direct, q_direct;  // direct: 2^(o scale + p_direct) - 2^(x scale + q_direct)
   float x_ref, p_shift, q_shift, sign;  // far: sign (2^((o - o_ref) scale + p_shift) - 2^((x - x_ref) scale + q_shift))
 };
@@ -187,29 +260,40 @@ struct SetGradient {
   float ref, shift, k0, k1;
 };
 
-TNT_DEVICE float near_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
-  const float y = fmaf(o - x, g.y_scale, -g.y_shift), square = y * y;
+// Logits of 16 bits do not tell how y_shift was rounded.
+template <bool EXACT>
+TNT_DEVICE float near_gradient(const ForwardGradient& g, const RowShift& k, float x, float o) {
+  const float shifted = fmaf(o - x, g.y_scale, -g.y_shift), y = EXACT ? shifted - g.rest : shifted, square = y * y;
   const float e = power(fmaf(y, 0.5f * LOG2_E_F, fmaf(x, k.scale, -k.c)));
   return (e * y) * fmaf(fmaf(g.h2, square, g.h1), square, g.h0);
 }
-TNT_DEVICE float direct_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
+TNT_DEVICE float direct_gradient(const ForwardGradient& g, const RowShift& k, float x, float o) {
   return power(fmaf(o, k.scale, g.p_direct)) - power(fmaf(x, k.scale, g.q_direct));
 }
-TNT_DEVICE float far_gradient(const ForwardGradient& g, const KlShift& k, float x, float o) {
-  return g.sign * (power(fmaf(o - k.o_ref, k.scale, g.p_shift)) - power(fmaf(x - g.x_ref, k.scale, g.q_shift)));
+template <bool EXACT>
+TNT_DEVICE float far_gradient(const ForwardGradient& g, const RowShift& k, float x, float o) {
+  const float p = power(fmaf(o - k.o_ref, k.scale, g.p_shift)), at = fmaf(x - g.x_ref, k.scale, g.q_shift);
+  if (!EXACT) return g.sign * (p - power(at));
+  const float y = fmaf(o - x, g.y_scale, -g.y_shift) - g.rest, square = y * y;
+  const bool near = fabsf(y) <= 1.25f;  // without a branch: lanes differ
+  const float q = power(near ? fmaf(y, 0.5f * LOG2_E_F, at) : at);
+  const float sinh = y * fmaf(fmaf(0x1.14e172p-11f, square, 0x1.554c74p-5f), square, 0x1.000006p+0f);
+  return g.sign * (near ? q * sinh : p - q);
 }
-TNT_DEVICE float near_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
+template <bool EXACT>
+TNT_DEVICE float near_gradient(const ReverseGradient& g, const RowShift& k, float x, float o) {
   const float y2 = fmaf(o - x, k.y_scale, -k.y_shift);
   return power(fmaf(x, k.scale, -k.c)) * fmaf(y2, g.k1, g.k0);
 }
-TNT_DEVICE float direct_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
+TNT_DEVICE float direct_gradient(const ReverseGradient& g, const RowShift& k, float x, float o) {
   return power(fmaf(x, k.scale, -k.c)) * fmaf(o - x, g.slope, g.level);
 }
-TNT_DEVICE float far_gradient(const ReverseGradient& g, const KlShift& k, float x, float o) {
+template <bool EXACT>
+TNT_DEVICE float far_gradient(const ReverseGradient& g, const RowShift& k, float x, float o) {
   const float e = power(fmaf(x, k.scale, -k.c)), y = fmaf(o - x, k.inverse_t, -k.a);
   return e == 0.0f ? 0.0f : e * fmaf(y, 2.0f * g.k1, g.k0);
 }
-TNT_DEVICE float set_gradient(const SetGradient& s, const KlShift& k, float z) {
+TNT_DEVICE float set_gradient(const SetGradient& s, const RowShift& k, float z) {
   const float at = fmaf(z - s.ref, k.scale, s.shift), p = power(at);
   return p == 0.0f ? 0.0f : p * fmaf(at, s.k1, s.k0);
 }
@@ -236,6 +320,57 @@ struct KlRow {  // the row's sums, over all slices; of removed entries those of 
   KlSetSums set, reference_set;
 };
 
+// y that is pushed down in part, -1 < w < 0: what is left of it in the target is kappa = 1 + w.
+struct PartialLabel {
+  float z, r, log_kappa;
+};
+struct PartialEntry {
+  float e, p, y;  // p = e e^y
+};
+template <bool REVERSE>
+TNT_DEVICE PartialEntry entry_of(const PartialLabel& label, const RowShift& k) {
+  const float x = (REVERSE ? label.z : label.r) - k.x_zero, o = (REVERSE ? label.r : label.z) - k.o_zero;
+  const float of_x = REVERSE ? 0.0f : label.log_kappa, of_o = REVERSE ? label.log_kappa : 0.0f;
+  return {power(fmaf(of_x, LOG2_E_F, fmaf(x, k.scale, -k.c))),
+          power(fmaf(of_o, LOG2_E_F, fmaf(o - k.o_ref, k.scale, k.rho))),
+          fmaf(o - x, k.inverse_t, -k.a) + (of_o - of_x)};
+}
+template <bool REVERSE>
+TNT_DEVICE void add(KlRow& row, const PartialEntry& label) {
+  const bool near = fabsf(label.y) < 1.0f;
+  const float e_y = label.e == 0.0f ? 0.0f : label.e * label.y;
+  const float excess = near ? label.e * expm1_of(label.y) : label.p - label.e;
+  row.s += label.e;
+  row.a_or_m += REVERSE ? e_y : excess;
+  row.phi += near ? label.e * phi(label.y) : excess - e_y;
+  row.a += excess;
+}
+
+enum KlVerdict { KL_GOOD, KL_INFINITE, KL_AGAIN, KL_BY_MAXIMA, KL_LEFT };  // left: to another kernel
+
+// Completes a row's sums, and says what to do with them: they are good; they have an infinite term; again, with L added
+// to the shift; again, with the maxima as references. `has_a`: whether A of a reverse KL was summed, where M + Phi
+// would be the difference of large numbers. `readable`: the references lie near enough for o - x to keep its digits.
+template <bool REVERSE>
+TNT_DEVICE KlVerdict judge_sums(KlRow& row, bool has_a, bool first, bool readable, bool entropy_cancels) {
+  const float a = !REVERSE ? row.a_or_m : has_a ? row.a : row.a_or_m + row.phi;
+  row.inverse = 1.0f / row.s;
+  row.l = log1pf(a * row.inverse);
+  const float excess = phi(row.l);
+  row.kl = row.phi * row.inverse - excess;
+  // With more, factors on weights would underflow. Below -3, S + A has lost its digits.
+  const bool usable = row.s > 0x1p-40f && row.s < 0x1p40f;
+  const bool in_range = usable && row.s + a < 0x1p60f && row.l > -3.0f;
+  const bool again = (first && entropy_cancels) || (REVERSE && !has_a && row.phi > 0x1p16f * row.s);
+  // Phi/S and phi(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
+  if (in_range && row.phi < INFINITY && !(excess > 0.5f * fabsf(row.kl)) && readable && !again) {
+    row.kl = row.kl > 0.0f ? row.kl : 0.0f;  // what rounding leaves of 0
+    return KL_GOOD;
+  }
+  if (usable && row.phi == INFINITY) return KL_INFINITE;
+  return (in_range && readable && !again) || !first ? KL_AGAIN : KL_BY_MAXIMA;
+}
+
 // The policy's sum over the kept entries, and log2 of the odds of the set, for the policy and for the reference.
 template <bool REVERSE>
 TNT_DEVICE float kept_sum(const KlRow& row, bool policy) {
@@ -243,20 +378,22 @@ TNT_DEVICE float kept_sum(const KlRow& row, bool policy) {
   return policy == REVERSE ? row.s : other;
 }
 template <bool REVERSE>
-TNT_DEVICE float log2_odds(const KlShift& k, const KlRow& row, bool policy) {
+TNT_DEVICE float log2_odds(const RowShift& k, const KlRow& row, bool policy) {
   const KlSetSums& set = policy ? row.set : row.reference_set;
-  const float at = policy == REVERSE ? fmaf(set.max - k.x_ref, k.scale, fmaf(k.x_ref, k.scale, -k.c))
-                                     : fmaf(set.max - k.o_ref, k.scale, k.rho);
+  const float at = policy == REVERSE ? fmaf((set.max - k.x_zero) - k.x_ref, k.scale, k.own())
+                                     : fmaf((set.max - k.o_zero) - k.o_ref, k.scale, k.rho);
   return at + (log2f(set.sum) - log2f(kept_sum<REVERSE>(row, policy)));
 }
 
-// `factor` is that on the gradient, not 0. The forward loss is KL(q* || p) = KL over the kept entries - log p(K).
-// Returns the form of the gradient. In the direct one p and q* are off by up to 2^-18 of their size: good enough for 16
-// bits, unless they are almost equal.
+// `factor` is that on the gradient, not 0; `label` is one that is pushed down in part, if the row has any, whose
+// gradient goes to `of_label`. The forward loss is KL(q* || p) = KL over the kept entries - log p(K). Returns the form
+// of the gradient. In the direct one p and q* are off by up to 2^-18 of their size: good enough for 16 bits, unless
+// they are almost equal.
 template <bool SET, bool DIRECT>
-TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float factor, float, ForwardGradient& g,
-                                  SetGradient& sg, float& loss) {
-  const float own = fmaf(k.x_ref, k.scale, -k.c);
+TNT_DEVICE KlForm kl_coefficients(const RowShift& k, const KlRow& row, const PartialEntry& label, bool has_label,
+                                  float factor, float, ForwardGradient& g, SetGradient& sg, float& of_label,
+                                  float& loss) {
+  const float own = k.own();
   float log2_kept = 0.0f;
   loss = row.kl;
   sg = {0.0f, -INFINITY, 0.0f, 0.0f};  // a set without mass
@@ -270,12 +407,18 @@ TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float fact
   const float h = factor * row.inverse;
   g.y_scale = k.inverse_t;
   g.y_shift = k.a + up;
+  g.rest = up - (g.y_shift - k.a);
   g.h0 = 0x1.000006p+0f * h, g.h1 = 0x1.554c74p-5f * h, g.h2 = 0x1.14e172p-11f * h;
   g.x_ref = k.x_ref;
   g.sign = factor < 0.0f ? -1.0f : 1.0f;
+  const float whole = log2_kept - row.l * LOG2_E_F;  // log2 of the base's sum over the policy's whole one
   g.q_shift = own + log2f(fabsf(h));
-  g.p_shift = g.q_shift + (k.rho - own) - (row.l * LOG2_E_F - log2_kept);
+  g.p_shift = g.q_shift + (k.rho - own) + whole;
   g.p_direct = fmaf(-k.o_ref, k.scale, g.p_shift), g.q_direct = fmaf(-k.x_ref, k.scale, g.q_shift);
+  if (SET && has_label) {
+    const float d = label.y - up;
+    of_label = h * (fabsf(d) < 1.0f ? label.e * expm1_of(d) : label.p * power(whole) - label.e);
+  }
   const bool apart = row.kl > 0x1p-16f || fabsf(up) > 0x1p-7f;
   if (DIRECT && apart && factor > 0.0f && fabsf(g.p_direct) < 64.0f && fabsf(g.q_direct) < 64.0f) return KL_DIRECT;
   return fabsf(up) > 0.25f ? KL_FAR : KL_NEAR;  // |y*| <= 1.25 elsewhere
@@ -284,8 +427,9 @@ TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float fact
 // The reverse loss is p(K) KL + log(1 + eps n) - H(p(R)) - p(R) (H_R + log eps); its gradient takes
 // D_K - D_R = KL - o + H_R + log eps, where o are the log-odds of R and H_R the entropy of p within R.
 template <bool SET, bool DIRECT>
-TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float factor, float eps, ReverseGradient& g,
-                                  SetGradient& sg, float& loss) {
+TNT_DEVICE KlForm kl_coefficients(const RowShift& k, const KlRow& row, const PartialEntry& label, bool has_label,
+                                  float factor, float eps, ReverseGradient& g, SetGradient& sg, float& of_label,
+                                  float& loss) {
   float kept = 1.0f, extra = 0.0f;
   loss = SET ? row.kl + log1pf(eps * row.set.n) : row.kl;
   sg = {0.0f, -INFINITY, 0.0f, 0.0f};  // a set without mass
@@ -304,11 +448,34 @@ TNT_DEVICE KlForm kl_coefficients(const KlShift& k, const KlRow& row, float fact
     sg.k1 = factor * LN_2_F;
     sg.k0 = -sg.k1 * (mean + o.log2_removed) - factor * kept * delta;
   }
-  const float h = factor * kept * row.inverse;
+  const float h = factor * kept * row.inverse, centre = row.a_or_m * row.inverse + extra;
   g.k1 = -0.5f * h;
-  g.k0 = h * (row.a_or_m * row.inverse + extra);
+  g.k0 = h * centre;
   g.slope = g.k1 * k.y_scale, g.level = fmaf(-g.k1, k.y_shift, g.k0);
+  if (SET && has_label) of_label = label.e == 0.0f ? 0.0f : h * label.e * (centre - label.y);
   return DIRECT && fabsf(k.y_shift) < 4.0f ? KL_DIRECT : KL_NEAR;
+}
+
+// For a gradient that waits for its factor, where the coefficients are those of a factor of 1.
+TNT_DEVICE void plan_gradient(const RowShift& k, const KlRow& row, const ForwardGradient& g, KlPlan<float>& plan) {
+  plan.shift = g.y_shift, plan.rest = g.rest;
+  plan.u0 = row.inverse, plan.u1 = g.p_shift;
+}
+TNT_DEVICE void plan_gradient(const RowShift& k, const KlRow&, const ReverseGradient& g, KlPlan<float>& plan) {
+  plan.shift = k.a, plan.rest = 0.0f;
+  plan.u0 = g.k0, plan.u1 = 2.0f * g.k1;
+}
+template <class KlGradient>
+TNT_DEVICE KlPlan<float> plan_of(bool reverse, const RowShift& k, const KlRow& row, const KlGradient& g,
+                                 const SetGradient& sg, float of_label) {
+  KlPlan<float> plan;
+  plan.x_ref = k.x_ref, plan.o_ref = k.o_ref, plan.c = k.c;
+  plan.x_zero = k.x_zero, plan.o_zero = k.o_zero;
+  plan_gradient(k, row, g, plan);
+  plan.set_max = sg.ref, plan.set_scale = power(sg.shift);
+  plan.set_shift = reverse && plan.set_scale > 0.0f ? fmaf(LN_2_F, sg.shift, sg.k0) : 0.0f;
+  plan.partial = of_label;
+  return plan;
 }
 
 // Of LL and UL, whose only row is the policy's. LL's set is y: loss -log p(R), gradient p - 1 there, p elsewhere.
@@ -318,9 +485,9 @@ struct LikelihoodGradient {
   SetGradient set;  // UL
   float label;      // LL
 };
-TNT_DEVICE LikelihoodGradient likelihood_coefficients(const KlShift& k, const KlRow& row, bool unlikelihood,
+TNT_DEVICE LikelihoodGradient likelihood_coefficients(const RowShift& k, const KlRow& row, bool unlikelihood,
                                                       float factor, float& loss) {
-  LikelihoodGradient g{0.0f, {0.0f, -INFINITY, 0.0f, 0.0f}, 0.0f};
+  LikelihoodGradient g{0.0f, {row.set.max, -INFINITY, 0.0f, 0.0f}, 0.0f};
   loss = 0.0f;
   if (!(row.set.sum > 0.0f)) return g;  // UL of a set without mass
   const Odds o = odds_of(log2_odds<true>(k, row, true));
@@ -336,6 +503,10 @@ TNT_DEVICE LikelihoodGradient likelihood_coefficients(const KlShift& k, const Kl
   return g;
 }
 
+TNT_DEVICE ExpPlan<float> plan_of(const RowShift& k, const LikelihoodGradient& g) {  // of a factor of 1
+  return {0.0f, k.x_ref, k.c, g.kept, 0.0f, g.set.ref, power(g.set.shift), g.label, -INFINITY};
+}
+
 // ------------------------------------------------------------------------------------------------------ diagnostics
 
 struct KlDiagnosis {
@@ -349,11 +520,12 @@ TNT_DEVICE float kept_entropy(const KlRow& row) {  // of p within K, in bits
 // Whether too few digits are left of it, as the row's level is far from its maximum.
 template <bool REVERSE>
 TNT_DEVICE bool entropy_cancels(const KlRow& row) {
-  return kept_entropy<REVERSE>(row) < fabsf(log2f(kept_sum<REVERSE>(row, true))) * 0x1p-8f;
+  const float kept = kept_sum<REVERSE>(row, true), lost = fabsf(log2f(kept)) * (1.0f + row.s / kept);
+  return kept_entropy<REVERSE>(row) < lost * 0x1p-6f || lost > 32.0f;
 }
 // The entropy of p is p(K) (H_K - log p(K)) + p(R) (H_R - log p(R)).
 template <bool REVERSE, bool SET>
-TNT_DEVICE KlDiagnosis kl_diagnosis(const KlShift& k, const KlRow& row) {
+TNT_DEVICE KlDiagnosis kl_diagnosis(const RowShift& k, const KlRow& row) {
   const float of_kept = kept_entropy<REVERSE>(row);
   KlDiagnosis d{0.0f, 0.0f, LN_2_F * of_kept};
   if (!SET) return d;

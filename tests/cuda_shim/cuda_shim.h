@@ -21,14 +21,15 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define TNT_CALLED inline __attribute__((noinline))
 
 namespace tnt {
 namespace device {
 
 constexpr int WARP = 32;
-constexpr int ROW_THREADS = 64;
-constexpr int STREAM_THREADS = 96;
 constexpr int KL_THREADS = 96;
+constexpr int STREAM_THREADS = 96;
+constexpr int SUM_THREADS = 96;
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -133,6 +134,21 @@ inline uint32_t atomic_or(uint32_t* at, uint32_t bits) {
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
+// The hardware's 2^x is off by up to 2 ulp, for an argument always by as many; and its results are never subnormal.
+inline float power(float x) {
+  const float y = exp2f(x);
+  if (!(y >= 0x1p-126f)) return y != y ? y : 0.0f;
+  if (!(y < INFINITY) || y == 1.0f) return y;
+  uint32_t noise;
+  memcpy(&noise, &x, sizeof noise);
+  noise = (noise ^ noise >> 15) * 0x2c1b3c6du;
+  uint32_t bits;
+  memcpy(&bits, &y, sizeof bits);
+  bits += (noise >> 16) % 5 - 2;
+  float off;
+  memcpy(&off, &bits, sizeof off);
+  return off;
+}
 inline float half_to_float(uint32_t bits) {
   const uint16_t half = static_cast<uint16_t>(bits);
   _Float16 x;

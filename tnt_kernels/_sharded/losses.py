@@ -1,7 +1,7 @@
 """A loss over a sharded vocabulary: three launches, with a small all-gather behind each of the first two.
 
-What travels is summed or merged in rank order, by the same instructions everywhere, so that all ranks have the same
-loss to the last bit and p = q stays exactly 0.
+What travels is summed or merged in an order that the ranks alone decide, by the same instructions everywhere, so that
+all ranks have the same loss to the last bit and p = q stays exactly 0.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends.protocol import describe
 from tnt_kernels.objectives import RowLoss
 
-STATISTICS_LAYOUT = 1
+STATISTICS_LAYOUT = 2
 
 _T = TypeVar("_T")
 
@@ -111,6 +111,21 @@ def reads_once(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
         and (negative.reads_reference or negative is RowLoss.UNLIKELIHOOD)
         and _has_clusters(_device(logits))
     )
+
+
+class Plan(NamedTuple):
+    """How ``kl_kernel`` computes rows of a vocabulary on a device: csrc/cuda/rows.cuh, ``choose_kl``."""
+
+    blocks: int  #: of a row; 0 where rows are read twice by another kernel
+    threads: int  #: of a block
+    shared_bytes: int  #: of a block
+    rows: int  #: at a time on the device, as its driver counts
+
+
+def plan(dtype: torch.dtype, vocab: int, pair: bool, device: int) -> Plan:
+    """``pair``: the loss reads the reference, too. Asks the driver, and launches nothing."""
+    assert module is not None
+    return Plan(*module.plan_cuda(LOGITS_DTYPES.index(dtype), vocab, pair, device))
 
 
 def _unsuited(logits: Tensor) -> str:

@@ -486,7 +486,7 @@ def _gathered_statistics(gathered, stride, shards, scale, inverse_t, SHARDS: tl.
 
 @triton.jit
 def _pack(to, s, z_label, r_label, kept):
-    """The order of csrc/statistics.h, ``pack``."""
+    """A shard's statistics as they travel: layout 1 of docs/sharded.md."""
     tl.store(to + 0, s.policy.max)
     tl.store(to + 1, s.policy.sum)
     tl.store(to + 2, s.policy.moment)
@@ -560,7 +560,7 @@ def _diagnose(
     PAIR: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """RowStats: loss, kl, negative mass, reference's negative mass, entropy. ``diagnose`` of csrc/statistics.h."""
+    """RowStats: loss, kl, negative mass, reference's negative mass, entropy."""
     nan = float("nan")
     every = merge(s.policy, s.policy_set, row.scale, row.inverse_t)
     entropy = c.policy_log_sum - every.moment / every.sum

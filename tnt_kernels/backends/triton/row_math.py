@@ -117,7 +117,11 @@ def row_factors(factors, index, weight, negative, inverse_t, NEGATIVE: tl.conste
 
 
 class Difference(NamedTuple):
-    """x_v = (z_v - z_ref) - (r_v - r_ref) - centre is (z_v - z_max) - (r_v - r_max) + excess. See csrc/statistics.h."""
+    """x_v = (z_v - z_ref) - (r_v - r_ref) - centre is (z_v - z_max) - (r_v - r_max) + excess.
+
+    Next to p = q, z - r is exact, and the difference of two differences to a maximum is not. Where one row is shifted
+    against the other, z - r has lost digits that those differences keep. So the maxima decide, once a row.
+    """
 
     z_ref: tl.tensor
     r_ref: tl.tensor
