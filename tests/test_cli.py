@@ -12,6 +12,7 @@ import torch
 
 import tnt_kernels
 from tnt_kernels import _build_info, cli
+from tnt_kernels.backends import cuda
 
 
 def test_info_names_every_backend_and_why_it_is_not_there(monkeypatch, capsys):
@@ -44,6 +45,26 @@ def test_info_tells_of_the_cuda_kernels(build, text, monkeypatch):
     pytest.importorskip("tnt_kernels._C")
     monkeypatch.setattr(_build_info, "load", lambda: build)
     assert ("CUDA kernels", text) in cli.info()
+
+
+def test_info_tells_how_rows_are_spread_over_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "why_not", lambda logits: "no GPU")
+    assert cli.plans() == [("rows on a GPU", "not known: no GPU")]
+    monkeypatch.setattr(cuda, "why_not", lambda logits: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    asked = []
+
+    def plan(dtype, vocab, pair, device):
+        asked.append((dtype, vocab, pair, device))
+        return cuda.Plan(8, 256, 68 * 1024, 45) if vocab < 2**18 else cuda.Plan(0, 0, 0, 0)
+
+    monkeypatch.setattr(cuda, "plan", plan)
+    assert cli.main(["info", "--gpu"]) == 0
+    text = capsys.readouterr().out
+    assert "8 blocks of 256 threads a row, 68.0 KiB each; 45 rows at a time" in text
+    assert "read twice" in text
+    assert (torch.bfloat16, 128256, True, 0) in asked
 
 
 def test_info_without_native_kernels_says_why(monkeypatch):

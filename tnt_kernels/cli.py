@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+import tnt_kernels.backends.cuda as cuda
 from tnt_kernels import _build_info
 from tnt_kernels._version import __version__
 from tnt_kernels.backends import availability
@@ -23,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"tnt_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is installed, what runs here, and why the rest does not")
+    about = commands.add_parser(
+        "info", help="what is installed, what runs here, and why the rest does not"
+    )
+    about.add_argument(
+        "--gpu", action="store_true", help="also how the CUDA kernels spread rows over each GPU"
+    )
     # These two have parsers of their own, which answer --help.
     commands.add_parser(
         "demo", add_help=False, help="train a model towards its own minimal targeted update"
@@ -38,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(import_module("tnt_kernels.bench.cli").main(rest))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for key, value in info():
+    for key, value in [*info(), *(plans() if arguments.gpu else [])]:
         print(f"{key:<18} {value}")
     return 0
 
@@ -54,6 +61,30 @@ def info() -> list[tuple[str, str]]:
         *((f"backend {name}", why or "available") for name, why in availability().items()),
         *_native(),
     ]
+
+
+#: Of GPT-2, Llama 2, Llama 3, Qwen and Gemma.
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+
+
+def plans() -> list[tuple[str, str]]:
+    """How the CUDA kernel that reads each logit once spreads rows over every GPU here, as lines of ``info``."""
+    if why := cuda.why_not(None):
+        return [("rows on a GPU", f"not known: {why}")]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        lines.append((f"cuda:{index}", torch.cuda.get_device_name(index)))
+        for dtype, vocab in itertools.product((torch.bfloat16, torch.float32), VOCABULARIES):
+            key = f"{str(dtype).removeprefix('torch.')} {vocab}"
+            lines.append((key, describe_plan(cuda.plan(dtype, vocab, True, index))))
+    return lines
+
+
+def describe_plan(plan: cuda.Plan) -> str:
+    if plan.blocks == 0:
+        return "read twice, by another kernel"
+    blocks = f"{plan.blocks} block{'s' if plan.blocks > 1 else ''} of {plan.threads} threads a row"
+    return f"{blocks}, {plan.shared_bytes / 1024:.1f} KiB each; {plan.rows} rows at a time"
 
 
 def _native() -> list[tuple[str, str]]:
