@@ -116,12 +116,12 @@ def launch_of(
 
 
 def choose(layout: Layout, device: Device, vocab: int, pair: bool) -> Launch:
-    """As csrc/cuda/rows.cuh: choose_kl does: the most rows in flight, of as many the most warps."""
+    """As csrc/cuda/rows.cuh: choose_kl does: the largest product of rows and warps in flight."""
     sizes = range(1, device.largest_cluster + 1)
     found = [x for c in sizes if (x := launch_of(layout, device, vocab, pair, c))]
     if not found:
         raise ValueError(f"no launch for a vocabulary of {vocab}")
-    return max(found, key=lambda x: (x.clusters, x.clusters * x.cluster))
+    return max(found, key=lambda x: x.clusters * x.clusters * x.cluster)
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
