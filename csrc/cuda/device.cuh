@@ -122,6 +122,7 @@ __device__ __forceinline__ int cluster_index() {  // in the grid
 // Of all threads of the cluster, shared memory of all its blocks included.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
