@@ -164,7 +164,7 @@ class BuildNative(build_ext):
             jobs.append(Job("csrc/cpu/rows.cpp", name, [("TNT_ISA", name)], [*flags, *isa_flags]))
 
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-        gencode = gencode_flags(architectures) if home else []
+        gencode = [*gencode_flags(architectures), *self.compression(home)] if home else []
         workers = int(os.environ.get("MAX_JOBS") or self.parallel or os.cpu_count() or 1)
         print(f"tnt_kernels: compiling {', '.join(job.name for job in jobs)}", file=sys.stderr)
         try:
@@ -214,12 +214,14 @@ class BuildNative(build_ext):
             raise CompileError(f"TNT_KERNELS_FORCE_CUDA_BUILD is set, but there is {missing}")
         return None, missing
 
+    def compression(self, home):
+        known = subprocess.run([f"{home}/bin/nvcc", "--help"], capture_output=True, check=False)
+        return SMALLEST if b"-compress-mode" in known.stdout else SMALL
+
     def compile_cuda(self, home, gencode, source):
         target = Path(self.build_temp, "cuda", f"{source.stem}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        knows = subprocess.run([f"{home}/bin/nvcc", "--help"], capture_output=True, check=True)
-        compression = SMALLEST if b"-compress-mode" in knows.stdout else SMALL
-        command = [f"{home}/bin/nvcc", *NVCC_FLAGS, *compression, *gencode, "-Icsrc"]
+        command = [f"{home}/bin/nvcc", *NVCC_FLAGS, *gencode, "-Icsrc"]
         command += ["-c", str(source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         target.with_suffix(".ptxas.log").write_text(result.stderr)
