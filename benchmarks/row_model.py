@@ -202,7 +202,7 @@ def _shares_of_row(reverse: bool, distance: float, vocab: int, seed: int) -> Sha
         log_ratio = math.log1p(moved / s)
         excess = _phi(log_ratio)
         kl = phi / s - excess
-        in_range = 2.0**-40 < s < 2.0**100 and s + moved < 2.0**100 and log_ratio > -3
+        in_range = 2.0**-40 < s < 2.0**40 and s + moved < 2.0**60 and log_ratio > -3
         if (in_range and excess <= 0.5 * abs(kl)) or attempt == 2:
             break
         if in_range or attempt > 0:

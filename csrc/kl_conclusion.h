@@ -35,9 +35,6 @@ TNT_FN double second_sum(double exponent) {
   return 2 + (lowered > 0 ? 0 : lowered < -64 ? -64 : lowered);
 }
 
-TNT_FN LogSum& base_of(RowSums& s, bool reverse) { return reverse ? s.policy : s.reference; }
-TNT_FN LogSum& other_of(RowSums& s, bool reverse) { return reverse ? s.reference : s.policy; }
-
 // What a first pass found of the entries that stay, for any reader: references as Reals, and relative to nothing.
 template <class Real>
 TNT_FN void describe(const KlSlice& kept, const KlScalars& row, RowSums& sums) {

@@ -71,7 +71,7 @@ TNT_FN KlSlice slice_of(const Sums& t, const Shift& shift, bool reverse, bool en
 
 // From the sums that a shard tells.
 TNT_FN KlSlice slice_of(const RowSums& s, bool reverse) {
-  const LogSum &base = reverse ? s.policy : s.reference, &other = reverse ? s.reference : s.policy;
+  const LogSum &base = base_of(s, reverse), &other = other_of(s, reverse);
   KlSlice slice;
   slice.x_ref = base.ref, slice.o_ref = other.ref;
   slice.log_base = base.log;

@@ -66,6 +66,14 @@ struct RowSums {
   double total = 0;  // of LL under uniform smoothing: Σ (z - policy's ref)/T
   double kept = 0;   // number of entries that stay
 };
+template <class Sums>
+TNT_FN auto& base_of(Sums& s, bool reverse) {
+  return reverse ? s.policy : s.reference;
+}
+template <class Sums>
+TNT_FN auto& other_of(Sums& s, bool reverse) {
+  return reverse ? s.reference : s.policy;
+}
 
 // What shards add up between their statistics and the loss.
 struct PartialSums {

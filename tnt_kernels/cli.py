@@ -63,7 +63,7 @@ def info() -> list[tuple[str, str]]:
     ]
 
 
-#: Of GPT-2, Llama 2, Llama 3, Qwen and Gemma.
+#: Of Llama 2, GPT-2, Llama 3, Qwen and Gemma.
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
 

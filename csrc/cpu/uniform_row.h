@@ -103,7 +103,7 @@ class UniformRow {
     };
     s.policy_set = sum_of_set(s_.entries.x, s.label_policy);
     s.reference_set = sum_of_set(s_.entries.o, s.label_reference);
-    const LogSum &base = t_.reverse ? s.policy : s.reference, &other = t_.reverse ? s.reference : s.policy;
+    const LogSum &base = base_of(s, t_.reverse), &other = other_of(s, t_.reverse);
     s.log_ratio = base.is_empty() ? 0 : other.log - base.log;
     s.kept = double(p_.vocab - tiles_.set_size());
     return s;

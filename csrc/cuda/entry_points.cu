@@ -113,24 +113,22 @@ const auto& one_of(const Some& some, Serves serves) {
     if (serves(one)) return one;
   throw std::runtime_error("logits: float64 is not served on CUDA");
 }
+const CudaRows& rows_of(DType logits, DType gradient) {
+  return *one_of(
+      ALL_ROWS, [&](const CudaRows* rows) { return rows->logits_dtype == logits && rows->gradient_dtype == gradient; });
+}
 
 }  // namespace
 }  // namespace TNT_ISA
 
 void run_rows_cuda(const RowCall& p, const CudaPlace& place) {
   const device::Guard guard(place.device);
-  const auto serves = [&](const CudaRows* rows) {
-    return rows->logits_dtype == p.dtype && rows->gradient_dtype == p.gradient_dtype;
-  };
-  one_of(ALL_ROWS, serves)->run(p, place);
+  rows_of(p.dtype, p.gradient_dtype).run(p, place);
 }
 
 CudaPlan plan_cuda(DType dtype, int64_t vocab, bool pair, int device) {
   const device::Guard guard(device);
-  const auto serves = [&](const CudaRows* rows) {
-    return rows->logits_dtype == dtype && rows->gradient_dtype == dtype;
-  };
-  return one_of(ALL_ROWS, serves)->plan(vocab, pair, device);
+  return rows_of(dtype, dtype).plan(vocab, pair, device);
 }
 
 const double* prepare_rows(const RowCall& p, const CudaPlace& place, int* left) {

@@ -66,7 +66,6 @@ class KlBlock {
   // Whether rows may be read relative to their levels. Of 16 bits, which hold few digits, those would have to lie far
   // apart.
   static constexpr bool RELATIVE = sizeof(Logit) == 4;
-  static constexpr float MOST_APART = RELATIVE ? 8.0f : 64.0f;  // levels between which o - x keeps its digits
   // Of a warp: its sums, those of its removed entries, and what the statistics need besides.
   template <bool SET>
   static constexpr int VECTORS = 1 + SET + DIAGNOSTICS;
@@ -240,7 +239,7 @@ class KlBlock {
     if (!leader()) return;
     if (p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = 0.0f;
     write_loss(0.0);
-    if (DIAGNOSTICS) write_diagnostics(0.0f, NAN, {NAN, NAN, NAN});
+    if (DIAGNOSTICS) write_diagnostics(p_, row(), 0.0f, NAN, KlDiagnosis{NAN, NAN, NAN});
   }
   TNT_DEVICE void leave() {
     if (leader()) l_.left[1 + device::atomic_add(l_.left, 1)] = int(row());
@@ -337,7 +336,7 @@ class KlBlock {
 
   static TNT_DEVICE References references(float x_top, float o_top) {
     const bool numbers = fabsf(x_top) < 1e29f && fabsf(o_top) < 1e29f;  // AWAY is none
-    if (RELATIVE && numbers) return references_of(x_top, o_top, MOST_APART);
+    if (RELATIVE && numbers) return references_of(x_top, o_top, MOST_APART<Logit>);
     return {x_top, o_top};
   }
 
@@ -529,8 +528,8 @@ class KlBlock {
       if (DIAGNOSTICS) without_label.set.add(s_.label.z, k.scale), without_label.reference_set.add(s_.label.r, k.scale);
     }
     // What a few entries say of levels may come from removed ones.
-    const bool readable =
-        RELATIVE ? attempt > 0 || (k.x_zero == 0.0f && k.o_zero == 0.0f) : fabsf(k.o_ref - k.x_ref) <= MOST_APART;
+    const bool readable = RELATIVE ? attempt > 0 || (k.x_zero == 0.0f && k.o_zero == 0.0f)
+                                   : fabsf(k.o_ref - k.x_ref) <= MOST_APART<Logit>;
     const KlVerdict verdict = judge_sums<REVERSE>(sums, DIAGNOSTICS, attempt == 0, readable,
                                                   DIAGNOSTICS && entropy_cancels<REVERSE>(without_label));
     const bool served = sums.set.sum < INFINITY && !(REVERSE && SET && !(s_.eps > 1e-30f));
@@ -541,8 +540,9 @@ class KlBlock {
       s_.form = kl_coefficients<SET, DIRECT>(k, sums, label, has_label, p_.coefficients ? 1.0f : factor, s_.eps, g,
                                              s_.set, s_.of_label, s_.loss);
       if (rank_ != 0) return;
-      if (p_.coefficients) write_plan(plan_of(REVERSE, k, sums, g, s_.set, has_label ? s_.of_label : 0.0f), factor);
-      if (DIAGNOSTICS) write_diagnostics(s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, without_label));
+      if (p_.coefficients)
+        write_plan(plan_of(REVERSE, k, sums, g, s_.set, has_label ? s_.of_label : 0.0f), factor, coefficients());
+      if (DIAGNOSTICS) write_diagnostics(p_, row(), s_.loss, s_.loss, kl_diagnosis<REVERSE, SET>(k, without_label));
     } else if (!served || verdict == KL_INFINITE || attempt == KL_ATTEMPTS - 1 || (attempt > 0 && !readable)) {
       s_.verdict = KL_LEFT;
     } else {
@@ -636,10 +636,10 @@ class KlBlock {
     const float factor = s_.factors[negative] * s_.scale;
     s_.likelihood = likelihood_coefficients(k, sums, unlikelihood, p_.coefficients ? 1.0f : factor, s_.loss);
     if (rank_ != 0 || s_.verdict != KL_GOOD) return;
-    if (p_.coefficients) write_plan(plan_of(k, s_.likelihood), factor);
+    if (p_.coefficients) write_plan(plan_of(k, s_.likelihood), factor, coefficients());
     if (!DIAGNOSTICS) return;
     const KlDiagnosis d = kl_diagnosis<true, true>(k, sums);
-    write_diagnostics(s_.loss, NAN, {negative ? d.negative_mass : 0.0f, NAN, d.entropy});
+    write_diagnostics(p_, row(), s_.loss, NAN, KlDiagnosis{negative ? d.negative_mass : 0.0f, NAN, d.entropy});
   }
 
   // ---- second pass
@@ -712,17 +712,7 @@ class KlBlock {
   }
 
   TNT_DEVICE float* coefficients() const { return static_cast<float*>(p_.coefficients) + row() * ROW_COEFFICIENTS; }
-  template <class Plan>
-  TNT_DEVICE void write_plan(const Plan& plan, float factor) const {
-    tnt::write_plan(plan, factor, coefficients());
-  }
   TNT_DEVICE void write_loss(double weighted) const { tnt::write_loss(p_, l_.losses, row(), weighted); }
-
-  TNT_DEVICE void write_diagnostics(float loss, float kl, const KlDiagnosis& d) const {
-    const float values[ROW_DIAGNOSTICS] = {loss, kl, d.negative_mass, d.ref_negative_mass, d.entropy};
-#pragma unroll
-    for (int i = 0; i < ROW_DIAGNOSTICS; ++i) static_cast<float*>(p_.diagnostics)[i * p_.rows + row()] = values[i];
-  }
 
   const RowCall& p_;
   const KlLaunch& l_;

@@ -68,6 +68,10 @@ TNT_DEVICE RowShift with(const RowShift& s, float more, float less) {
   return row_shift({s.x_ref, s.o_ref, s.x_zero, s.o_zero}, {s.scale, s.inverse_t}, more, less);
 }
 
+// Levels between which o - x keeps its digits.
+template <class Logit>
+constexpr float MOST_APART = sizeof(Logit) == 4 ? 8.0f : 64.0f;
+
 // Of maxima: where the two rows lie further apart than `apart`, o - x has lost digits that differences to the maxima
 // keep, and logits are read relative to them.
 TNT_DEVICE References references_of(float x_top, float o_top, float apart) {
@@ -260,6 +264,13 @@ struct SetGradient {
   float ref, shift, k0, k1;
 };
 
+// 2 sinh(y/2) = y (SINH_0 + SINH_1 y^2 + SINH_2 y^4) for |y| <= 1.25.
+constexpr float SINH_0 = 0x1.000006p+0f, SINH_1 = 0x1.554c74p-5f, SINH_2 = 0x1.14e172p-11f;
+TNT_DEVICE float two_sinh(float y) {
+  const float square = y * y;
+  return y * fmaf(fmaf(SINH_2, square, SINH_1), square, SINH_0);
+}
+
 // Logits of 16 bits do not tell how y_shift was rounded.
 template <bool EXACT>
 TNT_DEVICE float near_gradient(const ForwardGradient& g, const RowShift& k, float x, float o) {
@@ -274,10 +285,10 @@ template <bool EXACT>
 TNT_DEVICE float far_gradient(const ForwardGradient& g, const RowShift& k, float x, float o) {
   const float p = power(fmaf(o - k.o_ref, k.scale, g.p_shift)), at = fmaf(x - g.x_ref, k.scale, g.q_shift);
   if (!EXACT) return g.sign * (p - power(at));
-  const float y = fmaf(o - x, g.y_scale, -g.y_shift) - g.rest, square = y * y;
+  const float y = fmaf(o - x, g.y_scale, -g.y_shift) - g.rest;
   const bool near = fabsf(y) <= 1.25f;  // without a branch: lanes differ
   const float q = power(near ? fmaf(y, 0.5f * LOG2_E_F, at) : at);
-  const float sinh = y * fmaf(fmaf(0x1.14e172p-11f, square, 0x1.554c74p-5f), square, 0x1.000006p+0f);
+  const float sinh = two_sinh(y);
   return g.sign * (near ? q * sinh : p - q);
 }
 template <bool EXACT>
@@ -408,7 +419,7 @@ TNT_DEVICE KlForm kl_coefficients(const RowShift& k, const KlRow& row, const Par
   g.y_scale = k.inverse_t;
   g.y_shift = k.a + up;
   g.rest = up - (g.y_shift - k.a);
-  g.h0 = 0x1.000006p+0f * h, g.h1 = 0x1.554c74p-5f * h, g.h2 = 0x1.14e172p-11f * h;
+  g.h0 = SINH_0 * h, g.h1 = SINH_1 * h, g.h2 = SINH_2 * h;
   g.x_ref = k.x_ref;
   g.sign = factor < 0.0f ? -1.0f : 1.0f;
   const float whole = log2_kept - row.l * LOG2_E_F;  // log2 of the base's sum over the policy's whole one

@@ -128,6 +128,15 @@ TNT_DEVICE void write_loss(const RowCall& p, double* losses, int64_t row, double
     losses[row] = weighted;
 }
 
+// Of a call that asks for them. What is not known of a row is NaN.
+template <class Diagnosis>
+TNT_DEVICE void write_diagnostics(const RowCall& p, int64_t row, float loss, float kl, const Diagnosis& d) {
+  const float values[ROW_DIAGNOSTICS] = {loss, kl, float(d.negative_mass), float(d.ref_negative_mass),
+                                         float(d.entropy)};
+#pragma unroll
+  for (int i = 0; i < ROW_DIAGNOSTICS; ++i) static_cast<float*>(p.diagnostics)[i * p.rows + row] = values[i];
+}
+
 // For a gradient that waits: what it takes but for its factor, and that.
 template <class Plan>
 TNT_DEVICE void write_plan(const Plan& plan, float factor, float* coefficients) {

@@ -79,7 +79,7 @@ class StreamBlock {
     if (is(Kind::FUSED) && p_.coefficients) coefficients()[ROW_COEFFICIENTS - 1] = counted;
     if (is(Kind::STATISTICS)) return pack(RowSums(), false, statistics());
     if (is(Kind::PARTIAL_SUMS)) return write_partial_sums({value, value});
-    write_diagnostics(p_, index_, value, NAN, {});
+    if (p_.diagnostics) write_diagnostics(p_, index_, value, NAN, RowDiagnosis());
     write_loss(counted);
   }
 
@@ -400,10 +400,10 @@ class StreamBlock {
       if (sums_kl) describe_kl(p_, l_, s_);
     }
   }
-  static constexpr float MOST_APART = sizeof(Logit) == 4 ? 8.0f : 64.0f;  // levels between which o - x keeps its digits
   TNT_DEVICE void refer_to(float z_top, float r_top, float more) {
     const bool reverse = s_.loss == REVERSE_KL;
-    s_.shift = row_shift(references_of(reverse ? z_top : r_top, reverse ? r_top : z_top, MOST_APART), l_.scales, more);
+    const References at = references_of(reverse ? z_top : r_top, reverse ? r_top : z_top, MOST_APART<Logit>);
+    s_.shift = row_shift(at, l_.scales, more);
   }
 
   // One loop for all kinds of passes, as the code around it is long.
@@ -512,7 +512,7 @@ class StreamBlock {
       if (is_uniform())
         conclude_uniform(p_, l_, s_);
       else
-        is_kl(s_.loss) ? conclude_kl(p_, l_, MOST_APART, s_) : conclude_stream(p_, l_, s_);
+        is_kl(s_.loss) ? conclude_kl(p_, l_, MOST_APART<Logit>, s_) : conclude_stream(p_, l_, s_);
       s_.scale = gradient_factor(p_, l_, s_);
       if (s_.scale != 0 && s_.result.lost) s_.scale = NAN;
     }
@@ -580,8 +580,8 @@ class StreamBlock {
         out[i] = e == 0.0f || u1 == 0.0f || y == -INFINITY ? 0.0f : e * fmaf(y, u1, u0);
       } else {
         const bool near = fabsf(y) <= 1.25f;
-        const float square = y * y, e = power(near ? fmaf(y, 0.5f * LOG2_E_F, at) : at);
-        const float sinh = y * fmaf(fmaf(0x1.14e172p-11f, square, 0x1.554c74p-5f), square, 0x1.000006p+0f);
+        const float e = power(near ? fmaf(y, 0.5f * LOG2_E_F, at) : at);
+        const float sinh = two_sinh(y);
         out[i] = near ? u0 * e * sinh : factor * power(fmaf(o - plan.o_ref, scale(), plan.u1)) - u0 * e;
       }
     }

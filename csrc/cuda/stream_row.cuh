@@ -71,7 +71,6 @@ struct StreamRow {
   float warp_sums[MAX_WARPS][2], peer_sums[MAX_CLUSTER][2];
 };
 
-TNT_DEVICE bool is(const RowCall& p, Kind kind) { return p.kind == kind; }
 TNT_DEVICE double log_kappa(const StreamRow& row) { return row.has_partial ? log1p(double(row.weight)) : 0; }
 TNT_DEVICE double inverse_t(const StreamLaunch& l) { return double(l.scales.inverse_t); }  // as the loops have it
 
@@ -79,7 +78,7 @@ TNT_DEVICE double inverse_t(const StreamLaunch& l) { return double(l.scales.inve
 TNT_DEVICE double gradient_factor(const RowCall& p, const StreamLaunch& l, const StreamRow& row) {
   double scale = double(row.factor) * (l.inverse_normalizer ? *l.inverse_normalizer : 1.0) / p.temperature;
   if (row.factor == 0.0f || row.loss == NONE) scale = row.invalid ? double(row.factor) : 0;
-  if (is(p, Kind::BACKWARD))
+  if (p.kind == Kind::BACKWARD)
     scale = double(static_cast<const float*>(p.coefficients)[(row.index + 1) * ROW_COEFFICIENTS - 1]);
   if (!p.upstream) return scale;
   const float upstream = static_cast<const float*>(p.upstream)[row.index * p.upstream_stride];
@@ -294,20 +293,13 @@ TNT_CALLED void conclude_uniform(const RowCall& p, const StreamLaunch& l, Stream
   const bool exists = conclude_uniform(row.sums, reverse, log_kappa(row), inverse_t(l), row.uniform.row);
   complete_uniform(p, l, row);
   row.uniform.row.loss = float(loss);
-  row.result = {exists ? loss : NAN, !exists || (reverse && is(p, Kind::FINISH) && !(loss < INFINITY))};
+  row.result = {exists ? loss : NAN, !exists || (reverse && p.kind == Kind::FINISH && !(loss < INFINITY))};
 }
 
 // ---- what a launch leaves behind
 
-TNT_DEVICE void write_diagnostics(const RowCall& p, int64_t index, double loss, double kl, const RowDiagnosis& d) {
-  if (!p.diagnostics) return;
-  float* const at = static_cast<float*>(p.diagnostics) + index;
-  at[0] = float(loss), at[p.rows] = float(kl);
-  at[2 * p.rows] = float(d.negative_mass), at[3 * p.rows] = float(d.ref_negative_mass);
-  at[4 * p.rows] = float(d.entropy);
-}
 TNT_CALLED void diagnose(const RowCall& p, const StreamRow& row) {
-  const double loss = row.result.loss;
+  const float loss = float(row.result.loss);
   const bool kl = is_kl(row.loss);
   write_diagnostics(p, row.index, loss, kl ? loss : NAN,
                     diagnose(row.sums, row.negative, kl, log_kappa(row), 1 / p.temperature));
