@@ -435,7 +435,7 @@ def compile_triton(
     import tnt_kernels.backends.triton as backend
     from tnt_kernels.backends.triton.config import row_config
     from tnt_kernels.backends.triton.kernels import kl_kernel
-    from tnt_kernels.backends.triton.row_math import Factors
+    from tnt_kernels.backends.triton.objectives import Factors
     from tnt_kernels.objectives import METHODS
 
     objective = METHODS[case.method]
@@ -444,7 +444,7 @@ def compile_triton(
     )
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss), "NEGATIVE": int(objective.negative_loss),
-        "GRADIENT": case.gradient, "BLOCK": config.block, "UNROLL": config.stages, "NEAR_KL": 1e-6, "IDS": case.ids,
+        "GRADIENT": case.gradient, "BLOCK": config.block, "UNROLL": config.unroll, "NEAR_KL": 1e-6, "IDS": case.ids,
         "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True,
     }  # fmt: skip
     if not case.gradient:

@@ -47,10 +47,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a row at a small V, and a ragged one: simulated instructions take microseconds each."""
 
     def small(vocab: int, *_: int, **__: object) -> RowConfig:
-        return RowConfig(128 if vocab < 2000 else 1024, 4, 1)
+        return RowConfig(128 if vocab < 2000 else 1024, 4)
 
     monkeypatch.setattr(triton, "row_config", small)
-    monkeypatch.setattr(triton, "measured_config", small)
+    monkeypatch.setattr(triton, "left_config", small)
 
 
 @pytest.fixture

@@ -77,8 +77,8 @@ OFFSET = 2e-6
 #: How far d is off on average, by the shift: thrice what the simulation's losses show.
 AVERAGE = {0.0: 0.0, 0.3: 2.0**-30, 5.0: 2.0**-26, 100.0: 2.0**-26}
 
-#: Backends whose shards are slices of a row (docs/sharded.md).
-LAYOUT_2 = ("cpu", "torch")
+#: Backends whose shards are compared, too.
+SHARDED = ("cpu", "torch")
 
 
 def places(distance: float, shift: float) -> tuple[tuple[int, float], ...]:
@@ -355,7 +355,7 @@ def results(batch: Batch) -> Iterator[tuple[str, str, Result]]:
         for reduction in ("none", "sum") if backend == "cpu" else ("none",):
             result = run(batch, backend, reduction=reduction, return_stats=True)
             yield backend, f"{name}, {reduction}", result
-        if backend in LAYOUT_2:
+        if backend in SHARDED:
             vocab = batch.logits.size(-1)
             sizes = (vocab // 3, vocab // 2, vocab - vocab // 3 - vocab // 2)
             yield backend, f"{name}, shards", run_shards(batch, backend, sizes, reduction="none")

@@ -193,7 +193,7 @@ def test_a_search_s_best_is_what_launches_take(
     """From the command's table, for rows of the same kind alone; without it, the measured settings."""
     testing = importlib.import_module("triton.testing")
     tried: list[tuple[RowConfig, RowCall]] = []
-    best = RowConfig(2048, 16, 2)
+    best = RowConfig(2048, 16)
 
     def do_bench(call: Callable[[], None], return_mode: str) -> float:
         call()

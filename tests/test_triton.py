@@ -32,7 +32,7 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient
+from shards import assert_rounds_its_gradient, run_shards
 from torch import Tensor
 
 import tnt_kernels as tnt
@@ -383,11 +383,11 @@ def test_a_gradient_in_bfloat16_of_float32_logits() -> None:
 
 def check_kept(batch: Batch, objective: tnt.Objective, kept: Tensor) -> None:
     """The number of columns outside the set, from which the other backends learn how many it holds."""
-    vocab, kl = batch.logits.size(-1), objective.negative in ("forward_kl", "reverse_kl")
+    vocab = batch.logits.size(-1)
     for row, ids in enumerate(batch.options["negative_ids"].tolist()):
         label, weight = int(batch.labels[row]), float(batch.weights[row])
         held = {k for k in ids if k >= 0}
-        if weight < 0 and not (kl and weight > -1):
+        if weight < 0:
             held.add(label)
         if held and weight != 0 and label != -100 and objective.negative != "none":
             assert kept[row] == vocab - len(held), row
@@ -446,6 +446,23 @@ def test_sharded_vocabulary(objective: tnt.Objective, smoothing: str) -> None:
         loss, gradient, diagnostics = sharded(batch, cuts, "mean")
         result = Result(loss, gradient, tnt.RowStats(*diagnostics.unbind()))
         assert_agrees(result, truth(batch), batch, label=str(cuts))
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="the other backend takes its tensors where they are, at its own pace"
+)
+@pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
+def test_backends_understand_each_other(smoothing: str) -> None:
+    """What shards tell each other means the same (docs/sharded.md)."""
+    batch = mixed_batch(VOCAB).with_options(smoothing=smoothing, nl_floor=-5.0)
+    upstream = torch.linspace(-1, 2, 12)
+    for objective in OBJECTIVES[:4]:
+        some = batch.with_options(method=objective)
+        for names in (("triton", "torch"), ("torch", "triton")):
+            result = run_shards(some, names, (70, VOCAB - 70), reduction="none", upstream=upstream)
+            assert_agrees(
+                result, truth(some), some, reduction="none", upstream=upstream, label=str(names)
+            )
 
 
 # --- what only a GPU can show -------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from oracle import INTERPRETED
 
 from tnt_kernels._call import Kind
 from tnt_kernels.backends import triton as backend
-from tnt_kernels.backends.triton.config import RowConfig, row_config
+from tnt_kernels.backends.triton.config import RowConfig, left_config, row_config
 from tnt_kernels.objectives import METHODS
 
 triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
-from tnt_kernels.backends.triton.row_math import Factors  # noqa: E402
+from tnt_kernels.backends.triton.objectives import Factors  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -97,15 +97,17 @@ FACTORS = Factors("constexpr", "i32", "fp32", "*fp32")
 
 
 def compiled(architecture: str, variant: Variant) -> Any:
-    from tnt_kernels.backends.triton.kernels import row_kernel
+    from tnt_kernels.backends.triton.kernels import stream_kernel
 
     objective, kind, logits = METHODS[variant.method], variant.kind, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
-    config = row_config(
-        variant.vocab, itemsize, kind="two rows" if objective.reads_reference else "one row",
-        gradient=variant.gradient, ids=variant.ids > 0,
-        architecture=architecture,
-    )  # fmt: skip
+    config = left_config(variant.vocab)
+    if not variant.left:
+        config = row_config(
+            variant.vocab, itemsize, kind="two rows" if objective.reads_reference else "one row",
+            gradient=variant.gradient, ids=variant.ids > 0,
+            architecture=architecture,
+        )  # fmt: skip
     sharded = kind in (Kind.PARTIAL_SUMS, Kind.FINISH)
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss),
@@ -114,17 +116,19 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "IDS": variant.ids,
         "KIND": int(kind),
         "GRADIENT": variant.gradient,
+        "ALIKE": variant.aligned,
+        "GRADIENT_ALIKE": variant.aligned,
         "BLOCK": config.block,
-        "STAGES": config.stages,
+        "CHUNK": 64,
         "SHARDS": 8 if sharded else 1,
     }
     present = {
         "ref_logits": objective.reads_reference,
         "ids": variant.ids > 0,
-        "id_map": variant.ids == 2,
+        "bits": variant.ids > 0,
         "losses": kind in (Kind.FUSED, Kind.FINISH),
         "diagnostics": variant.diagnostics,
-        "saved": kind == Kind.BACKWARD
+        "coefficients": kind == Kind.BACKWARD
         or (kind == Kind.FUSED and not variant.gradient and not variant.left),
         "gradient": variant.gradient,
         "upstream": kind == Kind.BACKWARD,
@@ -134,36 +138,40 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "total_sums": kind == Kind.FINISH,
         "left": variant.left,
     }
+    constants |= {name: None for name, there in present.items() if not there}
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),
         "gradient": f"*{variant.gradient_dtype or variant.dtype}",
         "labels": "*i64",
+        "bits": "*u8",
         **dict.fromkeys(("ids", "left"), "*i32"),
-        "id_map": "*i8",
         **dict.fromkeys(("eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
             (
-                "weights", "losses", "diagnostics", "saved", "upstream", "statistics", "gathered", "partial_sums",
-                "total_sums",
+                "weights", "losses", "diagnostics", "coefficients", "upstream", "statistics", "gathered",
+                "partial_sums", "total_sums",
             ),
             "*fp32",
         ),
     }  # fmt: skip
-    divisible = (
-        {"logits_stride", "ref_stride", "gradient_stride", "vocab"} if variant.aligned else set()
-    )
-    signature: dict[str, Any] = {}
-    attributes = {}
-    for i, name in enumerate(row_kernel.arg_names):
-        if name == "factors":
-            signature[name] = FACTORS
-            continue
-        if not present.get(name, True):
-            constants[name] = None
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if signature[name].startswith("*") or name in divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return build(row_kernel, signature, constants, attributes, config, architecture)
+    return build(stream_kernel, *described(stream_kernel, constants, types), config, architecture)
+
+
+def described(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """As a launch has it: signature, constants, and what is known of the other arguments."""
+    signature: dict[str, Any] = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    signature["factors"] = FACTORS
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if str(signature[name]).startswith("*") and name not in ("logits", "ref_logits", "gradient")
+    }
+    return signature, constants, attributes
 
 
 def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
@@ -180,7 +188,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "NEGATIVE": int(objective.negative_loss),
         "GRADIENT": variant.gradient,
         "BLOCK": config.block,
-        "UNROLL": config.stages,
+        "UNROLL": config.unroll,
         "NEAR_KL": 1e-6,
         "IDS": variant.ids,
         "CHUNK": 64,
@@ -200,17 +208,8 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         **dict.fromkeys(("eps", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(("weights", "losses"), "*fp32"),
     }
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in kl_kernel.arg_names
-    }
-    signature["factors"] = FACTORS
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kl_kernel.arg_names)
-        if str(signature[name]).startswith("*") and name not in ("logits", "ref_logits", "gradient")
-    }
-    return build(kl_kernel, signature, constants, attributes, config, architecture), config
+    kernel = build(kl_kernel, *described(kl_kernel, constants, types), config, architecture)
+    return kernel, config
 
 
 def build(
@@ -313,7 +312,7 @@ def test_no_spills_in_kl_rows(
     if not architecture.startswith("sm_"):
         assert used["stack"] == 0
     if architecture == "sm_90":
-        turn = 2 * config.stages  # loads of 16 bytes; a tile that the row does not fill takes 2
+        turn = 2 * config.unroll  # loads of 16 bytes; a tile that the row does not fill takes 2
         loops = [loop for loop in innermost_loops(disassembled(kernel)) if vectors(loop) >= turn]
         assert loops or variant.vocab == 100  # a lane has less than 16 bytes of a tile
         assert not any(re.search(r"\b(LDL|STL)\b", line) for loop in loops for line in loop)
@@ -340,14 +339,14 @@ def test_full_tiles_of_kl_rows_are_read_and_written_by_vectors(dtype: str, align
 def test_no_warp_overwrites_what_another_is_yet_to_read(
     architecture: str, variant: Variant
 ) -> None:
-    """In place, a row's set is read where the gradient will be: a barrier comes before the pass that writes it."""
+    """In place, a row's set is read where the gradient will be: a barrier comes before any pass that writes it."""
     lines = compiled(architecture, variant).asm["ttgir"].splitlines()
     scalars = re.compile(r"tt\.load .*: !tt\.ptr<bf16>")  # of one token, by every warp for itself
     reads = [i for i, line in enumerate(lines) if scalars.search(line)]
     barriers = [i for i, line in enumerate(lines) if re.search(r"\b(ttg|gpu)\.barrier\b", line)]
     writes = [i for i, line in enumerate(lines) if "tt.store" in line and "%stored" in line]
     assert reads
-    assert len(writes) == 2  # a pass for positive rows, one for negative ones
+    assert len(writes) >= 4  # full tiles and edges, of positive rows and of negative ones
     for read in reads:
         write = next(i for i in writes if i > read)
         assert any(read < i < write for i in barriers), lines[read]

@@ -47,11 +47,11 @@ class Scalars(NamedTuple):
             self.nl_floor is not None and RowLoss.NEGATIVE_LIKELIHOOD in sides
         )
 
-    def loss_needs_totals(self, statistics_layout: int) -> bool:
+    @property
+    def loss_needs_totals(self) -> bool:
         """Whether some row's loss of a sharded call is not known from the statistics alone (docs/sharded.md)."""
-        needed = self.smooths_uniformly or statistics_layout == 1
         return any(
-            (side.reads_reference and needed) or side is RowLoss.NEGATIVE_LIKELIHOOD
+            (side.reads_reference and self.smooths_uniformly) or side is RowLoss.NEGATIVE_LIKELIHOOD
             for side in self.sides
         )
 

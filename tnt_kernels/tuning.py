@@ -23,12 +23,12 @@ from tnt_kernels.objectives import METHODS
 _TILES = [(warps * columns, warps) for warps in (4, 8, 16, 32) for columns in (128, 256, 512)]
 CANDIDATES: dict[RowKind, tuple[RowConfig, ...]] = {
     "KL": tuple(
-        RowConfig(*tile, stages, registers)
+        RowConfig(*tile, unroll, registers)
         for tile in _TILES
-        for stages in (1, 2)
+        for unroll in (1, 2)
         for registers in (0, 64, 40)
     ),
-    "one row": tuple(RowConfig(*tile, stages) for tile in _TILES for stages in (1, 2, 3)),
+    "one row": tuple(RowConfig(*tile) for tile in _TILES),
 }
 
 

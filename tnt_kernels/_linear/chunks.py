@@ -34,7 +34,6 @@ from tnt_kernels._operators import losses_into
 from tnt_kernels._scalars import Scalars
 from tnt_kernels._sharded.agreement import columns_of, join_as_failed
 from tnt_kernels._sharded.collectives import all_reduce_
-from tnt_kernels.backends import BACKENDS
 from tnt_kernels.objectives import RowLoss
 
 #: What a call's buffers may take. Every chunk reads all of the weight, and every matmul of gradients reads and writes
@@ -273,9 +272,9 @@ class Chunks:
             raise
 
     def _join_as_failed(self, shard: Shard, chunks: list[tuple[RowGroup, Tensor]]) -> None:
-        hidden, layout = self._t.hidden, BACKENDS[self._call.backend].STATISTICS_LAYOUT
+        hidden = self._t.hidden
         for group, index in chunks:
-            totals = self._scalars(group).loss_needs_totals(layout)
+            totals = self._scalars(group).loss_needs_totals
             join_as_failed(shard, hidden[: len(index)], twice=totals)
             if hidden.device.type == "cpu":
                 return  # the others raise in this chunk

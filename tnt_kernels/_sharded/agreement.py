@@ -35,7 +35,6 @@ from tnt_kernels._sharded.collectives import (
     group_size,
     process_group,
 )
-from tnt_kernels.backends import BACKENDS
 
 
 class Columns(NamedTuple):
@@ -51,13 +50,12 @@ _confirmed: WeakKeyDictionary[Any, dict[tuple[int, ...] | None, tuple[int, ...]]
     WeakKeyDictionary()
 )
 #: Integers of a call that must be the same on every rank, so that different calls exchange as many.
-_FACTS = 33
+_FACTS = 32
 _ARGUMENTS = {
     "positive_loss": "method", "negative_loss": "method", "alpha_value": "alpha", "uniform_smoothing": "smoothing",
     "normalizer_value": "normalizer",
 }  # fmt: skip
 Facts = list[tuple[str, int]]
-_LAYOUT = "the layout of the backend's statistics"
 _DTYPE = ".dtype"  # ends the name of a fact whose number says which
 
 
@@ -96,7 +94,6 @@ def facts_of(
         ("rows", rows.labels.numel()),
         ("the function", _digest(function)),
         (owner + _DTYPE, _number(dtype)),
-        (_LAYOUT, BACKENDS[call.backend].STATISTICS_LAYOUT),
         ("labels", _checksum(rows.labels)),
         ("weights", _checksum(rows.weights) if rows.weights is not None else -1),
         ("alpha", _checksum(rows.alpha)),
@@ -121,11 +118,6 @@ def _mismatch(name: str, first: int, other: int, rank: int) -> str:
         return (
             f"{name.removesuffix(_DTYPE)}: dtype {LOGITS_DTYPES[first]} on rank 0 and {LOGITS_DTYPES[other]} on rank "
             f"{rank} of group, expected the same on every rank"
-        )
-    if name == _LAYOUT:
-        return (
-            f"backend: its statistics have layout {first} on rank 0 and layout {other} on rank {rank} of group, "
-            "expected backends of one layout on every rank (docs/sharded.md)"
         )
     return (
         f"{name}: not the same on rank 0 and rank {rank} of group, expected the same on every rank"

@@ -50,8 +50,7 @@ def write_losses(
     n, scalars = len(call.tensors.labels), call.scalars
     packed = logits.new_empty((n + 1, ROW_STATISTICS), dtype=real_dtype(logits))
     partial_sums = packed.new_empty((n, ROW_PARTIAL_SUMS))
-    backend = BACKENDS[call.backend]
-    run, totals = backend.launch, scalars.loss_needs_totals(backend.STATISTICS_LAYOUT)
+    run, totals = BACKENDS[call.backend].launch, scalars.loss_needs_totals
     try:
         launch = _launch(Kind.STATISTICS, logits, call, shard)
         if gradient is logits:

@@ -10,7 +10,6 @@ from tnt_kernels._call import RowCall
 from tnt_kernels.backends.protocol import describe, scale_by_item
 
 scale_ = scale_by_item
-STATISTICS_LAYOUT = 2
 
 
 def why_not(logits: Tensor | None) -> str:

@@ -17,8 +17,6 @@ from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends.protocol import describe
 from tnt_kernels.objectives import RowLoss
 
-STATISTICS_LAYOUT = 2
-
 _T = TypeVar("_T")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,9 +16,6 @@ class Backend(Protocol):
     Importing it queries no device and loads no compiler. Backends know nothing of autograd, and nothing of each other.
     """
 
-    #: The layout of the statistics that its shards exchange (docs/sharded.md): ranks need the same.
-    STATISTICS_LAYOUT: int
-
     def why_not(self, logits: Tensor | None) -> str:
         """Why this backend cannot serve these logits, or (None) any on this machine; empty where it can."""
 

@@ -22,8 +22,6 @@ from tnt_kernels._call import Kind, RowCall, active_rows, real_dtype
 from tnt_kernels.backends.protocol import check_indices, scale_by_item
 from tnt_kernels.objectives import RowLoss
 
-STATISTICS_LAYOUT = 2
-
 
 def why_not(logits: Tensor | None) -> str:
     """Why this backend cannot serve these logits: it serves all."""

@@ -1,4 +1,4 @@
-"""The Triton kernels (``kernels.py``, ``kl.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
+"""The Triton kernels (``kl.py``, ``stream.py``): NVIDIA, AMD and Intel GPUs, without a build step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from tnt_kernels._call import Kind, RowCall
 from tnt_kernels.backends.protocol import check_indices, describe
-from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, row_config
+from tnt_kernels.backends.triton.config import RowConfig, RowKind, left_config, row_config
 
 if TYPE_CHECKING:
-    from tnt_kernels.backends.triton.row_math import Factors
+    from tnt_kernels.backends.triton.objectives import Factors
 
-STATISTICS_LAYOUT = 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUM_BLOCK = 1024
 _LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
@@ -101,29 +100,66 @@ def scale_(gradient: Tensor, scale: Tensor) -> None:
 
 
 class _NegativeIds(NamedTuple):
-    """Negative ids as the kernels read them: in the order in which they meet them along a row."""
+    """Negative ids as the kernels read them: in ascending order, and as a bit for each column."""
 
-    kind: int  # NO_IDS, ROW_IDS or SHARED_IDS of row_math.py
+    kind: int  # NO_IDS, ROW_IDS or SHARED_IDS of set.py
     ascending: Tensor | None = None  # (N, K) or (K,) int32
     stride: int = 0  # from a row's ids to the next one's
     length: int = 0  # K
-    id_map: Tensor | None = None  # of shared ids: (V + 1,) int8, 1 at every one of them
+    bits: Tensor | None = None  # see _bits
+
+    @property
+    def bits_stride(self) -> int:
+        return 0 if self.bits is None else self.bits.stride(0)
+
+    @property
+    def chunk(self) -> int:
+        """How many of a row the program that works on it looks at together."""
+        return _chunk(self.length, _IDS_AT_ONCE)
 
 
-def _negative_ids(ids: Tensor | None, vocab_size: int) -> _NegativeIds:
+def _negative_ids(call: RowCall) -> _NegativeIds:
     """Ids below -1 become -2, those beyond the vocabulary V: as invalid as before, but sure to fit int32."""
-    kernels = _kernels()
+    ids, kernels = call.tensors.negative_ids, _kernels()
     if ids is None or ids.numel() == 0:
         return _NegativeIds(kernels.NO_IDS.value)
-    narrow = ids.clamp(-2, vocab_size).to(torch.int32)
-    ascending = narrow.sort(-1).values
+    ascending = ids.clamp(-2, call.vocab_size).to(torch.int32).sort(-1).values
     length = ascending.size(-1)
     if ids.dim() == 2:
-        return _NegativeIds(kernels.ROW_IDS.value, ascending, ascending.stride(0), length)
-    # The last entry takes padding and invalid ids, and is no column's.
-    id_map = torch.zeros(vocab_size + 1, dtype=torch.int8, device=ids.device)
-    id_map.scatter_(0, torch.where(narrow < 0, vocab_size, narrow).long(), 1)
-    return _NegativeIds(kernels.SHARED_IDS.value, ascending, 0, length, id_map)
+        bits = _bits(call, ascending, ascending.stride(0))
+        return _NegativeIds(kernels.ROW_IDS.value, ascending, ascending.stride(0), length, bits)
+    return _NegativeIds(kernels.SHARED_IDS.value, ascending, 0, length, _bits(call, ascending, 0))
+
+
+def _chunk(length: int, most: int) -> int:
+    """A power of two that holds as many ids, or the most that are looked at together."""
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+def _bits(call: RowCall, ascending: Tensor, stride: int) -> Tensor:
+    """A bit for each column, 1 where it is among the ids: (N, bytes) uint8.
+
+    Rows begin anywhere between two boundaries of 16 bytes, from which the kernels count: shared ids have a row of bits
+    for each of these places.
+    """
+    logits, length = call.logits, ascending.size(-1)
+    rows, vocab = logits.shape
+    group = _group(logits)
+    begin, step = logits.data_ptr() // logits.element_size() % group, logits.stride(0) % group
+    if stride == 0:
+        rows, begin, step = group, 0, 1
+    bits = torch.zeros(rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device)
+    chunk = _chunk(length, _IDS_MARKED)
+    _kernels().mark_kernel[(rows, -(-length // chunk))](
+        ascending, stride, length, begin, step, bits, bits.stride(0), vocab, call.vocab_offset, GROUP=group,
+        CHUNK=chunk, num_warps=1,
+    )  # fmt: skip
+    return bits.view(torch.uint8)
+
+
+def _group(logits: Tensor) -> int:
+    """Columns in 16 bytes."""
+    return 16 // logits.element_size()
 
 
 def launch(call: RowCall, config: RowConfig | None = None) -> None:
@@ -183,11 +219,12 @@ def _kind(call: RowCall) -> RowKind:
         return "two rows"
     if not all(side.reads_reference for side in s.sides):
         return "two rows"
-    return "KL" if _alike(logits, ref_logits, 16 // logits.element_size()) else "two rows"
+    return "KL" if _alike(logits, ref_logits) else "two rows"
 
 
-def _alike(x: Tensor, y: Tensor, group: int) -> bool:
-    """Whether the rows of both begin at as many columns after a boundary of ``group`` columns."""
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether the rows of both begin at as many columns after a boundary, of 16 bytes of ``x``."""
+    group = _group(x)
     begins = [rows.data_ptr() // rows.element_size() % group for rows in (x, y)]
     return begins[0] == begins[1] and (len(x) == 1 or (x.stride(0) - y.stride(0)) % group == 0)
 
@@ -195,7 +232,7 @@ def _alike(x: Tensor, y: Tensor, group: int) -> bool:
 def _launch_rows(
     call: RowCall, row_losses: Tensor | None, factors: Factors, config: RowConfig | None
 ) -> None:
-    ids = _negative_ids(call.tensors.negative_ids, call.vocab_size)
+    ids = _negative_ids(call)
     kind, gradient = _kind(call), call.gradient is not None
     columns, itemsize = call.logits.size(1), call.logits.element_size()
     if config is None:
@@ -206,9 +243,8 @@ def _launch_rows(
     left = None
     if kind == "KL":
         left = _launch_kl(call, ids, row_losses, factors, config)
-        # The search for rows that were left takes registers, as ids do.
-        config = measured_config(columns, itemsize, kind="two rows", gradient=gradient, ids=True)
-    _launch_row_kernel(call, ids, row_losses, factors, config, left)
+        config = left_config(columns)
+    _launch_stream(call, ids, row_losses, factors, config, left)
 
 
 def _launch_kl(
@@ -218,58 +254,30 @@ def _launch_kl(
     factors: Factors,
     config: RowConfig,
 ) -> Tensor:
-    """Returns, for every row, whether it is left to ``row_kernel``: (N,) int32."""
+    """Returns, for every row, whether it is left to ``stream_kernel``: (N,) int32."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
     ref_logits, gradient = t.ref_logits, call.gradient
     assert ref_logits is not None
     left = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    group = 16 // logits.element_size()
+    group = _group(logits)
     even = (
         logits.data_ptr() % 16 == 0
         and (rows == 1 or logits.stride(0) % group == 0)
         and vocab % group == 0
     )
-    bits = _bits(logits, ids)
     _kernels().kl_kernel[(rows,)](
         logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights, factors,
-        ids.ascending, ids.stride, ids.length, bits, 0 if bits is None else bits.stride(0), vocab,
+        ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, vocab,
         float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
         rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
-        UNROLL=config.stages, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=_chunk(ids.length, _IDS_AT_ONCE),
-        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient, group),
+        UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=ids.chunk,
+        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
         **options(config, architecture(logits.device)),
     )  # fmt: skip
     return left
-
-
-def _chunk(length: int, most: int) -> int:
-    """A power of two that holds as many ids, or the most that are looked at together."""
-    return min(most, max(16, 1 << (length - 1).bit_length()))
-
-
-def _bits(logits: Tensor, ids: _NegativeIds) -> Tensor | None:
-    """A bit for each column of the vocabulary, 1 where it is among the ids: (N, bytes) uint8.
-
-    Rows begin anywhere between two boundaries of 16 bytes, from which ``kl_kernel`` counts: shared ids have a row of
-    bits for each of these places.
-    """
-    if ids.ascending is None:
-        return None
-    rows, vocab = logits.shape
-    group = 16 // logits.element_size()
-    begin, step = logits.data_ptr() // logits.element_size() % group, logits.stride(0) % group
-    if ids.stride == 0:
-        rows, begin, step = group, 0, 1
-    bits = torch.zeros(rows, (vocab + group + 31) // 32, dtype=torch.int32, device=logits.device)
-    chunk = _chunk(ids.length, _IDS_MARKED)
-    _kernels().mark_kernel[(rows, -(-ids.length // chunk))](
-        ids.ascending, ids.stride, ids.length, begin, step, bits, bits.stride(0), vocab, GROUP=group, CHUNK=chunk,
-        num_warps=1,
-    )  # fmt: skip
-    return bits.view(torch.uint8)
 
 
 def _has_room(x: Tensor) -> bool:
@@ -289,7 +297,7 @@ def _near_kl(dtype: torch.dtype) -> float:
     return (1.5e-7 / error) ** 2 / 2
 
 
-def _launch_row_kernel(
+def _launch_stream(
     call: RowCall,
     ids: _NegativeIds,
     row_losses: Tensor | None,
@@ -300,20 +308,24 @@ def _launch_row_kernel(
     """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
-    ref_logits, gathered, upstream = t.ref_logits, call.gathered, call.upstream
-    writes_gradient = call.gradient is not None
-    _kernels().row_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
+    ref_logits, gathered, upstream, gradient = (
+        t.ref_logits,
+        call.gathered,
+        call.upstream,
+        call.gradient,
+    )
+    _kernels().stream_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
-        factors, ids.ascending, ids.stride, ids.length, ids.id_map, rows, vocab, call.vocab_offset, call.vocab_size,
-        float(s.eps), -math.inf if s.nl_floor is None else float(s.nl_floor),
+        factors, ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, rows, vocab, call.vocab_offset,
+        call.vocab_size, float(s.eps), -math.inf if s.nl_floor is None else float(s.nl_floor),
         math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
-        row_losses, call.diagnostics, call.coefficients,
-        call.gradient, 0 if call.gradient is None else call.gradient.stride(0),
+        row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
         upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
         call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
         0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums, left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.smooths_uniformly, IDS=ids.kind,
-        KIND=int(call.kind), GRADIENT=writes_gradient, BLOCK=config.block, STAGES=config.stages,
+        KIND=int(call.kind), GRADIENT=gradient is not None, ALIKE=ref_logits is None or _alike(logits, ref_logits),
+        GRADIENT_ALIKE=gradient is None or _alike(logits, gradient), BLOCK=config.block, CHUNK=ids.chunk,
         SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
         **options(config, architecture(logits.device)),
     )  # fmt: skip

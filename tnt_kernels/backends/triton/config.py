@@ -17,16 +17,17 @@ from typing import Literal, NamedTuple
 class RowConfig(NamedTuple):
     block: int  # columns of a tile
     warps: int  # of 32 lanes
-    stages: int  # of row_kernel: depth of the software pipeline of a loop's loads; of kl_kernel: tiles a turn of a loop
+    unroll: int = 1  # of kl_kernel: tiles a turn of a loop
     registers: int = 0  # for a lane, on NVIDIA's GPUs; 0: as many as leave room for one program
 
 
-#: What is launched: ``kl_kernel``, or ``row_kernel`` for the policy's logits alone, or for both rows of logits.
+#: What is launched: ``kl_kernel``, or ``stream_kernel`` for the policy's logits alone, or for both rows of logits.
 RowKind = Literal["KL", "one row", "two rows"]
 
-# Measured in bfloat16, row_kernel on an H100, kl_kernel on an H200; benchmarks/CUDA_NOTES.md has the figures.
+# Measured in bfloat16, kl_kernel on an H200; benchmarks/CUDA_NOTES.md has the figures. Those of stream_kernel are what
+# suited the kernel that it replaced, on an H100.
 
-# Of row_kernel. Eight columns a lane are 16 bytes of a 16-bit row: one load instruction for z and one for r.
+# Of stream_kernel. Eight columns a lane are 16 bytes of a 16-bit row: one load instruction for z and one for r.
 
 #: (the most bytes of a row of logits, warps, columns a lane). Narrow rows are read fastest when many are in flight,
 #: hence few warps each. The second pass hits the L2 cache while the rows in flight fit into it, so wide rows get many.
@@ -35,8 +36,10 @@ WITH_GRADIENT = ((8 << 10, 4, 8), (80 << 10, 8, 8))
 FORWARD_ALONE = ((128 << 10, 4, 8),)
 #: (warps, columns a lane) of rows with more bytes.
 WIDEST = 16, 8
-#: Sixteen columns a lane leave fewer rows in flight. With ids, or for the loss alone, their registers would spill.
-WIDEST_WITHOUT_IDS = 16, 16
+#: Sixteen columns a lane leave fewer rows in flight, but the registers of all that is asked of two rows would spill.
+WIDEST_ONE_ROW = 16, 16
+#: Of the rows that kl_kernel left: the search for them takes registers, too.
+LEFT = 8, 8
 
 # Of kl_kernel. A tile has 16 bytes of either row for each lane. 64 registers leave room for two programs of 16 warps or
 # four of 8, 40 for three of 16.
@@ -65,21 +68,30 @@ def _table(path: str) -> dict[str, RowConfig]:
 def measured_config(
     vocab: int, itemsize: int, *, kind: RowKind, gradient: bool, ids: bool
 ) -> RowConfig:
+    unroll, registers = 1, 0
     if kind == "KL":
         kl_limits = KL_WITH_GRADIENT if gradient else KL_FORWARD_ALONE
-        warps, stages, registers = next(x for limit, *x in kl_limits if vocab * itemsize <= limit)
+        warps, unroll, registers = next(x for limit, *x in kl_limits if vocab * itemsize <= limit)
         columns = 16 // itemsize
         if ids and registers:
             registers = KL_REGISTERS_WITH_IDS
     else:
         limits = WITH_GRADIENT if gradient else FORWARD_ALONE
-        widest = WIDEST_WITHOUT_IDS if gradient and not ids else WIDEST
+        widest = WIDEST_ONE_ROW if gradient and kind == "one row" and not ids else WIDEST
         warps, columns = next((x for limit, *x in limits if vocab * itemsize <= limit), widest)
-        stages, registers = 1, 0
+    return _sized(vocab, warps, columns, unroll, registers)
+
+
+def left_config(vocab: int) -> RowConfig:
+    """Of the launch for the rows that ``kl_kernel`` left."""
+    return _sized(vocab, *LEFT)
+
+
+def _sized(vocab: int, warps: int, columns: int, unroll: int = 1, registers: int = 0) -> RowConfig:
     block = warps * 32 * columns
     while block // 2 >= max(vocab, warps * 32):  # a tile need not be wider than the row
         block //= 2
-    return RowConfig(block, warps, stages, registers)
+    return RowConfig(block, warps, unroll, registers)
 
 
 def row_config(

@@ -9,7 +9,7 @@ base row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the 
 
 so p = q gives exactly 0. One program works on one row. The first pass asks nothing of a pair: what it cannot do shows
 in the sums. Rows whose sums are not fit, and those that are broken, infinite or pushed down in part, are flagged for
-``row_kernel``, which runs over them afterwards.
+``stream_kernel``, which runs over them afterwards.
 
 Columns count from the 16-byte boundary before the row, so that full tiles are loaded by vectors at any address. Logits
 of 16 bits are loaded as words of two columns: the sums of both share a register.
@@ -22,23 +22,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tnt_kernels.backends.triton.row_math import (
+from tnt_kernels.backends.triton.objectives import (
+    AWAY,
     FORWARD_KL,
-    NO_IDS,
+    LN_2,
+    LOG2_E,
     REVERSE_KL,
-    ROW_IDS,
-    _log1p,
-    _phi,
-    _softplus,
-    _some_ids,
-    _two_sum,
+    log1p,
+    phi_of,
     row_factors,
+    softplus,
+    two_sum,
 )
+from tnt_kernels.backends.triton.reading import Samples, columns_before, samples
+from tnt_kernels.backends.triton.set import NO_IDS, ROW_IDS, some_ids
 
-LN_2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
-#: Stands in for removed tokens and past the ends of a row: it weighs nothing, and its differences are finite.
-AWAY = tl.constexpr(-1e30)
 #: The weight of the reference level in the first pass is 2^48. Where e^y overflows to infinity beside a weight that is
 #: flushed to 0, their product is NaN; below that, what flushing loses is at most 2^-46 of the reference's weight.
 BIAS = tl.constexpr(48.0)
@@ -71,7 +69,6 @@ LEFT = tl.constexpr(1)  # to the other kernel
 AGAIN = tl.constexpr(2)  # with another shift
 
 ATTEMPTS = tl.constexpr(3)
-SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
 GATHER = tl.constexpr(32)  # tiles at a time
 
 
@@ -80,14 +77,6 @@ class Line(NamedTuple):
 
     elements: tl.tensor  # pointers
     words: tl.tensor
-
-
-class Samples(NamedTuple):
-    """Of a few entries all along the row: the maxima, and how far o lies above x on average."""
-
-    x_top: tl.tensor
-    o_top: tl.tensor
-    above: tl.tensor
 
 
 class Row(NamedTuple):
@@ -265,11 +254,6 @@ def _plus(s0, m0, f0, s1, m1, f1):
 
 
 @triton.jit
-def _level(x0, o0, d0, x1, o1, d1):
-    return tl.maximum(x0, x1), tl.maximum(o0, o1), d0 + d1
-
-
-@triton.jit
 def _shift(x_top, o_top, mean, row):
     """``mean``: how far o lies above x on average, which is nearer to L than the distance of the maxima."""
     x_top = tl.where(tl.abs(x_top) < 1e29, x_top, 0.0)
@@ -277,21 +261,6 @@ def _shift(x_top, o_top, mean, row):
     distance = o_top - x_top
     a = tl.where(tl.abs(mean - distance) * row.inverse_t < 16.0, mean, distance)
     return Shift(tl.floor(x_top * row.scale), a * row.scale, distance)
-
-
-@triton.jit
-def _samples(x, o, begin, vocab):
-    """Every warp reads the same entries: none waits for another."""
-    GROUP: tl.constexpr = 128 // x.elements.dtype.element_ty.primitive_bitwidth
-    lead = tl.where(begin > 0, GROUP - begin, 0)
-    step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
-    v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
-    v = begin + tl.minimum(v, vocab - 1)
-    x_some = tl.load(x.elements + v).to(tl.float32)
-    o_some = tl.load(o.elements + v).to(tl.float32)
-    x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
-    x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)
-    return Samples(x_top, o_top, above * (1.0 / (SAMPLES * GROUP)))
 
 
 @triton.jit
@@ -374,8 +343,8 @@ def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.c
 def _sums(s, m, phi):
     a = tl.fma(m, LN_2, phi)
     ratio = a / s
-    log_ratio = _log1p(ratio)
-    excess = tl.where(tl.abs(log_ratio) < 0.5, _phi(log_ratio), ratio - log_ratio)  # φ(L)
+    log_ratio = log1p(ratio)
+    excess = tl.where(tl.abs(log_ratio) < 0.5, phi_of(log_ratio), ratio - log_ratio)  # φ(L)
     return Sums(s, m, phi, a, log_ratio, phi / s - excess)
 
 
@@ -452,10 +421,10 @@ def _odds(log_odds):
     small = ratio / (1.0 + ratio)
     positive = log_odds > 0.0
     return Odds(
-        -_softplus(log_odds),
+        -softplus(log_odds),
         tl.where(positive, small, 1.0 - small),
         tl.where(positive, 1.0 - small, small),
-        _log1p(ratio) + tl.where(small > 0.0, small * distance, 0.0),
+        log1p(ratio) + tl.where(small > 0.0, small * distance, 0.0),
     )
 
 
@@ -484,7 +453,7 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
     kept, extra, loss = 1.0, 0.0, sums.kl
     s0, s1 = 0.0, 0.0
     if removed.count > 0.0:
-        norm = _log1p(eps * removed.count)
+        norm = log1p(eps * removed.count)
         loss = sums.kl + norm
         if removed.sum > 0.0:
             log_eps = tl.log(eps)
@@ -622,7 +591,7 @@ def _removed(
         numbers = totals
         worst = totals
         for start in range(0, count, CHUNK):
-            some, counts = _some_ids(ids, count, start, CHUNK)
+            some, counts = some_ids(ids, count, start, CHUNK)
             v = row.begin + some
             x = tl.load(row.x.elements + v, mask=counts, other=AWAY).to(tl.float32)
             o = tl.load(row.o.elements + v, mask=counts, other=AWAY).to(tl.float32)
@@ -652,16 +621,16 @@ def _run(
 ):  # fmt: skip
     """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
     if LOSS == FORWARD_KL:
-        samples = Samples(row.samples.o_top, row.samples.x_top, -row.samples.above)
+        some = Samples(row.samples.o_top, row.samples.x_top, -row.samples.above)
         row = Row(
-            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.o_label, row.x_label, row.bits, samples,
+            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.o_label, row.x_label, row.bits, some,
             row.scale, row.inverse_t,
         )  # fmt: skip
     shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
     # log2 of the policy's weights, relative to its sum's, is z scale - level, less what rounding took from the level.
     level, z_label = shift.c, row.x_label
     if LOSS == FORWARD_KL:
-        level, lost = _two_sum(shift.c, shift.a)
+        level, lost = two_sum(shift.c, shift.a)
         z_label = row.o_label
     at = tl.fma(z_label, row.scale, -level)
     removed, broken = _removed(row, at, ids, count, level, LOSS, CHUNK, IDS)
@@ -705,7 +674,7 @@ def kl_kernel(
     POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
     NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``row_kernel``, else 0.
+    """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``stream_kernel``, else 0.
 
     So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
 
@@ -717,7 +686,7 @@ def kl_kernel(
     r_row = ref_logits + index * ref_stride
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     # Also where it is known to be 0: the compiler loses what it is told of a pointer that nothing was added to.
-    begin = ((z_row.to(tl.int64) % 16) // (16 // GROUP)).to(tl.int32)
+    begin = columns_before(z_row)
     z, r = _line(z_row, begin), _line(r_row, begin)
     g_row = z.elements
     if GRADIENT:
@@ -739,7 +708,7 @@ def kl_kernel(
         negative = negative | (last >= 0)
         valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
     row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
-    samples = _samples(z, r, begin, vocab)
+    some = samples(z.elements, r.elements, begin, vocab)
     end = begin + vocab
     if EVEN:
         end = tl.multiple_of(end, GROUP)
@@ -771,7 +740,7 @@ def kl_kernel(
             r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
             column = tl.where(pushed, column, -1)
             row = Row(
-                z, r, g_row, begin, end, column, z_label, r_label, bit_row, samples, scale, inverse_t,
+                z, r, g_row, begin, end, column, z_label, r_label, bit_row, some, scale, inverse_t,
             )  # fmt: skip
             if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
@@ -784,19 +753,3 @@ def kl_kernel(
                     NEAR_KL, CHUNK, EVEN, IDS,
                 )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["count", "ids_stride", "begin", "step", "bits_stride"])
-def mark_kernel(
-    ids, ids_stride, count, begin, step, bits, bits_stride, vocab, GROUP: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Sets the bits of ids, those of columns counted as ``kl_kernel`` counts them.
-
-    A program marks some ids of a row, whose first column is begin + row step, modulo a vector's GROUP.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    some = tl.load(ids + row * ids_stride + k, mask=k < count, other=-1)
-    v = some + ((begin + row * step) % GROUP).to(tl.int32)
-    inside = (some >= 0) & (some < vocab)
-    tl.atomic_or(bits + row * bits_stride + v // 32, 1 << (v % 32), mask=inside, sem="relaxed")

@@ -1,0 +1,49 @@
+"""How kernels find a row: from the boundary of 16 bytes before it, so that vectors load it at any address."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from tnt_kernels.backends.triton.objectives import AWAY
+
+SAMPLES = tl.constexpr(32)  # places along a row from which its level is taken, 16 bytes at each
+
+
+@triton.jit
+def columns_before(row):
+    """How many columns lie between the boundary and the row."""
+    GROUP: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    return ((row.to(tl.int64) % 16) // (16 // GROUP)).to(tl.int32)
+
+
+class Samples(NamedTuple):
+    """Of a few entries all along two rows: the maxima, and how far o lies above x on average."""
+
+    x_top: tl.tensor
+    o_top: tl.tensor
+    above: tl.tensor
+
+
+@triton.jit
+def _level(x0, o0, d0, x1, o1, d1):
+    return tl.maximum(x0, x1), tl.maximum(o0, o1), d0 + d1
+
+
+@triton.jit
+def samples(x, o, begin, vocab):
+    """Of rows given from their boundary. Every warp reads the same entries: none waits for another."""
+    GROUP: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    lead = tl.where(begin > 0, GROUP - begin, 0)
+    step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
+    v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
+    v = begin + tl.minimum(v, vocab - 1)
+    x_some = tl.load(x + v, mask=v >= begin, other=AWAY).to(
+        tl.float32
+    )  # a shard may have no columns
+    o_some = tl.load(o + v, mask=v >= begin, other=AWAY).to(tl.float32)
+    x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
+    x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)
+    return Samples(x_top, o_top, above * (1.0 / (SAMPLES * GROUP)))
