@@ -647,8 +647,8 @@ def conclude_exp(
     """Of LL, UL and NL, or of no loss; ``part`` and ``active``: of NL, what its set's entries add up to."""
     odds = log_odds(s, inverse_t)  # of y of LL, S of the others
     kept, removed, _ = _masses(odds)
-    loss, on_kept, bias, on_set, push = 0.0 * kept, 0.0 * kept, 0.0 * kept, 0.0 * kept, 0.0 * kept
-    least = kept - INF
+    zero = 0.0 * s.kept
+    loss, on_kept, bias, on_set, push, least = zero, zero, zero, zero, zero, zero - INF
     if LOSS == LOG_LIKELIHOOD:  # -log p_y; p - [v = y], which at y is -p(K)
         loss = softplus(-odds)
         on_kept, push = kept, -kept
@@ -658,7 +658,7 @@ def conclude_exp(
             log_all = relative_to(merge(s.policy, s.policy_set, inverse_t), s.policy.ref, inverse_t)
             log_p_total = s.log_ratio - tl.where(others > 0.0, others * log_all, 0.0) - loss
             loss = (loss - eps * log_p_total) * norm
-            bias = -eps * norm + 0.0 * kept
+            bias = zero - eps * norm
             push += others * eps * norm
     elif LOSS == UNLIKELIHOOD:  # -log p(K); p_v in S, -p(S) p_K(v) on K
         loss = softplus(odds)
@@ -666,8 +666,8 @@ def conclude_exp(
     elif (
         LOSS == NEGATIVE_LIKELIHOOD
     ):  # Σ max(log p_s, floor); Σ ([v = s] - p_v) over those above the floor
-        loss = part + 0.0 * kept
-        on_kept, on_set, push = -active * kept, -active * removed, 1.0 + 0.0 * kept
+        loss = zero + part
+        on_kept, on_set, push = -active * kept, -active * removed, zero + 1.0
         least = least_log_weight(nl_floor, set_normalizer(s, inverse_t))
     on_kept = tl.where(s.policy.log == -INF, 0.0, on_kept * tl.exp(-s.policy.log))
     on_set = tl.where(s.policy_set.log == -INF, 0.0, on_set * tl.exp(-s.policy_set.log))

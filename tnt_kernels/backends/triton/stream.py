@@ -746,7 +746,9 @@ def _run(
     ):  # a row that does not count or that nobody asks about is 0, whatever the other is
         asked = tl.load(upstream)
         scale = tl.where((scale == 0.0) | (asked == 0.0), 0.0, scale * asked)
-    if KIND == BACKWARD:
+    if LOSS == NONE and to.diagnostics is None:
+        _uncomputed(row, to, 0.0, 0.0, KIND, GRADIENT, BLOCK)
+    elif KIND == BACKWARD:
         if (scale == 0.0) | (scale != scale):
             _fill(row, scale, BLOCK)
         elif SMOOTH:
@@ -947,13 +949,15 @@ def _row(
         )
         _uncomputed(nobody, to, value, counted, KIND, GRADIENT, BLOCK)
     else:
+        KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
+        # One branch for both where it is the same loss: a compiler's time grows with the square of the code.
+        SAME: tl.constexpr = KL and POSITIVE == NEGATIVE and (weights is not None or IDS != NO_IDS)
         column = (label - vocab_offset).to(tl.int32)
         here = (column >= 0) & (column < vocab)
         column += begin
-        if negative:
-            KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
-            pushed = (weight < 0.0) & (among == 0)
+        if negative | SAME:
             w = weight + 0.0 * scale
+            pushed = (w < 0.0) & (among == 0)
             log_kappa = tl.where(pushed & (w > -1.0) & KL, log1p(tl.maximum(w, -1.0)), 0.0)
             own = pushed & ((w <= -1.0) | (not KL))
             one = tl.where(own, 1.0, 0.0)
@@ -966,7 +970,7 @@ def _row(
                 row, to, row_factor, factor, vocab_size, eps, nl_floor, asked, of_shards, gathered_stride, shards,
                 totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
             )  # fmt: skip
-        else:
+        elif not SAME:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
             row = Row(
                 z_row, r_row, g_row, begin, end, tl.where(own, column, -1), -1, 0.0, id_set, 0.0 * scale,
