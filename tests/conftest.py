@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import process
 import pytest
 from oracle import BACKENDS, INTERPRETED, MISSING
@@ -51,6 +52,18 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton, "row_config", small)
     monkeypatch.setattr(triton, "left_config", small)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused multiply-add rounds once, as on a GPU; the simulator's rounds the product, too."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        exact = np.float64(x.data) * np.float64(y.data) + np.float64(z.data)
+        return TensorHandle(np.asarray(exact).astype(x.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
 
 @pytest.fixture

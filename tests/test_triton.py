@@ -319,31 +319,39 @@ def test_in_place_fresh_strided_and_scaled(dtype: torch.dtype) -> None:
         torch.testing.assert_close(scaled.gradient, 2 * want.gradient, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_usual_rows_are_served_by_the_kernel_of_kl_rows(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether logits are near or far apart, on one level or not, with a set or without; at any address.
 
-    In float16 the gradient waits for backward, which is the other kernel's.
+    Whatever is asked for, and of shards; but where a label is pushed down in part, not the statistics.
     """
     left: list[Tensor] = []
     launch = triton._launch_kl
     monkeypatch.setattr(triton, "_launch_kl", lambda *x: left.append(launch(*x)) or left[-1])
     generator = torch.Generator().manual_seed(4)
-    weights = torch.tensor([1.0, -1.0, 0.0, -3.0])
-    ids = torch.randint(VOCAB, (4, 7), generator=generator)
+    weights = torch.tensor([1.0, -1.0, 0.0, -3.0, -0.4])
+    ids = torch.randint(VOCAB, (5, 7), generator=generator)
     sets = (("tnff", None), ("tnrr", ids), ("tnrf", ids[0]))
-    for size, shift, (method, negative_ids) in itertools.product(
-        (1e-3, 0.3, 1.0), (0.0, 0.75), sets
-    ):
-        r = 3 * torch.randn(4, VOCAB, generator=generator, dtype=F64)
+    distances = (1e-3, 0.0), (0.3, 0.75), (1.0, 0.0)
+    for (size, shift), (method, negative_ids) in itertools.product(distances, sets):
+        r = 3 * torch.randn(5, VOCAB, generator=generator, dtype=F64)
         z = r + shift + size * torch.randn(r.shape, generator=generator, dtype=F64)
-        wide = torch.zeros(2, 4, VOCAB + 10, dtype=dtype)[:, :, 3 : VOCAB + 3]
+        wide = torch.zeros(2, 8, VOCAB + 10, dtype=dtype)[:, :5, 3 : VOCAB + 3]
         wide.copy_(torch.stack((z, r)))
-        batch = Batch(wide[0], wide[1], torch.arange(4), weights, {"method": method})
-        check(batch.with_options(negative_ids=negative_ids), f"{method} {size}")
+        batch = Batch(wide[0], wide[1], torch.arange(5), weights, {"method": method})
+        batch = batch.with_options(negative_ids=negative_ids)
+        check(batch, f"{method} {size}")
         assert not left.pop().any(), (method, size, shift)
+        check(batch, f"{method} {size}, a loss a row", reduction="none")
+        assert not left.pop().any(), (method, size, shift)
+        check(batch, f"{method} {size}, statistics", return_stats=True)
+        assert not left.pop()[:4].any(), (method, size, shift)
+        batch = on_device(batch)
+        shards = run_shards(batch, "triton", (70, VOCAB - 70), with_stats=False)
+        assert_agrees(shards, truth(batch), batch)
+        assert not torch.stack([left.pop(), left.pop()]).any(), (method, size, shift)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -41,6 +41,7 @@ class Variant(NamedTuple):
     aligned: bool = True
     vocab: int = 128256
     left: bool = False  # the rows that kl_kernel left
+    saved: bool = False  # a plan, for a gradient that waits
 
     def __str__(self) -> str:
         changed = (
@@ -81,9 +82,13 @@ KL_VARIANTS = (
         for vocab in (32000, 128256)
         for ids in (0, 1)
     ),
-    Variant(method="tnrf", dtype="fp16"),
+    Variant(method="tnrf", dtype="fp16", gradient=False, saved=True),
     Variant(method="tnrf", dtype="fp32"),
     Variant(method="tnrf", dtype="fp32", gradient=False),
+    Variant(method="tnff", diagnostics=True),
+    Variant(method="tnrr", diagnostics=True),
+    Variant(method="tnrf", diagnostics=True, gradient=False, ids=1),
+    Variant(method="tnrf", kind=Kind.STATISTICS, gradient=False),
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
     *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
 )
@@ -186,6 +191,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss),
         "NEGATIVE": int(objective.negative_loss),
+        "KIND": int(variant.kind),
         "GRADIENT": variant.gradient,
         "BLOCK": config.block,
         "UNROLL": config.unroll,
@@ -195,10 +201,16 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "EVEN": variant.aligned,
         "ALIKE": True,
     }
-    if not variant.gradient:
-        constants["gradient"] = None
-    if variant.ids == 0:
-        constants |= {"ids": None, "bits": None}
+    present = {
+        "ids": variant.ids > 0,
+        "bits": variant.ids > 0,
+        "losses": variant.kind == Kind.FUSED,
+        "diagnostics": variant.diagnostics,
+        "coefficients": variant.saved,
+        "gradient": variant.gradient,
+        "statistics": variant.kind == Kind.STATISTICS,
+    }
+    constants |= {name: None for name, there in present.items() if not there}
     types = {
         **dict.fromkeys(("logits", "ref_logits"), logits),
         "gradient": f"*{variant.gradient_dtype or variant.dtype}",
@@ -206,7 +218,9 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "bits": "*u8",
         **dict.fromkeys(("ids", "left"), "*i32"),
         **dict.fromkeys(("eps", "scale", "inverse_t"), "fp32"),
-        **dict.fromkeys(("weights", "losses"), "*fp32"),
+        **dict.fromkeys(
+            ("weights", "losses", "diagnostics", "coefficients", "statistics"), "*fp32"
+        ),
     }
     kernel = build(kl_kernel, *described(kl_kernel, constants, types), config, architecture)
     return kernel, config

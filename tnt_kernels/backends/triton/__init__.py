@@ -210,12 +210,11 @@ def _factors(call: RowCall) -> Factors:
 
 
 def _kind(call: RowCall) -> RowKind:
-    """Which kernel serves the call. That of KL rows: loss and gradient at once, or the loss alone, of KLs."""
+    """Which kernel serves the call. That of KL rows: what a launch of KLs that is their first reads of the logits."""
     logits, ref_logits, s = call.logits, call.tensors.ref_logits, call.scalars
     if ref_logits is None:
         return "one row"
-    asked = call.diagnostics is not None or call.coefficients is not None or s.uniform_smoothing
-    if call.kind is not Kind.FUSED or asked:
+    if not call.is_first or s.smooths_uniformly or not logits.size(1):
         return "two rows"
     if not all(side.reads_reference for side in s.sides):
         return "two rows"
@@ -268,12 +267,13 @@ def _launch_kl(
     )
     _kernels().kl_kernel[(rows,)](
         logits, logits.stride(0), ref_logits, ref_logits.stride(0), t.labels, t.weights, factors,
-        ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, vocab,
-        float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
-        row_losses, gradient, 0 if gradient is None else gradient.stride(0), left,
+        ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, rows, vocab, call.vocab_offset,
+        call.vocab_size, float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
+        row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
+        call.statistics, left,
         rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
-        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, GRADIENT=gradient is not None, BLOCK=config.block,
-        UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=ids.chunk,
+        POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, KIND=int(call.kind), GRADIENT=gradient is not None,
+        BLOCK=config.block, UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=ids.chunk,
         EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
         **options(config, architecture(logits.device)),
     )  # fmt: skip

@@ -25,17 +25,34 @@ import triton.language as tl
 from tnt_kernels.backends.triton.objectives import (
     AWAY,
     FORWARD_KL,
+    INF,
     LN_2,
     LOG2_E,
     REVERSE_KL,
+    KlEntry,
+    KlSlice,
+    RowSums,
+    conclude_kl,
+    diagnose,
     log1p,
+    nothing,
+    pack,
     phi_of,
     row_factors,
     softplus,
     two_sum,
+    with_slice,
 )
 from tnt_kernels.backends.triton.reading import Samples, columns_before, samples
-from tnt_kernels.backends.triton.set import NO_IDS, ROW_IDS, some_ids
+from tnt_kernels.backends.triton.results import (
+    FUSED,
+    STATISTICS,
+    Outputs,
+    save_kl,
+    write_diagnostics,
+    write_uncomputed,
+)
+from tnt_kernels.backends.triton.set import NO_IDS, ROW_IDS, Ids, some_columns, sum_of_set
 
 #: The weight of the reference level in the first pass is 2^48. Where e^y overflows to infinity beside a weight that is
 #: flushed to 0, their product is NaN; below that, what flushing loses is at most 2^-46 of the reference's weight.
@@ -85,10 +102,11 @@ class Row(NamedTuple):
     gradient: tl.tensor  # pointer
     begin: tl.tensor  # the row's first column
     end: tl.tensor  # the column past its last
-    label: tl.tensor  # column of y where it is removed, else -1
+    label: tl.tensor  # column of y where it is pushed down and not among the ids, else -1
+    log_kappa: tl.tensor  # of that y, wherever it lies; 0 where it is removed
     x_label: tl.tensor  # its logits
     o_label: tl.tensor
-    bits: tl.tensor  # pointer to bytes: a bit for every column, 1 where it is among the removed ids
+    ids: Ids
     samples: Samples
     scale: tl.tensor  # log2(e)/T
     inverse_t: tl.tensor
@@ -109,13 +127,15 @@ class Tiles(NamedTuple):
 class Shift(NamedTuple):
     c: tl.tensor  # a whole number: the base's level in units of log 2
     a: tl.tensor  # how far o lies above x, in the same units
-    distance: tl.tensor  # of the levels, in nats times T
+    x_ref: tl.tensor  # the base's level
+    distance: tl.tensor  # from it to the other's
 
 
 class Sums(NamedTuple):
     s: tl.tensor  # S
     m: tl.tensor  # M / ln 2
     phi: tl.tensor  # Φ
+    h: tl.tensor  # of the policy's weights times their log2, where somebody asks for the entropy
     a: tl.tensor  # A
     log_ratio: tl.tensor  # L
     kl: tl.tensor  # over the kept entries
@@ -199,11 +219,11 @@ def _kept(row, v, IDS: tl.constexpr):
     """Both logits of columns; those outside the row, and the removed ones, weigh nothing."""
     kept = (v >= row.begin) & (v < row.end) & (v != row.label)
     if IDS != NO_IDS:
-        bits = tl.load(row.bits + v // 8, mask=kept, other=0).to(tl.int32) >> (v % 8)
+        bits = tl.load(row.ids.bits + v // 8, mask=kept, other=0).to(tl.int32) >> (v % 8)
         kept = kept & ((bits & 1) == 0)
-    x = tl.load(row.x.elements + v, mask=kept, other=AWAY).to(tl.float32)
-    o = tl.load(row.o.elements + v, mask=kept, other=AWAY).to(tl.float32)
-    return x, o
+    x = tl.load(row.x.elements + v, mask=kept, other=0.0).to(tl.float32)
+    o = tl.load(row.o.elements + v, mask=kept, other=0.0).to(tl.float32)
+    return tl.where(kept, x, AWAY), tl.where(kept, o, AWAY)  # float16 does not hold it
 
 
 @triton.jit
@@ -222,7 +242,7 @@ def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
     if IDS != NO_IDS:
         PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
         v = start + tl.arange(0, BLOCK // (4 * PAIRS)) * (4 * PAIRS)
-        some = tl.load(row.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
+        some = tl.load(row.ids.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
         if PAIRS == 1:
             some = some >> (v % 8)
         bits = some[:, None] >> (tl.arange(0, 4) * PAIRS)[None, :]
@@ -235,17 +255,42 @@ def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
 
 
 @triton.jit
-def _add(x, o, bits, s, m, f, row, shift, IDS: tl.constexpr):
+def _add(
+    x, o, bits, s, m, f, h, row, shift, LOSS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr
+):
     """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
     e = tl.exp2(tl.fma(x, row.scale, -shift.c))
     if IDS != NO_IDS:
         e = tl.where((bits & 1) != 0, 0.0, e)
     y = tl.fma(o - x, row.scale, -shift.a)
+    power = tl.exp2(y)
+    if ENTROPY:  # a logarithm of -inf has no weight
+        at = tl.fma(x, row.scale, -(shift.c + BIAS))
+        if LOSS == REVERSE_KL:
+            h = tl.fma(e, tl.maximum(at, -256.0), h)
+        else:
+            h = tl.fma(e * power, tl.maximum(at + y, -256.0), h)
+    return s + e, tl.fma(e, y, m), tl.fma(e, _phi(y, power), f), h
+
+
+@triton.jit
+def _phi(y, power):
+    """φ of y in units of log 2, to 5e-6; ``power`` is 2^y."""
     p = tl.fma(y, M3, M2)
     p = tl.fma(p, y, M1)
     p = tl.fma(p, y, M0)
-    phi = tl.where(tl.abs(y) < MIDDLE, (p * y) * y, tl.fma(y, -LN_2, tl.exp2(y) - 1.0))
-    return s + e, tl.fma(e, y, m), tl.fma(e, phi, f)
+    return tl.where(tl.abs(y) < MIDDLE, (p * y) * y, tl.fma(y, -LN_2, power - 1.0))
+
+
+@triton.jit
+def _label(row, shift, LOSS: tl.constexpr):
+    """Of a y that is pushed down in part: log2 of its base weight and of the other's, and its y."""
+    of_x, of_o = row.log_kappa * LOG2_E, 0.0 * row.log_kappa
+    if LOSS == REVERSE_KL:
+        of_x, of_o = of_o, of_x
+    at = tl.fma(row.x_label, row.scale, -shift.c) + of_x
+    y = tl.fma(row.o_label - row.x_label, row.scale, -shift.a) + (of_o - of_x)
+    return at, y
 
 
 @triton.jit
@@ -260,7 +305,7 @@ def _shift(x_top, o_top, mean, row):
     o_top = tl.where(tl.abs(o_top) < 1e29, o_top, 0.0)
     distance = o_top - x_top
     a = tl.where(tl.abs(mean - distance) * row.inverse_t < 16.0, mean, distance)
-    return Shift(tl.floor(x_top * row.scale), a * row.scale, distance)
+    return Shift(tl.floor(x_top * row.scale), a * row.scale, x_top, distance)
 
 
 @triton.jit
@@ -275,26 +320,33 @@ def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
 
 
 @triton.jit
-def _without_label(row, s, m, f, shift, BLOCK: tl.constexpr, IDS: tl.constexpr):
+def _without_label(
+    row, s, m, f, h, shift, LOSS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+):  # fmt: skip
     """The sums without the label. Its lane has summed a column of every tile: they are summed anew."""
     PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
     lane = row.label % BLOCK // PAIRS
     hit = _places(BLOCK // PAIRS, 4, IDS) == lane
-    s, m, f = tl.where(hit, 0.0, s), tl.where(hit, 0.0, m), tl.where(hit, 0.0, f)
+    s, m, f, h = (
+        tl.where(hit, 0.0, s),
+        tl.where(hit, 0.0, m),
+        tl.where(hit, 0.0, f),
+        tl.where(hit, 0.0, h),
+    )
     t = tl.zeros([GATHER], tl.float32)
-    n = t
-    g = t
+    n, g, k = t, t, t
     for start in range(0, row.end, GATHER * BLOCK):
         for i in tl.static_range(PAIRS):
             x, o = _kept(row, start + tl.arange(0, GATHER) * BLOCK + (lane * PAIRS + i), IDS)
-            t, n, g = _add(x, o, 0, t, n, g, row, shift, NO_IDS)
-    return s, m, f, t, n, g
+            t, n, g, k = _add(x, o, 0, t, n, g, k, row, shift, LOSS, ENTROPY, NO_IDS)
+    return s, m, f, h, t, n, g, k
 
 
 @triton.jit
 def _add_words(
-    x, o, start, s, m, f, row, shift, EDGE: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
-):
+    x, o, start, s, m, f, h, row, shift, LOSS: tl.constexpr, ENTROPY: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
     """A tile's pairs, where it is an edge without those outside the row."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
@@ -305,51 +357,73 @@ def _add_words(
         x0, o0 = _low(x, ELEMENT), _low(o, ELEMENT)
     if EDGE:
         x0, o0 = _inside(x0, v, row), _inside(o0, v, row)
-    s, m, f = _add(x0, o0, bits, s, m, f, row, shift, IDS)
+    s, m, f, h = _add(x0, o0, bits, s, m, f, h, row, shift, LOSS, ENTROPY, IDS)
     if PAIRS == 2:
         x1, o1 = _high(x, ELEMENT), _high(o, ELEMENT)
         if EDGE:
             x1, o1 = _inside(x1, v + 1, row), _inside(o1, v + 1, row)
-        s, m, f = _add(x1, o1, bits >> 1, s, m, f, row, shift, IDS)
-    return s, m, f
+        s, m, f, h = _add(x1, o1, bits >> 1, s, m, f, h, row, shift, LOSS, ENTROPY, IDS)
+    return s, m, f, h
 
 
 @triton.jit
-def _first_pass(row, shift, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+def _first_pass(
+    row, shift, LOSS: tl.constexpr, ENTROPY: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
     PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
     u = _places(BLOCK // PAIRS, 4, IDS)
     tiles = _tiles(row.begin, row.end, BLOCK)
-    biased = Shift(shift.c - BIAS, shift.a, shift.distance)
+    biased = Shift(shift.c - BIAS, shift.a, shift.x_ref, shift.distance)
     s = tl.zeros(u.shape, tl.float32)
-    m, f = s, s
+    m, f, h = s, s, s
     for start in tl.range(tiles.first, tiles.whole, BLOCK, num_stages=1, loop_unroll_factor=UNROLL):
         at = start // PAIRS
         x, o = tl.load(row.x.words + at + u), tl.load(row.o.words + at + u)
-        s, m, f = _add_words(x, o, start, s, m, f, row, biased, False, BLOCK, IDS)
+        s, m, f, h = _add_words(
+            x, o, start, s, m, f, h, row, biased, LOSS, ENTROPY, False, BLOCK, IDS
+        )
     for start in range(tiles.edge, row.end, tiles.step):
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
-        s, m, f = _add_words(x, o, start, s, m, f, row, biased, True, BLOCK, IDS)
-    t, n, g = 0.0, 0.0, 0.0
+        s, m, f, h = _add_words(
+            x, o, start, s, m, f, h, row, biased, LOSS, ENTROPY, True, BLOCK, IDS
+        )
+    t, n, g, k = 0.0, 0.0, 0.0, 0.0
     if row.label >= 0:
-        s, m, f, ts, ns, gs = _without_label(row, s, m, f, biased, BLOCK, IDS)
+        s, m, f, h, ts, ns, gs, ks = _without_label(
+            row, s, m, f, h, biased, LOSS, ENTROPY, BLOCK, IDS
+        )
         t, n, g = tl.reduce((ts, ns, gs), 0, _plus)
+        if ENTROPY:
+            k = tl.sum(ks, 0)
+        if WHOLE:  # of shards, it travels by itself
+            if row.log_kappa != 0.0:
+                at, y = _label(row, biased, LOSS)
+                e = tl.exp2(at)
+                t, n, g = t + e, tl.fma(e, y, n), tl.fma(e, _phi(y, tl.exp2(y)), g)
+    if ENTROPY:
+        if IDS != NO_IDS:
+            h = tl.sum(h, 1)
+        k += tl.sum(h, 0)
     if IDS != NO_IDS:
         s, m, f = tl.reduce((s, m, f), 1, _plus)
     s, m, f = tl.reduce((s, m, f), 0, _plus)
-    return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS)
+    return _sums((s + t) * UNBIAS, (m + n) * UNBIAS, (f + g) * UNBIAS, k * UNBIAS)
 
 
 @triton.jit
-def _sums(s, m, phi):
+def _sums(s, m, phi, h):
     a = tl.fma(m, LN_2, phi)
     ratio = a / s
     log_ratio = log1p(ratio)
     excess = tl.where(tl.abs(log_ratio) < 0.5, phi_of(log_ratio), ratio - log_ratio)  # φ(L)
-    return Sums(s, m, phi, a, log_ratio, phi / s - excess)
+    return Sums(s, m, phi, h, a, log_ratio, phi / s - excess)
 
 
 @triton.jit
-def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
+def _verdict(
+    sums, shift, attempt, LOSS: tl.constexpr, ENTROPY: tl.constexpr, ELEMENT: tl.constexpr
+):
     """GOOD, LEFT or AGAIN, and whether it takes the row's maxima."""
     usable = (sums.s > 2.0**-40) & (sums.s < 2.0**52)
     finite = (
@@ -365,6 +439,12 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
     if ELEMENT == tl.float32:
         near = near & ((apart <= 1.0) | (sums.kl > 0.0018 * apart * apart))
     fit = finite & near
+    if ENTROPY:  # the small difference of large numbers, where a level is far from its maximum
+        kept = sums.s if LOSS == REVERSE_KL else sums.s + sums.a
+        level = tl.log2(kept)
+        lost = tl.abs(level) * (1.0 + sums.s / kept)
+        cancels = (level - sums.h / kept < lost * 2.0**-6) | (lost > 32.0)
+        fit = fit & ((attempt > 0) | (cancels == 0))
     # Below -3, S + A has lost its digits, as it has where A is the small difference of large numbers.
     exact = (sums.log_ratio > -3.0) & (tl.abs(sums.m) + sums.phi < 32.0 * (sums.s + sums.a))
     # Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than they, L has to be nearer to 0.
@@ -378,28 +458,36 @@ def _verdict(sums, shift, attempt, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _fit_sums(row, BLOCK: tl.constexpr, UNROLL: tl.constexpr, IDS: tl.constexpr):
+def _fit_sums(
+    row, LOSS: tl.constexpr, ENTROPY: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    IDS: tl.constexpr,
+):  # fmt: skip
     """First passes until the sums are fit for use, or until the row is given up."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     shift = _shift(row.samples.x_top, row.samples.o_top, row.samples.above, row)
-    c, a, distance = shift.c, shift.a, shift.distance
-    s, m, phi, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    c, a, x_ref, distance = shift.c, shift.a, shift.x_ref, shift.distance
+    s, m, phi, h, total, log_ratio, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     attempt, verdict = 0, AGAIN + 0
     while verdict == AGAIN:
-        sums = _first_pass(row, Shift(c, a, distance), BLOCK, UNROLL, IDS)
-        s, m, phi, total, log_ratio, kl = sums.s, sums.m, sums.phi, sums.a, sums.log_ratio, sums.kl
-        verdict, by_maxima = _verdict(sums, Shift(c, a, distance), attempt, ELEMENT)
+        sums = _first_pass(
+            row, Shift(c, a, x_ref, distance), LOSS, ENTROPY, WHOLE, BLOCK, UNROLL, IDS
+        )
+        s, m, phi, h, total = sums.s, sums.m, sums.phi, sums.h, sums.a
+        log_ratio, kl = sums.log_ratio, sums.kl
+        verdict, by_maxima = _verdict(
+            sums, Shift(c, a, x_ref, distance), attempt, LOSS, ENTROPY, ELEMENT
+        )
         if verdict == AGAIN:
             if by_maxima:
                 shift = _shift_of_maxima(row, BLOCK, IDS)
-                c, a, distance = shift.c, shift.a, shift.distance
+                c, a, x_ref, distance = shift.c, shift.a, shift.x_ref, shift.distance
             else:
                 a += log_ratio * LOG2_E
         attempt += 1
     # What rounding leaves of 0.
     kl = tl.where(kl > 0.0, kl, 0.0)
     good = (verdict == GOOD) & (tl.abs(c) < HIGHEST_LEVEL)
-    return Shift(c, a, distance), Sums(s, m, phi, total, log_ratio, kl), good
+    return Shift(c, a, x_ref, distance), Sums(s, m, phi, h, total, log_ratio, kl), good
 
 
 # ----------------------------------------------------------------------------------------------------- coefficients
@@ -576,34 +664,32 @@ def _zero(gradient, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _removed(
-    row, at, ids, count, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr
-):
+def _removed(row, at, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.constexpr):
     """The set's sums, and whether a logit of it, in either row, is none. ``at``: of the label."""
-    has_label = row.label >= 0
+    has_label = (row.label >= 0) & (row.log_kappa == 0.0)
     weight = tl.where(has_label, tl.exp2(at), 0.0)
     total, moment = weight, tl.where(weight == 0.0, 0.0, weight * at)
     number = tl.where(has_label, 1.0, 0.0)
-    broken = has_label & (((row.x_label < float("inf")) & (row.o_label < float("inf"))) == 0)
+    broken = has_label & (((row.x_label < INF) & (row.o_label < INF)) == 0)
     if IDS != NO_IDS:
         totals = tl.zeros([CHUNK], tl.float32)
         moments = totals
         numbers = totals
         worst = totals
-        for start in range(0, count, CHUNK):
-            some, counts = some_ids(ids, count, start, CHUNK)
-            v = row.begin + some
-            x = tl.load(row.x.elements + v, mask=counts, other=AWAY).to(tl.float32)
-            o = tl.load(row.o.elements + v, mask=counts, other=AWAY).to(tl.float32)
+        for start in range(0, row.ids.count, CHUNK):
+            v, here = some_columns(row.ids, row.end - row.begin, start, CHUNK)
+            v += row.begin
+            x = tl.load(row.x.elements + v, mask=here, other=AWAY).to(tl.float32)
+            o = tl.load(row.o.elements + v, mask=here, other=AWAY).to(tl.float32)
             z = x if LOSS == REVERSE_KL else o
             exponents = tl.fma(z, row.scale, -level)
-            weights = tl.where(counts, tl.exp2(exponents), 0.0)
+            weights = tl.where(here, tl.exp2(exponents), 0.0)
             totals += weights
             moments += tl.where(weights == 0.0, 0.0, weights * exponents)
-            numbers += tl.where(counts, 1.0, 0.0)
+            numbers += tl.where(here, 1.0, 0.0)
             # A policy's -inf, times its weight of 0, would be NaN in the second pass.
-            fine = (x < float("inf")) & (o < float("inf")) & (z > -float("inf"))
-            worst += tl.where(counts & (fine == 0), 1.0, 0.0)
+            fine = (x < INF) & (o < INF) & (z > -INF)
+            worst += tl.where(here & (fine == 0), 1.0, 0.0)
         total += tl.sum(totals, 0)
         moment += tl.sum(moments, 0)
         number += tl.sum(numbers, 0)
@@ -611,39 +697,142 @@ def _removed(
     return Set(total, moment, number), broken
 
 
+# ------------------------------------------------------------------------------------- for others than this launch
+
+
+@triton.jit
+def _row_sums(
+    row,
+    sums,
+    shift,
+    removed,
+    LOSS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """What the row is reduced to, by its logarithms."""
+    REVERSE: tl.constexpr = LOSS == REVERSE_KL
+    other = sums.s + sums.a
+    # The references are the levels: c and a are theirs but for what rounding took.
+    x_ref = shift.x_ref
+    o_ref = x_ref + shift.distance
+    log_base = tl.log(sums.s) + tl.fma(-x_ref, row.scale, shift.c) * LN_2
+    log_ratio = sums.log_ratio + tl.fma(-shift.distance, row.scale, shift.a) * LN_2
+    log_other = log_base + log_ratio
+    entropy = 0.0 * log_base
+    if ENTROPY:
+        kept = sums.s if REVERSE else other
+        entropy = (tl.log2(kept) - sums.h / kept) * LN_2
+    vocab = row.end - row.begin
+    in_part = row.log_kappa != 0.0
+    set_label = tl.where(in_part, -1, row.label)
+    of_x = sum_of_set(row.x.elements, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS)
+    of_o = sum_of_set(row.o.elements, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS)
+    here = in_part & (row.label >= 0)
+    x_label, o_label = tl.where(here, row.x_label, 0.0), tl.where(here, row.o_label, 0.0)
+    kept = vocab.to(tl.float32) - removed.count - tl.where(here, 1.0, 0.0)
+    k = KlSlice(x_ref, o_ref, log_base, log_other, log_ratio, sums.kl, entropy)
+    if REVERSE:
+        found = RowSums(
+            nothing(), nothing(), x_label, of_x, of_o, o_label, sums.kl, log_ratio, kept
+        )
+    else:
+        found = RowSums(
+            nothing(), nothing(), o_label, of_o, of_x, x_label, sums.kl, log_ratio, kept
+        )
+    return with_slice(found, k, REVERSE), k
+
+
+@triton.jit
+def _label_entry(row, sums, shift, LOSS: tl.constexpr):
+    """A y that is pushed down in part among the entries that stay."""
+    at, y = _label(row, shift, LOSS)
+    log_base = at * LN_2 - tl.log(sums.s)
+    return KlEntry(log_base, log_base + y * LN_2 - sums.log_ratio, y * LN_2 - sums.log_ratio)
+
+
+@triton.jit
+def _gradient_of_label(row, shift, at, g, LOSS: tl.constexpr, FOLDED: tl.constexpr):
+    """``at``: log2 of its policy's weight, relative to its level."""
+    weight = tl.exp2(at)
+    own = tl.where(weight == 0.0, 0.0, weight * tl.fma(at, g.s1, g.s0))  # of a removed one
+    if row.log_kappa != 0.0:
+        e_at, y = _label(row, shift, LOSS)
+        e = tl.exp2(e_at)
+        if LOSS == REVERSE_KL:
+            k1 = g.k1 / row.scale if FOLDED else g.k1
+            k0 = tl.fma(k1, shift.a, g.k0) if FOLDED else g.k0
+            own = tl.where(e == 0.0, 0.0, e * tl.fma(y, k1, k0))
+        else:
+            d = (y - (g.a - shift.a)) * LN_2
+            own = tl.where(
+                tl.abs(d) < 1.0, g.k0 * e * (phi_of(d) + d), tl.fma(weight, g.k1, e) * g.h
+            )
+    return own
+
+
 # ------------------------------------------------------------------------------------------------------------ a row
 
 
 @triton.jit
 def _run(
-    row, ids, count, row_factor, factor, eps, loss_at, LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr,
+    row, to, row_factor, factor, eps, LOSS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    IDS: tl.constexpr,
 ):  # fmt: skip
     """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
+    ENTROPY: tl.constexpr = to.diagnostics is not None
+    TOLD: tl.constexpr = ENTROPY or to.coefficients is not None or to.statistics is not None
+    FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
     if LOSS == FORWARD_KL:
         some = Samples(row.samples.o_top, row.samples.x_top, -row.samples.above)
         row = Row(
-            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.o_label, row.x_label, row.bits, some,
-            row.scale, row.inverse_t,
+            row.o, row.x, row.gradient, row.begin, row.end, row.label, row.log_kappa, row.o_label, row.x_label,
+            row.ids, some, row.scale, row.inverse_t,
         )  # fmt: skip
-    shift, sums, good = _fit_sums(row, BLOCK, UNROLL, IDS)
+    shift, sums, good = _fit_sums(row, LOSS, ENTROPY, KIND == FUSED, BLOCK, UNROLL, IDS)
     # log2 of the policy's weights, relative to its sum's, is z scale - level, less what rounding took from the level.
     level, z_label = shift.c, row.x_label
     if LOSS == FORWARD_KL:
         level, lost = two_sum(shift.c, shift.a)
         z_label = row.o_label
     at = tl.fma(z_label, row.scale, -level)
-    removed, broken = _removed(row, at, ids, count, level, LOSS, CHUNK, IDS)
+    removed, broken = _removed(row, at, level, LOSS, CHUNK, IDS)
     good = good & (broken == 0) & (removed.sum < 2.0**100)
     if LOSS == REVERSE_KL:
-        FOLDED: tl.constexpr = row.x.elements.dtype.element_ty != tl.float32
         good = good & ((removed.count == 0.0) | (eps > 1e-30))
         loss, g = _reverse(sums, shift, removed, factor, eps, row.scale, FOLDED)
     else:
         loss, g = _forward(sums, shift, level, lost, removed, factor)
     if good:
-        if loss_at is not None:
-            tl.store(loss_at, row_factor * loss)
+        if TOLD:
+            found, k = _row_sums(row, sums, shift, removed, LOSS, ENTROPY, CHUNK, IDS)
+            if to.coefficients is not None:
+                label = _label_entry(row, sums, shift, LOSS)
+                in_part = (row.label >= 0) & (row.log_kappa != 0.0)
+                loss, _, plan = conclude_kl(
+                    found,
+                    k,
+                    label,
+                    (0.0, 0.0),
+                    row.log_kappa,
+                    in_part,
+                    eps,
+                    removed.count,
+                    row.inverse_t,
+                    LOSS,
+                )
+                save_kl(to.coefficients, plan)
+                tl.store(to.coefficients + 15, factor)
+            if KIND == STATISTICS:
+                pack(to.statistics, found)
+            elif ENTROPY:
+                write_diagnostics(
+                    to, loss, loss, diagnose(found, 0.0 * loss, row.inverse_t, True, True)
+                )
+        if to.loss is not None:
+            tl.store(to.loss, row_factor * loss)
         if GRADIENT:
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
@@ -654,8 +843,7 @@ def _run(
             else:
                 _second_pass(row, g, DIRECT, BLOCK, UNROLL, EVEN, IDS)
             if row.label >= 0:
-                weight = tl.exp2(at)
-                own = tl.where(weight == 0.0, 0.0, weight * tl.fma(at, g.s1, g.s0))
+                own = _gradient_of_label(row, shift, at, g, LOSS, FOLDED)
                 tl.debug_barrier()
                 tl.store(row.gradient + row.label, own.to(row.gradient.dtype.element_ty))
     return good == 0
@@ -664,14 +852,15 @@ def _run(
 @triton.jit(
     do_not_specialize=[
         "logits_stride", "ref_stride", "gradient_stride", "vocab", "ignore_index", "ids_stride", "ids_count",
-        "bits_stride", "readable",
+        "bits_stride", "readable", "rows", "vocab_offset", "vocab_size",
     ],
     do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
 )  # fmt: skip
 def kl_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
-    bits_stride, vocab, eps, scale, inverse_t, ignore_index, losses, gradient, gradient_stride, left, readable,
-    POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    bits_stride, rows, vocab, vocab_offset, vocab_size, eps, scale, inverse_t, ignore_index, losses, diagnostics,
+    coefficients, gradient, gradient_stride, statistics, left, readable, POSITIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
     NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``stream_kernel``, else 0.
@@ -700,56 +889,66 @@ def kl_kernel(
     if weights is not None:
         weight = tl.load(weights + index)
     negative = weight < 0.0
-    valid = (label >= 0) & (label < vocab)
-    id_row = labels
+    valid = (label >= 0) & (label < vocab_size)
+    id_row, bit_row = labels, labels
     if IDS != NO_IDS:
         id_row = ids + index * ids_stride
+        bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
         last = tl.load(id_row + ids_count - 1)
         negative = negative | (last >= 0)
-        valid = valid & (tl.load(id_row) >= -1) & (last < vocab)
+        valid = valid & (tl.load(id_row) >= -1) & (last < vocab_size)
     row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
     some = samples(z.elements, r.elements, begin, vocab)
     end = begin + vocab
     if EVEN:
         end = tl.multiple_of(end, GROUP)
-    loss_at = losses
-    if losses is not None:
-        loss_at = losses + index
+    to = Outputs(
+        None if losses is None else losses + index,
+        None if diagnostics is None else diagnostics + index,
+        rows,
+        None if coefficients is None else coefficients + index * 16,
+        None if statistics is None else statistics + index * 15,
+        None,
+    )
     gives_up = False
     if index >= readable:
         gives_up = True
     elif (weight == 0.0) | (label == ignore_index):
         if GRADIENT:
             _zero(g_row, begin, end, BLOCK)
-        if losses is not None:
-            tl.store(loss_at, 0.0)
+        write_uncomputed(to, 0.0, 0.0, KIND)
     else:
-        column = begin + tl.where(valid, label, 0).to(tl.int32)
-        pushed = weight < 0.0
-        bit_row = left
+        w = weight + 0.0 * scale
+        column = label - vocab_offset
+        pushed = (w < 0.0) & (column >= 0) & (column < vocab)
+        column = begin + tl.where(pushed, column, 0).to(tl.int32)
         if IDS != NO_IDS:
-            bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
             pushed = pushed & (
                 (tl.load(bit_row + column // 8).to(tl.int32) >> (column % 8) & 1) == 0
             )
-        served = valid & ((pushed == 0) | (weight <= -1.0))
-        served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
+        log_kappa = tl.where(pushed & (w > -1.0), log1p(tl.maximum(w, -1.0)), 0.0)
+        served = valid & ((log_kappa != 0.0) | (w <= -1.0) | (pushed == 0))
+        if KIND == FUSED:
+            if diagnostics is not None:
+                served = served & (log_kappa == 0.0)
+            served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
         gives_up = served == 0
         if served:
             z_label = tl.load(z.elements + column, mask=pushed, other=0.0).to(tl.float32)
             r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
             column = tl.where(pushed, column, -1)
             row = Row(
-                z, r, g_row, begin, end, column, z_label, r_label, bit_row, some, scale, inverse_t,
+                z, r, g_row, begin, end, column, log_kappa, z_label, r_label,
+                Ids(id_row, ids_count, bit_row, vocab_offset), some, scale, inverse_t,
             )  # fmt: skip
             if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
-                    row, id_row, ids_count, row_factor, factor, eps, loss_at, NEGATIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, EVEN, IDS,
+                    row, to, row_factor, factor, eps, NEGATIVE, KIND, GRADIENT, BLOCK, UNROLL, NEAR_KL, CHUNK, EVEN,
+                    IDS,
                 )  # fmt: skip
             else:
                 gives_up = _run(
-                    row, id_row, ids_count, row_factor, factor, eps, loss_at, POSITIVE, GRADIENT, BLOCK, UNROLL,
-                    NEAR_KL, CHUNK, EVEN, IDS,
+                    row, to, row_factor, factor, eps, POSITIVE, KIND, GRADIENT, BLOCK, UNROLL, NEAR_KL, CHUNK, EVEN,
+                    IDS,
                 )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))

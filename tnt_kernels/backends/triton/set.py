@@ -51,6 +51,14 @@ def some_ids(ids, count, at, SOME: tl.constexpr):
 
 
 @triton.jit
+def some_columns(ids, vocab, at, SOME: tl.constexpr):
+    """Of these, the columns of those that lie here, and which do."""
+    some, counts = some_ids(ids.list, ids.count, at, SOME)
+    v = some - ids.offset
+    return v, counts & (v >= 0) & (v < vocab)
+
+
+@triton.jit
 def count_ids(ids, vocab, label, CHUNK: tl.constexpr):
     """How many there are, and of these here; and whether the label, of the whole vocabulary, is among them."""
     all_counts = tl.zeros([CHUNK], tl.float32)
@@ -103,9 +111,7 @@ def sum_of_set(elements, begin, vocab, label, ids, scale, CHUNK: tl.constexpr, I
 @triton.jit
 def _gathered(elements, begin, vocab, ids, start, CHUNK: tl.constexpr):
     """Some of the set's logits: -inf where there is none, or none here."""
-    some, counts = some_ids(ids.list, ids.count, start, CHUNK)
-    v = some - ids.offset
-    here = counts & (v >= 0) & (v < vocab)
+    v, here = some_columns(ids, vocab, start, CHUNK)
     return tl.load(elements + begin + v, mask=here, other=-INF).to(tl.float32), here
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tnt_kernels._call import Kind
 from tnt_kernels.backends.triton.objectives import (
     FORWARD_KL,
     INF,
@@ -25,12 +24,9 @@ from tnt_kernels.backends.triton.objectives import (
     NEGATIVE_LIKELIHOOD,
     NONE,
     REVERSE_KL,
-    ExpPlan,
-    KlPlan,
     KlSlice,
     LogSum,
     RowSums,
-    UniformPlan,
     complete,
     conclude_exp,
     conclude_kl,
@@ -53,6 +49,24 @@ from tnt_kernels.backends.triton.objectives import (
     with_slice,
 )  # fmt: skip
 from tnt_kernels.backends.triton.reading import columns_before, samples
+from tnt_kernels.backends.triton.results import (
+    BACKWARD,
+    FINISH,
+    FUSED,
+    PARTIAL_SUMS,
+    STATISTICS,
+    Outputs,
+    save_exp,
+    save_kl,
+    save_uniform,
+    saved_exp,
+    saved_kl,
+    saved_uniform,
+    with_loss,
+    write_diagnostics,
+    write_partial_sums,
+    write_uncomputed,
+)
 from tnt_kernels.backends.triton.set import (
     NO_IDS,
     ROW_IDS,
@@ -61,13 +75,6 @@ from tnt_kernels.backends.triton.set import (
     negative_likelihood_of_set,
     sum_of_set,
 )
-
-# What a launch does.
-FUSED = tl.constexpr(int(Kind.FUSED))
-BACKWARD = tl.constexpr(int(Kind.BACKWARD))
-STATISTICS = tl.constexpr(int(Kind.STATISTICS))
-PARTIAL_SUMS = tl.constexpr(int(Kind.PARTIAL_SUMS))
-FINISH = tl.constexpr(int(Kind.FINISH))
 
 #: Log2 of what weights are lowered by when they are added up: those of a row times the lowest number are a number, too.
 BIAS = tl.constexpr(24.0)
@@ -577,103 +584,7 @@ def _fill(row, value, BLOCK: tl.constexpr):
         _store(row, start, start + u, tl.zeros(u.shape, tl.float32) + value, BLOCK)
 
 
-# ------------------------------------------------------------------------------------------------------------ plans
-
-
-@triton.jit
-def _save_kl(to, plan):
-    tl.store(to + 0, plan.x_zero)
-    tl.store(to + 1, plan.o_zero)
-    tl.store(to + 2, plan.x_ref)
-    tl.store(to + 3, plan.c)
-    tl.store(to + 4, plan.o_ref)
-    tl.store(to + 5, plan.shift)
-    tl.store(to + 6, plan.rest)
-    tl.store(to + 7, plan.u0)
-    tl.store(to + 8, plan.u1)
-    tl.store(to + 9, plan.set_max)
-    tl.store(to + 10, plan.set_scale)
-    tl.store(to + 11, plan.set_shift)
-    tl.store(to + 12, plan.partial)
-
-
-@triton.jit
-def _saved_kl(at):
-    return KlPlan(
-        tl.load(at + 0), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-        tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11),
-        tl.load(at + 12),
-    )  # fmt: skip
-
-
-@triton.jit
-def _save_exp(to, plan):
-    tl.store(to + 0, plan.ref)
-    tl.store(to + 1, plan.kept)
-    tl.store(to + 2, plan.bias)
-    tl.store(to + 3, plan.set_ref)
-    tl.store(to + 4, plan.set)
-    tl.store(to + 5, plan.push)
-    tl.store(to + 6, plan.least)
-
-
-@triton.jit
-def _saved_exp(at):
-    return ExpPlan(
-        tl.load(at + 0), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-        tl.load(at + 6),
-    )  # fmt: skip
-
-
-@triton.jit
-def _save_uniform(to, plan):
-    tl.store(to + 0, plan.z_ref)
-    tl.store(to + 1, plan.p_inverse)
-    tl.store(to + 2, plan.p_log_sum)
-    tl.store(to + 3, plan.r_ref)
-    tl.store(to + 4, plan.q_inverse)
-    tl.store(to + 5, plan.loss)
-
-
-@triton.jit
-def _saved_uniform(at):
-    return UniformPlan(
-        tl.load(at + 0), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-    )  # fmt: skip
-
-
-@triton.jit
-def _with_loss(plan, loss):
-    return UniformPlan(plan.z_ref, plan.p_inverse, plan.p_log_sum, plan.r_ref, plan.q_inverse, loss)
-
-
 # ------------------------------------------------------------------------------------------------------------ a row
-
-
-class Outputs(NamedTuple):
-    """Of a row: pointers, None where nobody asks."""
-
-    loss: tl.tensor
-    diagnostics: tl.tensor  # one number here, the next ``rows`` further on
-    rows: tl.tensor
-    coefficients: tl.tensor
-    statistics: tl.tensor
-    partial_sums: tl.tensor
-
-
-@triton.jit
-def _write_diagnostics(to, loss, kl, d):
-    tl.store(to.diagnostics, loss)
-    tl.store(to.diagnostics + to.rows, kl)
-    tl.store(to.diagnostics + 2 * to.rows, d.negative_mass)
-    tl.store(to.diagnostics + 3 * to.rows, d.ref_negative_mass)
-    tl.store(to.diagnostics + 4 * to.rows, d.entropy)
-
-
-@triton.jit
-def _write_partial_sums(to, loss, active):
-    tl.store(to.partial_sums, loss)
-    tl.store(to.partial_sums + 1, active)
 
 
 @triton.jit
@@ -683,22 +594,7 @@ def _uncomputed(
     """``value`` stands for what the row yields, ``counted`` for that times the row's factor."""
     if GRADIENT:
         _fill(row, counted, BLOCK)
-    if KIND == FUSED:
-        if to.coefficients is not None:
-            tl.store(to.coefficients + 15, counted)
-    if KIND == STATISTICS:
-        for i in tl.static_range(15):
-            tl.store(to.statistics + i, -INF if i == 1 or i == 4 or i == 7 or i == 10 else 0.0)
-    if KIND == PARTIAL_SUMS:
-        _write_partial_sums(to, value, value)
-    if KIND == FUSED or KIND == FINISH:
-        if to.diagnostics is not None:
-            nan = value * 0.0 + float("nan")
-            tl.store(to.diagnostics, value)
-            for i in tl.static_range(1, 5):
-                tl.store(to.diagnostics + i * to.rows, nan)
-        if to.loss is not None:
-            tl.store(to.loss, counted)
+    write_uncomputed(to, value, counted, KIND)
 
 
 @triton.jit
@@ -752,13 +648,13 @@ def _run(
         if (scale == 0.0) | (scale != scale):
             _fill(row, scale, BLOCK)
         elif SMOOTH:
-            plan = _saved_uniform(to.coefficients)
+            plan = saved_uniform(to.coefficients)
             _second_pass(row, plan, scale, eps, vocab_size, LOSS, True, HAS_SET, IDS, True, BLOCK)
         elif KL:
-            plan = _saved_kl(to.coefficients)
+            plan = saved_kl(to.coefficients)
             _second_pass(row, plan, scale, eps, vocab_size, LOSS, False, HAS_SET, IDS, True, BLOCK)
         else:
-            plan = _saved_exp(to.coefficients)
+            plan = saved_exp(to.coefficients)
             _second_pass(row, plan, scale, eps, vocab_size, LOSS, False, HAS_SET, IDS, True, BLOCK)
     else:
         x_zero, o_zero = 0.0, 0.0
@@ -783,7 +679,7 @@ def _run(
                     least_log_weight(nl_floor, log_all), nl_floor, inverse_t, CHUNK, IDS,
                 )  # fmt: skip
             if KIND == PARTIAL_SUMS and not SMOOTH:
-                _write_partial_sums(to, total + 0.0, active + 0.0)
+                write_partial_sums(to, total + 0.0, active + 0.0)
                 # A gradient that does not wait for the total is of a loss whose whole set is active.
                 active = row.set_size
             # ---- the loss, and what the second pass takes
@@ -793,7 +689,7 @@ def _run(
                     loss = tl.where(undefined, float("nan"), total + 0.0 * log_kappa)
                     lost = undefined
                     if KIND == FINISH:
-                        plan = _with_loss(plan, loss)
+                        plan = with_loss(plan, loss)
                     elif undefined == 0:
                         WRITES: tl.constexpr = GRADIENT and LOSS == FORWARD_KL
                         loss = _second_pass(
@@ -810,10 +706,10 @@ def _run(
                             BLOCK,
                         )
                     if KIND == PARTIAL_SUMS:
-                        _write_partial_sums(to, tl.where(undefined, 0.0, loss), 0.0)
+                        write_partial_sums(to, tl.where(undefined, 0.0, loss), 0.0)
                     if LOSS == REVERSE_KL:
                         lost = lost | ((loss < INF) == 0)
-                    plan = _with_loss(plan, loss)
+                    plan = with_loss(plan, loss)
                 elif KL:
                     REVERSE: tl.constexpr = LOSS == REVERSE_KL
                     APART: tl.constexpr = 8.0 if row.z.dtype.element_ty == tl.float32 else 64.0
@@ -851,16 +747,16 @@ def _run(
                 if KIND != PARTIAL_SUMS:
                     if to.coefficients is not None:
                         if SMOOTH:
-                            _save_uniform(to.coefficients, plan)
+                            save_uniform(to.coefficients, plan)
                         elif KL:
-                            _save_kl(to.coefficients, plan)
+                            save_kl(to.coefficients, plan)
                         else:
-                            _save_exp(to.coefficients, plan)
+                            save_exp(to.coefficients, plan)
                         tl.store(to.coefficients + 15, scale)
                     if to.diagnostics is not None:
                         kl = loss if KL else loss + float("nan")
                         found = diagnose(sums, log_kappa, inverse_t, KL, NEGATIVE)
-                        _write_diagnostics(to, loss, kl, found)
+                        write_diagnostics(to, loss, kl, found)
                     if to.loss is not None:
                         weighted = row_factor * loss
                         if LOSS == NONE:
