@@ -138,9 +138,7 @@ def _ncu(a: argparse.Namespace) -> list[Command]:
         ncu = ["ncu", "--clock-control", "none", "--set", "detailed"]
         for section in SECTIONS:
             ncu += ["--section", section]
-        names = (
-            "regex:kl_kernel|row_kernel|stream_kernel"  # what computes rows, of Triton and of CUDA
-        )
+        names = "regex:kl_kernel|stream_kernel"  # what computes rows, of Triton and of CUDA
         ncu += ["--profile-from-start", "off", "--kernel-name", names]
         ncu += ["--export", str(folder / f"{backend}.ncu-rep")]
         launch = _python(a, "launch", "--backend", backend, "--instrumented")

@@ -414,12 +414,14 @@ class TritonCase(NamedTuple):
     aligned: bool = True
     ids: int = 0
     gradient: bool = True
+    statistics: bool = False
 
 
 TRITON_CASES = (
     *(TritonCase(m, aligned) for m in ("tnff", "tnrr") for aligned in (True, False)),
     *(TritonCase(m, ids=1) for m in ("tnff", "tnrr")),
     *(TritonCase(m, gradient=False) for m in ("tnff", "tnrr")),
+    *(TritonCase(m, statistics=True) for m in ("tnff", "tnrr")),
 )
 TRITON_COLUMNS = 8  # of a lane and tile: 16 bytes of bfloat16
 
@@ -433,6 +435,7 @@ def compile_triton(
     from triton.compiler import ASTSource
 
     import tnt_kernels.backends.triton as backend
+    from tnt_kernels._call import Kind
     from tnt_kernels.backends.triton.config import row_config
     from tnt_kernels.backends.triton.kernels import kl_kernel
     from tnt_kernels.backends.triton.objectives import Factors
@@ -443,18 +446,19 @@ def compile_triton(
         vocab, 2, kind="KL", gradient=case.gradient, ids=case.ids > 0, architecture=architecture
     )
     constants: dict[str, Any] = {
-        "POSITIVE": int(objective.positive_loss), "NEGATIVE": int(objective.negative_loss),
+        "POSITIVE": int(objective.positive_loss), "NEGATIVE": int(objective.negative_loss), "KIND": int(Kind.FUSED),
         "GRADIENT": case.gradient, "BLOCK": config.block, "UNROLL": config.unroll, "NEAR_KL": 1e-6, "IDS": case.ids,
         "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True,
     }  # fmt: skip
-    if not case.gradient:
-        constants["gradient"] = None
-    if case.ids == 0:
-        constants |= {"ids": None, "bits": None}
+    present = {
+        "ids": case.ids > 0, "bits": case.ids > 0, "diagnostics": case.statistics, "coefficients": False,
+        "gradient": case.gradient, "statistics": False,
+    }  # fmt: skip
+    constants |= {name: None for name, there in present.items() if not there}
     types: dict[str, str] = {
         **dict.fromkeys(("logits", "ref_logits", "gradient"), "*bf16"), "labels": "*i64", "bits": "*u8",
         **dict.fromkeys(("ids", "left"), "*i32"), **dict.fromkeys(("eps", "scale", "inverse_t"), "fp32"),
-        **dict.fromkeys(("weights", "losses"), "*fp32"),
+        **dict.fromkeys(("weights", "losses", "diagnostics"), "*fp32"),
     }  # fmt: skip
     names = kl_kernel.arg_names
     signature: dict[str, Any] = {
@@ -528,7 +532,7 @@ def count_triton(
         for case in cases:
             code, used = compile_triton(case, architecture)
             which = {
-                "backend": "triton", "arch": architecture, "dtype": "bfloat16", "statistics": False,
+                "backend": "triton", "arch": architecture, "dtype": "bfloat16", "statistics": case.statistics,
                 "gradient": case.gradient,
             }  # fmt: skip
             entries += [{**which, **e, **used} for e in _triton_entries(code, case)]

@@ -87,7 +87,7 @@ struct RowResult {
   bool lost;  // the gradient is NaN
 };
 
-// As it travels between devices, in ROW_STATISTICS numbers: layout 2 (docs/sharded.md).
+// As it travels between devices, in ROW_STATISTICS numbers (docs/sharded.md).
 template <class Real>
 TNT_FN void pack(const RowSums& s, bool kl, Real* to) {
   const double values[] = {s.policy.ref,

@@ -59,7 +59,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused multiply-add rounds once, as on a GPU; the simulator's rounds the product, too."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    def create_fma(
+        self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle
+    ) -> TensorHandle:
         exact = np.float64(x.data) * np.float64(y.data) + np.float64(z.data)
         return TensorHandle(np.asarray(exact).astype(x.data.dtype), z.dtype.scalar)
 

@@ -385,7 +385,7 @@ def test_the_maximum_of_nothing_says_nothing(
 
 @pytest.mark.parametrize("smoothing", ["negatives", "uniform"])
 def test_cuda_and_a_cpu_understand_each_other(model: ModuleType, cpu: str, smoothing: str) -> None:
-    """What the shards of these backends tell each other means the same: layout 2 of docs/sharded.md."""
+    """What the shards of these backends tell each other means the same (docs/sharded.md)."""
     model.machine(*MACHINES["two passes"], SCHEDULES["forward"], 0)
     batch = mixed_batch(300).with_options(smoothing=smoothing, nl_floor=-5.0)
     upstream = torch.linspace(-1, 2, 12)

@@ -192,12 +192,14 @@ def test_a_search_s_best_is_what_launches_take(
 ) -> None:
     """From the command's table, for rows of the same kind alone; without it, the measured settings."""
     testing = importlib.import_module("triton.testing")
+    errors = importlib.import_module("triton.errors")
     tried: list[tuple[RowConfig, RowCall]] = []
-    best = RowConfig(2048, 16)
 
     def do_bench(call: Callable[[], None], return_mode: str) -> float:
         call()
-        return 1.0 if tried[-1][0] == best else 2.0
+        if tried[-1][0].warps == 32:
+            raise errors.TritonError("out of resources")
+        return 1.0 if tried[-1][0].warps == 16 else 2.0
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
     monkeypatch.setattr(triton, "launch", lambda call, config: tried.append((config, call)))
@@ -206,15 +208,21 @@ def test_a_search_s_best_is_what_launches_take(
     table = tmp_path / "table.json"
     table.write_text('{"of another GPU": [128, 4, 1]}')
     tuning.main(["--out", str(table), "--vocab", "50"])
-    kinds = list(itertools.product((True, False), repeat=2))
-    one_row, pair = tuning.CANDIDATES["one row"], tuning.CANDIDATES["KL"]
-    assert [config for config, _ in tried] == [*pair, *pair, *one_row, *one_row] * 3
-    calls = [call for config, call in tried if config == best]
-    assert [(c.tensors.ref_logits is not None, c.gradient is c.logits) for c in calls] == kinds * 3
+    expected = [
+        (config, kind == "KL", gradient)
+        for dtype in tuning.DTYPES
+        for kind, gradient in itertools.product(("KL", "one row"), (True, False))
+        for config in tuning.candidates(kind, dtype)
+    ]
+    assert expected == [
+        (config, call.tensors.ref_logits is not None, call.gradient is call.logits)
+        for config, call in tried
+    ]
+    best = next(x for x in tuning.candidates("KL", torch.bfloat16) if x.warps == 16)
     rows = {"kind": "KL", "gradient": False, "ids": False, "architecture": "cpu"}
     usual = row_config(50, 2, **rows)
     monkeypatch.setenv("TNT_KERNELS_TUNING", str(table))
-    assert row_config(50, 2, **rows) == row_config(64, 4, **rows) == best != usual
+    assert row_config(50, 2, **rows) == row_config(64, 2, **rows) == best != usual
     assert row_config(50, 2, **{**rows, "ids": True}) == usual
     assert json.loads(table.read_text())["of another GPU"] == [128, 4, 1]
 

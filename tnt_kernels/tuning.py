@@ -20,16 +20,33 @@ from tnt_kernels._scalars import Scalars
 from tnt_kernels.backends.triton.config import RowConfig, RowKind, measured_config, table_key
 from tnt_kernels.objectives import METHODS
 
-_TILES = [(warps * columns, warps) for warps in (4, 8, 16, 32) for columns in (128, 256, 512)]
-CANDIDATES: dict[RowKind, tuple[RowConfig, ...]] = {
-    "KL": tuple(
-        RowConfig(*tile, unroll, registers)
-        for tile in _TILES
-        for unroll in (1, 2)
-        for registers in (0, 64, 40)
-    ),
-    "one row": tuple(RowConfig(*tile) for tile in _TILES),
-}
+#: (warps, tiles a turn, registers) of ``kl_kernel``: with room for several programs a multiprocessor, or for one.
+_KL = (4, 1, 0), (8, 1, 64), (8, 2, 64), (16, 1, 40), (16, 1, 64), (16, 2, 64), (32, 1, 64)
+#: (warps, vectors of 16 bytes a lane) of ``stream_kernel``.
+_STREAM = (4, 1), (8, 1), (16, 1), (16, 2), (32, 1)
+#: A setting is for the size of a logit: these stand for all. Every candidate is compiled once for each, with a gradient
+#: and without, which takes most of a search's time.
+DTYPES = torch.bfloat16, torch.float32
+
+
+def candidates(kind: RowKind, dtype: torch.dtype) -> tuple[RowConfig, ...]:
+    lane = 16 // dtype.itemsize
+    if kind == "KL":
+        return tuple(RowConfig(32 * warps * lane, warps, *more) for warps, *more in _KL)
+    return tuple(RowConfig(32 * warps * lane * vectors, warps) for warps, vectors in _STREAM)
+
+
+def time_of(call: RowCall, config: RowConfig) -> float:
+    """In ms; infinite where this GPU cannot launch it."""
+    from triton.errors import TritonError
+    from triton.testing import do_bench  # not above: --help is for machines without Triton, too
+
+    try:
+        time: float = do_bench(lambda: triton.launch(call, config), return_mode="median")
+    except TritonError as error:  # too many registers, or too much shared memory
+        print(f"{config}: {error}")
+        time = math.inf
+    return time
 
 
 def example(
@@ -60,15 +77,10 @@ def search(
     rows: int = 4096,
     device: str = "cuda",
 ) -> dict[str, RowConfig]:
-    """An entry of the table: the fastest of ``CANDIDATES`` for loss and gradient in place, or for the loss alone."""
-    from triton.testing import do_bench  # not above: --help is for machines without Triton, too
-
+    """An entry of the table: the fastest candidate for loss and gradient in place, or for the loss alone."""
     kind: RowKind = "KL" if pair else "one row"
     call = example(vocab, dtype, pair, gradient, rows, device)
-    times: dict[RowConfig, float] = {
-        config: do_bench(lambda config=config: triton.launch(call, config), return_mode="median")
-        for config in CANDIDATES[kind]
-    }
+    times = {config: time_of(call, config) for config in candidates(kind, dtype)}
     best = min(times, key=times.__getitem__)
     itemsize = call.logits.element_size()
     usual = measured_config(vocab, itemsize, kind=kind, gradient=gradient, ids=False)
@@ -89,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     table = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for vocab in arguments.vocab:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in DTYPES:
             for pair, gradient in itertools.product((True, False), repeat=2):
                 table.update(search(vocab, dtype, pair, gradient))
                 arguments.out.write_text(json.dumps(table, indent=2) + "\n")

@@ -213,7 +213,7 @@ class RowSums(NamedTuple):
 
 @triton.jit
 def pack(to, s):
-    """A shard's sums as they travel: layout 2 of docs/sharded.md."""
+    """A shard's sums as they travel: docs/sharded.md."""
     tl.store(to + 0, s.policy.ref)
     tl.store(to + 1, s.policy.log)
     tl.store(to + 2, s.policy.entropy)
