@@ -413,13 +413,14 @@ class TritonCase(NamedTuple):
     method: str
     aligned: bool = True
     ids: int = 0
+    few: bool = False  # as many as are looked at together
     gradient: bool = True
     statistics: bool = False
 
 
 TRITON_CASES = (
     *(TritonCase(m, aligned) for m in ("tnff", "tnrr") for aligned in (True, False)),
-    *(TritonCase(m, ids=1) for m in ("tnff", "tnrr")),
+    *(TritonCase(m, ids=1, few=few) for m in ("tnff", "tnrr") for few in (True, False)),
     *(TritonCase(m, gradient=False) for m in ("tnff", "tnrr")),
     *(TritonCase(m, statistics=True) for m in ("tnff", "tnrr")),
 )
@@ -448,7 +449,7 @@ def compile_triton(
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss), "NEGATIVE": int(objective.negative_loss), "KIND": int(Kind.FUSED),
         "GRADIENT": case.gradient, "BLOCK": config.block, "UNROLL": config.unroll, "NEAR_KL": 1e-6, "IDS": case.ids,
-        "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True,
+        "FEW": case.few, "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True,
     }  # fmt: skip
     present = {
         "ids": case.ids > 0, "bits": case.ids > 0, "diagnostics": case.statistics, "coefficients": False,
@@ -510,7 +511,7 @@ def _triton_entries(code: Code, case: TritonCase) -> list[Entry]:
             path_name = expected[each]
             e: Entry = {
                 "method": method, "pass": which, "path": path_name, "aligned": case.aligned,
-                "set": "ids" if case.ids else "none", "slots": round(len(turn) / pairs, 3),
+                "set": "few ids" if case.few else "ids" if case.ids else "none", "slots": round(len(turn) / pairs, 3),
                 "local": sum(x.name in ("LDL", "STL") for x in turn), "pairs": pairs,
                 "classes": machine_code.classes(turn, pairs),
             }  # fmt: skip

@@ -125,7 +125,9 @@ def test_forward_alone() -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6, equal_nan=True)
 
 
-def test_negative_ids() -> None:
+@pytest.mark.parametrize("at_once", [1024, 16])
+def test_negative_ids(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_IDS_AT_ONCE", at_once)
     mixed = mixed_batch(VOCAB, ids=0)
     rows = len(mixed.labels)
     many = torch.stack([torch.randperm(VOCAB)[:70] for _ in range(rows)])

@@ -35,6 +35,7 @@ class Variant(NamedTuple):
     gradient_dtype: str = ""  # that of the logits
     kind: Kind = Kind.FUSED
     ids: int = 0
+    few: bool = False  # of these
     uniform: bool = False
     diagnostics: bool = False
     gradient: bool = True
@@ -75,7 +76,7 @@ EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", 
 #: Of the kernel of KL rows.
 KL_VARIANTS = (
     *(Variant(method=method) for method in ("tnff", "tnrr", "tnrf")),
-    *(Variant(method="tnrf", ids=ids) for ids in (1, 2)),
+    *(Variant(method="tnrf", ids=ids, few=few) for ids in (1, 2) for few in (True, False)),
     Variant(method="tnrf", aligned=False),
     *(
         Variant(method="tnrf", gradient=False, vocab=vocab, ids=ids)
@@ -92,7 +93,7 @@ KL_VARIANTS = (
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
     *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
 )
-KL_EVERYWHERE = (Variant(method="tnrf"), Variant(method="tnrf", ids=1))
+KL_EVERYWHERE = (Variant(method="tnrf"), Variant(method="tnrf", ids=1, few=True))
 KL_CASES = [(a, v) for a in ARCHITECTURES for v in (KL_VARIANTS if a == "sm_90" else KL_EVERYWHERE)]
 CASES = [(a, v) for a in ARCHITECTURES for v in (VARIANTS if a == "sm_90" else EVERYWHERE)]
 
@@ -197,7 +198,8 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "UNROLL": config.unroll,
         "NEAR_KL": 1e-6,
         "IDS": variant.ids,
-        "CHUNK": 64,
+        "FEW": variant.few,
+        "CHUNK": 1024,
         "EVEN": variant.aligned,
         "ALIKE": True,
     }

@@ -273,8 +273,8 @@ def _launch_kl(
         call.statistics, left,
         rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, KIND=int(call.kind), GRADIENT=gradient is not None,
-        BLOCK=config.block, UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind, CHUNK=ids.chunk,
-        EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
+        BLOCK=config.block, UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind,
+        FEW=0 < ids.length <= ids.chunk, CHUNK=ids.chunk, EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
         **options(config, architecture(logits.device)),
     )  # fmt: skip
     return left

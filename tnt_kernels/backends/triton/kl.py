@@ -237,12 +237,15 @@ def _places(COUNT: tl.constexpr, VECTOR: tl.constexpr, IDS: tl.constexpr):
 
 
 @triton.jit
-def _bits(row, start, BLOCK: tl.constexpr, IDS: tl.constexpr):
+def _bits(row, start, EDGE: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr):
     """Of a tile's columns, so shifted that each word's first column has bit 0."""
     if IDS != NO_IDS:
         PAIRS: tl.constexpr = 32 // row.x.elements.dtype.element_ty.primitive_bitwidth
         v = start + tl.arange(0, BLOCK // (4 * PAIRS)) * (4 * PAIRS)
-        some = tl.load(row.ids.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
+        if EDGE:
+            some = tl.load(row.ids.bits + v // 8, mask=v < row.end, other=0).to(tl.int32)
+        else:
+            some = tl.load(row.ids.bits + v // 8).to(tl.int32)
         if PAIRS == 1:
             some = some >> (v % 8)
         bits = some[:, None] >> (tl.arange(0, 4) * PAIRS)[None, :]
@@ -350,7 +353,7 @@ def _add_words(
     """A tile's pairs, where it is an edge without those outside the row."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     PAIRS: tl.constexpr = 32 // ELEMENT.primitive_bitwidth
-    bits = _bits(row, start, BLOCK, IDS)
+    bits = _bits(row, start, EDGE, BLOCK, IDS)
     v = start + _places(BLOCK // PAIRS, 4, IDS) * PAIRS
     x0, o0 = x, o
     if PAIRS == 2:
@@ -603,11 +606,11 @@ def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, ID
 
 @triton.jit
 def _gradients(
-    x, o, start, row, g, shape, FORM: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
+    x, o, start, row, g, shape, FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr
 ):  # fmt: skip
     """A tile's, as they are stored."""
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
-    bits = _bits(row, start, BLOCK, IDS)
+    bits = _bits(row, start, EDGE, BLOCK, IDS)
     if ELEMENT == tl.float32:
         d = _gradient(x, o, bits, g, row.scale, FORM, False, IDS)
     else:
@@ -635,7 +638,7 @@ def _second_pass(
     tiles = _tiles(row.begin, row.end, BLOCK)
     for start in range(tiles.edge, row.end, tiles.step):
         x, o = _some_words(row.x.words, row, start, u), _some_words(row.o.words, row, start, u)
-        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, True, BLOCK, IDS)
         inside = start + v < row.end
         if not EVEN:
             inside = inside & (start + v >= row.begin)
@@ -644,7 +647,7 @@ def _second_pass(
         start = tiles.whole - BLOCK + tiles.first - i
         x = tl.load(row.x.words + start // PAIRS + u, eviction_policy="evict_first")
         o = tl.load(row.o.words + start // PAIRS + u, eviction_policy="evict_first")
-        d = _gradients(x, o, start, row, g, v.shape, FORM, BLOCK, IDS)
+        d = _gradients(x, o, start, row, g, v.shape, FORM, False, BLOCK, IDS)
         tl.store(row.gradient + start + v, d, eviction_policy="evict_first")
 
 
@@ -779,7 +782,7 @@ def _gradient_of_label(row, shift, at, g, LOSS: tl.constexpr, FOLDED: tl.constex
 def _run(
     row, to, row_factor, factor, eps, LOSS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
-    IDS: tl.constexpr,
+    IDS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Returns whether the row, given as a reverse KL's, is left to the other kernel."""
     ENTROPY: tl.constexpr = to.diagnostics is not None
@@ -834,14 +837,27 @@ def _run(
         if to.loss is not None:
             tl.store(to.loss, row_factor * loss)
         if GRADIENT:
+            # A few removed entries are written behind the others, by numbers that are kept until then.
+            MASKS: tl.constexpr = NO_IDS if FEW else IDS
+            if FEW:
+                v, here = some_columns(row.ids, row.end - row.begin, 0, CHUNK)
+                few = row.begin + v
+                z_line = row.x if LOSS == REVERSE_KL else row.o
+                z = tl.load(z_line.elements + few, mask=here, other=0.0).to(tl.float32)
+                few_at = tl.fma(z, row.scale, -level)
+                few_gradients = tl.exp2(few_at) * tl.fma(few_at, g.s1, g.s0)
             # It may lie where the logits do: no warp writes before all have read what is not their own.
             tl.debug_barrier()
             if LOSS == REVERSE_KL:
-                _second_pass(row, g, REVERSE, BLOCK, UNROLL, EVEN, IDS)
+                _second_pass(row, g, REVERSE, BLOCK, UNROLL, EVEN, MASKS)
             elif loss < NEAR_KL:
-                _second_pass(row, g, SINH, BLOCK, 1, EVEN, IDS)
+                _second_pass(row, g, SINH, BLOCK, 1, EVEN, MASKS)
             else:
-                _second_pass(row, g, DIRECT, BLOCK, UNROLL, EVEN, IDS)
+                _second_pass(row, g, DIRECT, BLOCK, UNROLL, EVEN, MASKS)
+            if FEW:
+                tl.debug_barrier()
+                stored = few_gradients.to(row.gradient.dtype.element_ty)
+                tl.store(row.gradient + few, stored, mask=here)
             if row.label >= 0:
                 own = _gradient_of_label(row, shift, at, g, LOSS, FOLDED)
                 tl.debug_barrier()
@@ -861,14 +877,15 @@ def kl_kernel(
     bits_stride, rows, vocab, vocab_offset, vocab_size, eps, scale, inverse_t, ignore_index, losses, diagnostics,
     coefficients, gradient, gradient_stride, statistics, left, readable, POSITIVE: tl.constexpr,
     NEGATIVE: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    NEAR_KL: tl.constexpr, IDS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, ALIKE: tl.constexpr,
+    NEAR_KL: tl.constexpr, IDS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``stream_kernel``, else 0.
 
     So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
 
-    EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: so many columns after one as in the logits' rows
-    begin those of the gradient.
+    FEW: a row's ids fit into one chunk. EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: as many columns
+    after one as rows of logits begin those of the gradient.
     """
     index = tl.program_id(0).to(tl.int64)
     z_row = logits + index * logits_stride
@@ -944,11 +961,11 @@ def kl_kernel(
             if negative & (POSITIVE != NEGATIVE):
                 gives_up = _run(
                     row, to, row_factor, factor, eps, NEGATIVE, KIND, GRADIENT, BLOCK, UNROLL, NEAR_KL, CHUNK, EVEN,
-                    IDS,
+                    IDS, FEW,
                 )  # fmt: skip
             else:
                 gives_up = _run(
                     row, to, row_factor, factor, eps, POSITIVE, KIND, GRADIENT, BLOCK, UNROLL, NEAR_KL, CHUNK, EVEN,
-                    IDS,
+                    IDS, FEW,
                 )  # fmt: skip
     tl.store(left + index, gives_up.to(tl.int32))
