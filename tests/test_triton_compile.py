@@ -151,7 +151,7 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "labels": "*i64",
         "bits": "*u8",
         **dict.fromkeys(("ids", "left"), "*i32"),
-        **dict.fromkeys(("eps", "nl_floor", "scale", "inverse_t"), "fp32"),
+        **dict.fromkeys(("eps", "log_eps", "nl_floor", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
             (
                 "weights", "losses", "diagnostics", "coefficients", "upstream", "statistics", "gathered",

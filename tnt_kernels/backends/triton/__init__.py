@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUM_BLOCK = 1024
+_LOWEST = torch.finfo(torch.float32).min
 _LEFT_PROGRAMS = 512  # for all multiprocessors, and few where nothing is left
 _IDS_AT_ONCE = 1024  # of a row, by the program that works on it
 _IDS_MARKED = 128  # by a program
@@ -271,7 +272,7 @@ def _launch_kl(
         call.vocab_size, float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
         call.statistics, left,
-        rows if even or all(map(_has_room, (logits, ref_logits))) else rows - 1,
+        rows if even else min(map(_readable, (logits, ref_logits))),
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, KIND=int(call.kind), GRADIENT=gradient is not None,
         BLOCK=config.block, UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind,
         FEW=0 < ids.length <= ids.chunk, CHUNK=ids.chunk, EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
@@ -280,11 +281,15 @@ def _launch_kl(
     return left
 
 
-def _has_room(x: Tensor) -> bool:
-    """Whether the vector of 16 bytes in which the last row ends lies in the memory that the tensor has."""
+def _readable(x: Tensor) -> int:
+    """How many rows, from the first one, lie in the tensor's memory with all vectors of 16 bytes that they touch."""
     storage = x.untyped_storage()
     end = x.data_ptr() + ((len(x) - 1) * x.stride(0) + x.size(1)) * x.element_size()
-    return -(-end // 16) * 16 <= storage.data_ptr() + storage.nbytes()
+    if x.data_ptr() // 16 * 16 < storage.data_ptr():
+        return 0
+    if -(-end // 16) * 16 <= storage.data_ptr() + storage.nbytes():
+        return len(x)
+    return len(x) - 1 if x.stride(0) >= x.size(1) else 0  # rows that overlap may all end there
 
 
 def _near_kl(dtype: torch.dtype) -> float:
@@ -317,7 +322,8 @@ def _launch_stream(
     _kernels().stream_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
         factors, ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, rows, vocab, call.vocab_offset,
-        call.vocab_size, float(s.eps), -math.inf if s.nl_floor is None else float(s.nl_floor),
+        call.vocab_size, float(s.eps), math.log(s.eps) if s.eps > 0 else -math.inf,
+        -math.inf if s.nl_floor is None else max(float(s.nl_floor), _LOWEST),
         math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
         upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),

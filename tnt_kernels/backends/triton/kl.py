@@ -1,15 +1,15 @@
 """The Triton kernel of the usual KL rows: each logit is read once for the loss, with one exponential or two a pair.
 
-The mathematics is MATH's "One read, one exponential", names and steps are those of ``csrc/cuda/kl_math.cuh``. x is the
-base row's logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. To base 2:
+docs/numerics.md derives the mathematics, names and steps are those of ``csrc/cuda/kl_math.cuh``. x is the base row's
+logit (forward KL(q*‖p): the reference's, reverse KL(p‖q̃): the policy's), o the other's. To base 2:
 
     e = 2^(x scale - c)    y = (o - x) scale - a    φ(y) = 2^y - 1 - y ln 2
     S = Σ e    M = Σ e y ln 2    Φ = Σ e φ(y)    A = Σ e (2^y - 1) = M + Φ
     L = log1p(A/S)    KL(base‖other) over the kept entries = Φ/S - φ(L)
 
 so p = q gives exactly 0. One program works on one row. The first pass asks nothing of a pair: what it cannot do shows
-in the sums. Rows whose sums are not fit, and those that are broken, infinite or pushed down in part, are flagged for
-``stream_kernel``, which runs over them afterwards.
+in the sums. Rows whose sums are not fit, and those that are broken or infinite, are flagged for ``stream_kernel``,
+which runs over them afterwards.
 
 Columns count from the 16-byte boundary before the row, so that full tiles are loaded by vectors at any address. Logits
 of 16 bits are loaded as words of two columns: the sums of both share a register.
@@ -35,6 +35,7 @@ from tnt_kernels.backends.triton.objectives import (
     conclude_kl,
     diagnose,
     log1p,
+    masses_of,
     nothing,
     pack,
     phi_of,
@@ -103,7 +104,7 @@ class Row(NamedTuple):
     begin: tl.tensor  # the row's first column
     end: tl.tensor  # the column past its last
     label: tl.tensor  # column of y where it is pushed down and not among the ids, else -1
-    log_kappa: tl.tensor  # of that y, wherever it lies; 0 where it is removed
+    log_kappa: tl.tensor  # of that y where it lies here; 0 where it is removed
     x_label: tl.tensor  # its logits
     o_label: tl.tensor
     ids: Ids
@@ -507,16 +508,8 @@ class Odds(NamedTuple):
 
 @triton.jit
 def _odds(log_odds):
-    distance = tl.abs(log_odds)
-    ratio = tl.exp(-distance)
-    small = ratio / (1.0 + ratio)
-    positive = log_odds > 0.0
-    return Odds(
-        -softplus(log_odds),
-        tl.where(positive, small, 1.0 - small),
-        tl.where(positive, 1.0 - small, small),
-        log1p(ratio) + tl.where(small > 0.0, small * distance, 0.0),
-    )
+    kept, removed, entropy = masses_of(log_odds)
+    return Odds(-softplus(log_odds), kept, removed, entropy)
 
 
 @triton.jit
@@ -654,13 +647,13 @@ def _second_pass(
 @triton.jit
 def _zero(gradient, begin, end, BLOCK: tl.constexpr):
     v = tl.arange(0, BLOCK)
-    nothing = tl.zeros([BLOCK], gradient.dtype.element_ty)
+    zeros = tl.zeros([BLOCK], gradient.dtype.element_ty)
     tiles = _tiles(begin, end, BLOCK)
     for start in range(tiles.edge, end, tiles.step):
         inside = (start + v >= begin) & (start + v < end)
-        tl.store(gradient + start + v, nothing, mask=inside)
+        tl.store(gradient + start + v, zeros, mask=inside)
     for start in range(tiles.first, tiles.whole, BLOCK):
-        tl.store(gradient + start + v, nothing, eviction_policy="evict_first")
+        tl.store(gradient + start + v, zeros, eviction_policy="evict_first")
 
 
 # ---------------------------------------------------------------------------------------------------------- the set
@@ -822,6 +815,7 @@ def _run(
                     row.log_kappa,
                     in_part,
                     eps,
+                    tl.log(eps),
                     removed.count,
                     row.inverse_t,
                     LOSS,
@@ -882,7 +876,7 @@ def kl_kernel(
 ):  # fmt: skip
     """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``stream_kernel``, else 0.
 
-    So is the last one where there is no room to read its last vector: ``readable`` says how many rows are without it.
+    So are those whose vectors do not lie in the tensors' memory: ``readable`` says how many rows are before them.
 
     FEW: a row's ids fit into one chunk. EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: as many columns
     after one as rows of logits begin those of the gradient.
@@ -922,7 +916,7 @@ def kl_kernel(
     to = Outputs(
         None if losses is None else losses + index,
         None if diagnostics is None else diagnostics + index,
-        rows,
+        tl.cast(rows, tl.int64),
         None if coefficients is None else coefficients + index * 16,
         None if statistics is None else statistics + index * 15,
         None,

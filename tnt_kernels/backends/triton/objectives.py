@@ -539,7 +539,7 @@ class UniformPlan(NamedTuple):
 
 
 @triton.jit
-def _masses(odds):
+def masses_of(odds):
     """p(K) and p(R) = 1 - p(K), each with all its digits, and the entropy of that choice."""
     distance = tl.abs(odds)
     ratio = tl.exp(-distance)
@@ -551,7 +551,7 @@ def _masses(odds):
 
 @triton.jit
 def conclude_kl(
-    s, k, label, zeros, log_kappa, has_label, eps, removed_count, inverse_t, LOSS: tl.constexpr,
+    s, k, label, zeros, log_kappa, has_label, eps, log_eps, removed_count, inverse_t, LOSS: tl.constexpr,
 ):  # fmt: skip
     """The loss, whether the gradient is NaN, and the plan.
 
@@ -562,7 +562,7 @@ def conclude_kl(
     x_zero, o_zero = zeros
     odds = log_odds(s, inverse_t)
     removes = s.policy_set.log != -INF
-    mass_kept, mass_removed, entropy = _masses(odds)
+    mass_kept, mass_removed, entropy = masses_of(odds)
     mass_kept, mass_removed = (
         tl.where(removes, mass_kept, 1.0),
         tl.where(removes, mass_removed, 0.0),
@@ -575,7 +575,9 @@ def conclude_kl(
     total = tl.exp2(tl.fma(k.log_base, LOG2_E, -c))
     # The distance of the references, o_ref - x_ref, in two parts: by it and by the log-ratio, y is centred.
     distance, lost = two_sum(o_ref, -x_ref)
-    apart = distance * inverse_t
+    apart = tl.fma(
+        distance, inverse_t, 0.0
+    )  # a product, which no compiler fuses with the sum below
     apart_rest = tl.fma(distance, inverse_t, -apart) + lost * inverse_t
     set_max = tl.where(removes, s.policy_set.ref, 0.0)
     set_scale = tl.where(removes, mass_removed * tl.exp(-s.policy_set.log), 0.0)
@@ -585,7 +587,6 @@ def conclude_kl(
         loss = k.kl + log_norm
         extra = 0.0 * loss
         if removes:
-            log_eps = tl.log(eps)
             delta = k.kl - (odds - s.policy_set.entropy - log_eps)  # D_K - D_R
             # p(R) times the log-odds is in the entropy: apart from log p(K) it would cancel against it.
             loss = log_norm - entropy
@@ -646,7 +647,7 @@ def conclude_exp(
 ):
     """Of LL, UL and NL, or of no loss; ``part`` and ``active``: of NL, what its set's entries add up to."""
     odds = log_odds(s, inverse_t)  # of y of LL, S of the others
-    kept, removed, _ = _masses(odds)
+    kept, removed, _ = masses_of(odds)
     zero = 0.0 * s.kept
     loss, on_kept, bias, on_set, push, least = zero, zero, zero, zero, zero, zero - INF
     if LOSS == LOG_LIKELIHOOD:  # -log p_y; p - [v = y], which at y is -p(K)

@@ -34,7 +34,7 @@ def _level(x0, o0, d0, x1, o1, d1):
 
 @triton.jit
 def samples(x, o, begin, vocab):
-    """Of rows given from their boundary. Every warp reads the same entries: none waits for another."""
+    """Of rows given from their boundary."""
     GROUP: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     lead = tl.where(begin > 0, GROUP - begin, 0)
     step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP

@@ -23,7 +23,7 @@ class Outputs(NamedTuple):
 
     loss: tl.tensor
     diagnostics: tl.tensor  # one number here, the next ``rows`` further on
-    rows: tl.tensor
+    rows: tl.tensor  # in 64 bits
     coefficients: tl.tensor
     statistics: tl.tensor
     partial_sums: tl.tensor
@@ -46,7 +46,7 @@ def write_partial_sums(to, loss, active):
 
 @triton.jit
 def write_uncomputed(to, value, counted, KIND: tl.constexpr):
-    """``value`` stands for what the row yields, ``counted`` for that times the row's factor."""
+    """Of a row that is not computed: ``value`` stands for what it yields, ``counted`` for that times its factor."""
     if KIND == FUSED:
         if to.coefficients is not None:
             tl.store(to.coefficients + 15, counted)

@@ -588,16 +588,6 @@ def _fill(row, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _uncomputed(
-    row, to, value, counted, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``value`` stands for what the row yields, ``counted`` for that times the row's factor."""
-    if GRADIENT:
-        _fill(row, counted, BLOCK)
-    write_uncomputed(to, value, counted, KIND)
-
-
-@triton.jit
 def _gathered(
     at, stride, shards, inverse_t, LOSS: tl.constexpr, UNIFORM: tl.constexpr, SHARDS: tl.constexpr
 ):
@@ -622,9 +612,9 @@ def _zeros(k, APART: tl.constexpr):
 
 @triton.jit
 def _run(
-    row, to, row_factor, factor, vocab_size, eps, nl_floor, upstream, gathered, gathered_stride, shards, total_sums,
-    LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
+    row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, upstream, gathered, gathered_stride, shards,
+    total_sums, LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT:
+    tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     """``upstream``: of the row's loss, or None."""
     KL: tl.constexpr = LOSS == FORWARD_KL or LOSS == REVERSE_KL
@@ -632,9 +622,7 @@ def _run(
     SMOOTH: tl.constexpr = UNIFORM and KL
     ENTROPY: tl.constexpr = to.diagnostics is not None
     inverse_t, log_kappa = row.inverse_t, row.log_kappa
-    if LOSS == NONE:
-        factor *= 0.0
-    scale = tl.where(row_factor == 0.0, 0.0, factor)
+    scale = tl.where((row_factor == 0.0) | (LOSS == NONE), 0.0, factor)
     if KIND == BACKWARD:
         scale = tl.load(to.coefficients + 15)
     if (
@@ -643,7 +631,9 @@ def _run(
         asked = tl.load(upstream)
         scale = tl.where((scale == 0.0) | (asked == 0.0), 0.0, scale * asked)
     if LOSS == NONE and to.diagnostics is None:
-        _uncomputed(row, to, 0.0, 0.0, KIND, GRADIENT, BLOCK)
+        if GRADIENT:
+            _fill(row, 0.0, BLOCK)
+        write_uncomputed(to, 0.0, 0.0, KIND)
     elif KIND == BACKWARD:
         if (scale == 0.0) | (scale != scale):
             _fill(row, scale, BLOCK)
@@ -688,23 +678,12 @@ def _run(
                     undefined, plan = conclude_uniform(sums, log_kappa, inverse_t, LOSS)
                     loss = tl.where(undefined, float("nan"), total + 0.0 * log_kappa)
                     lost = undefined
-                    if KIND == FINISH:
-                        plan = with_loss(plan, loss)
-                    elif undefined == 0:
+                    if KIND != FINISH:
                         WRITES: tl.constexpr = GRADIENT and LOSS == FORWARD_KL
-                        loss = _second_pass(
-                            row,
-                            plan,
-                            scale,
-                            eps,
-                            vocab_size,
-                            LOSS,
-                            True,
-                            HAS_SET,
-                            IDS,
-                            WRITES,
-                            BLOCK,
-                        )
+                        if undefined == 0:
+                            loss = _second_pass(
+                                row, plan, scale, eps, vocab_size, LOSS, True, HAS_SET, IDS, WRITES, BLOCK
+                            )  # fmt: skip
                     if KIND == PARTIAL_SUMS:
                         write_partial_sums(to, tl.where(undefined, 0.0, loss), 0.0)
                     if LOSS == REVERSE_KL:
@@ -720,7 +699,7 @@ def _run(
                         x_zero, o_zero = _zeros(k, APART)
                     loss, lost, plan = conclude_kl(
                         with_slice(sums, k, REVERSE), k, label, (x_zero, o_zero), log_kappa, row.partial >= 0, eps,
-                        row.set_size, inverse_t, LOSS,
+                        log_eps, row.set_size, inverse_t, LOSS,
                     )  # fmt: skip
                 else:
                     loss, lost, plan = conclude_exp(
@@ -758,16 +737,14 @@ def _run(
                         found = diagnose(sums, log_kappa, inverse_t, KL, NEGATIVE)
                         write_diagnostics(to, loss, kl, found)
                     if to.loss is not None:
-                        weighted = row_factor * loss
-                        if LOSS == NONE:
-                            weighted *= 0.0
-                        tl.store(to.loss, tl.where(row_factor == 0.0, 0.0, weighted))
+                        nothing_asked = (row_factor == 0.0) | (LOSS == NONE)
+                        tl.store(to.loss, tl.where(nothing_asked, 0.0, row_factor * loss))
 
 
 @triton.jit
 def _row(
     index, logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
-    bits_stride, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses,
+    bits_stride, rows, vocab, vocab_offset, vocab_size, eps, log_eps, nl_floor, scale, inverse_t, ignore_index, losses,
     diagnostics, coefficients, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
     gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, ALIKE: tl.constexpr,
@@ -802,7 +779,7 @@ def _row(
     to = Outputs(
         None if losses is None else losses + index,
         None if diagnostics is None else diagnostics + index,
-        rows,
+        tl.cast(rows, tl.int64),
         None if coefficients is None else coefficients + index * 16,
         None if statistics is None else statistics + index * 15,
         None if partial_sums is None else partial_sums + index * 2,
@@ -823,27 +800,17 @@ def _row(
     row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
     end = begin + vocab
     if (active == 0) | invalid:
-        # A gradient that nobody asks for is 0.
         value = tl.where(active, float("nan"), 0.0)
-        counted = tl.where(active & (row_factor != 0.0), float("nan"), 0.0)
-        if upstream is not None:
-            counted = tl.where(tl.load(asked) == 0.0, 0.0, counted)
-        nobody = Row(
-            z_row,
-            r_row,
-            g_row,
-            begin,
-            end,
-            -1,
-            -1,
-            0.0,
-            id_set,
-            set_size,
-            set_here,
-            scale,
-            inverse_t,
-        )
-        _uncomputed(nobody, to, value, counted, KIND, GRADIENT, BLOCK)
+        counted = tl.where(row_factor == 0.0, 0.0, value)
+        if GRADIENT:
+            fill = tl.where(factor == 0.0, 0.0, value)
+            if upstream is not None:  # a gradient that nobody asks for is 0
+                fill = tl.where(tl.load(asked) == 0.0, 0.0, fill)
+            nobody = Row(
+                z_row, r_row, g_row, begin, end, -1, -1, 0.0, id_set, set_size, set_here, scale, inverse_t
+            )  # fmt: skip
+            _fill(nobody, fill, BLOCK)
+        write_uncomputed(to, value, counted, KIND)
     else:
         KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
         # One branch for both where it is the same loss: a compiler's time grows with the square of the code.
@@ -863,8 +830,8 @@ def _row(
                 set_here + tl.where(here, one, 0.0), scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, to, row_factor, factor, vocab_size, eps, nl_floor, asked, of_shards, gathered_stride, shards,
-                totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
+                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, asked, of_shards, gathered_stride,
+                shards, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
             )  # fmt: skip
         elif not SAME:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
@@ -873,8 +840,8 @@ def _row(
                 tl.where(own, 1.0, 0.0), scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, to, row_factor, factor, vocab_size, eps, nl_floor, asked, of_shards, gathered_stride, shards,
-                totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
+                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, asked, of_shards, gathered_stride,
+                shards, totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
             )  # fmt: skip
 
 
@@ -887,7 +854,7 @@ def _row(
 )  # fmt: skip
 def stream_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
-    bits_stride, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses,
+    bits_stride, rows, vocab, vocab_offset, vocab_size, eps, log_eps, nl_floor, scale, inverse_t, ignore_index, losses,
     diagnostics, coefficients, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
     gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, ALIKE: tl.constexpr,
@@ -903,12 +870,11 @@ def stream_kernel(
     """
     if left is None:
         _row(
-            tl.program_id(0).to(tl.int64),
-            logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
-            bits_stride, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale, inverse_t, ignore_index, losses,
-            diagnostics, coefficients, gradient, gradient_stride, upstream, upstream_stride, statistics, gathered,
-            gathered_stride, shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE,
-            GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS,
+            tl.program_id(0).to(tl.int64), logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids,
+            ids_stride, ids_count, bits, bits_stride, rows, vocab, vocab_offset, vocab_size, eps, log_eps, nl_floor,
+            scale, inverse_t, ignore_index, losses, diagnostics, coefficients, gradient, gradient_stride, upstream,
+            upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE,
+            NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE, GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS,
         )  # fmt: skip
     else:
         program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -919,11 +885,10 @@ def stream_kernel(
                     index = program + first + i * step
                     if tl.load(left + index, mask=index < rows, other=0) > 0:
                         _row(
-                            index,
-                            logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride,
-                            ids_count, bits, bits_stride, rows, vocab, vocab_offset, vocab_size, eps, nl_floor, scale,
-                            inverse_t, ignore_index, losses, diagnostics, coefficients, gradient, gradient_stride,
-                            upstream, upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums,
-                            total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE, GRADIENT_ALIKE, BLOCK,
-                            CHUNK, SHARDS,
+                            index, logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids,
+                            ids_stride, ids_count, bits, bits_stride, rows, vocab, vocab_offset, vocab_size, eps,
+                            log_eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, coefficients,
+                            gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
+                            shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE,
+                            GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS,
                         )  # fmt: skip
