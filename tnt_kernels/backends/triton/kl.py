@@ -29,6 +29,7 @@ from tnt_kernels.backends.triton.objectives import (
     LN_2,
     LOG2_E,
     REVERSE_KL,
+    TWO_SINH,
     KlEntry,
     KlSlice,
     RowSums,
@@ -39,17 +40,18 @@ from tnt_kernels.backends.triton.objectives import (
     nothing,
     pack,
     phi_of,
+    phi_of_log,
     row_factors,
     softplus,
     two_sum,
     with_slice,
 )
-from tnt_kernels.backends.triton.reading import Samples, columns_before, samples
+from tnt_kernels.backends.triton.reading import Samples, columns_before, row_of, samples
 from tnt_kernels.backends.triton.results import (
     FUSED,
     STATISTICS,
-    Outputs,
-    save_kl,
+    outputs_of,
+    save,
     write_diagnostics,
     write_uncomputed,
 )
@@ -69,11 +71,8 @@ M0, M1, M2, M3 = (
     tl.constexpr(float.fromhex(x) * _TWO_LN_2 ** (k + 2)) for k, x in enumerate(_MIDDLE)
 )
 MIDDLE = tl.constexpr(0.25 * 1.4426950408889634)
-# 2 sinh(y/2) = y (H0 + H1 y² + H2 y⁴), relative error 4e-7 for |y| <= 1.25, y in units of log 2.
-_SINH = ("0x1.000006p+0", "0x1.554c74p-5", "0x1.14e172p-11")
-H0, H1, H2 = (
-    tl.constexpr(float.fromhex(x) * 0.6931471805599453 ** (2 * k + 1)) for k, x in enumerate(_SINH)
-)
+# Of 2 sinh(y/2), y in units of log 2.
+H0, H1, H2 = (tl.constexpr(x * 0.6931471805599453 ** (2 * k + 1)) for k, x in enumerate(TWO_SINH))
 NEAR = tl.constexpr(1.25 * 1.4426950408889634)
 
 # How a second pass computes the gradient.
@@ -420,8 +419,7 @@ def _sums(s, m, phi, h):
     a = tl.fma(m, LN_2, phi)
     ratio = a / s
     log_ratio = log1p(ratio)
-    excess = tl.where(tl.abs(log_ratio) < 0.5, phi_of(log_ratio), ratio - log_ratio)  # φ(L)
-    return Sums(s, m, phi, h, a, log_ratio, phi / s - excess)
+    return Sums(s, m, phi, h, a, log_ratio, phi / s - phi_of_log(ratio, log_ratio))
 
 
 @triton.jit
@@ -808,20 +806,10 @@ def _run(
                 label = _label_entry(row, sums, shift, LOSS)
                 in_part = (row.label >= 0) & (row.log_kappa != 0.0)
                 loss, _, plan = conclude_kl(
-                    found,
-                    k,
-                    label,
-                    (0.0, 0.0),
-                    row.log_kappa,
-                    in_part,
-                    eps,
-                    tl.log(eps),
-                    removed.count,
-                    row.inverse_t,
-                    LOSS,
-                )
-                save_kl(to.coefficients, plan)
-                tl.store(to.coefficients + 15, factor)
+                    found, k, label, (0.0, 0.0), row.log_kappa, in_part, eps, tl.log(eps), removed.count,
+                    row.inverse_t, LOSS,
+                )  # fmt: skip
+                save(to.coefficients, plan, factor)
             if KIND == STATISTICS:
                 pack(to.statistics, found)
             elif ENTROPY:
@@ -890,10 +878,7 @@ def kl_kernel(
     z, r = _line(z_row, begin), _line(r_row, begin)
     g_row = z.elements
     if GRADIENT:
-        g_row = gradient + index * gradient_stride - begin
-        if ALIKE:
-            ALIGNED: tl.constexpr = GROUP * gradient.dtype.element_ty.primitive_bitwidth // 8
-            g_row = tl.multiple_of(g_row, ALIGNED)
+        g_row = row_of(gradient, index, gradient_stride, begin, GROUP, ALIKE)
     # All that needs no other answer first is asked for at once.
     label = tl.load(labels + index)
     weight = 1.0
@@ -913,14 +898,7 @@ def kl_kernel(
     end = begin + vocab
     if EVEN:
         end = tl.multiple_of(end, GROUP)
-    to = Outputs(
-        None if losses is None else losses + index,
-        None if diagnostics is None else diagnostics + index,
-        tl.cast(rows, tl.int64),
-        None if coefficients is None else coefficients + index * 16,
-        None if statistics is None else statistics + index * 15,
-        None,
-    )
+    to = outputs_of(index, losses, diagnostics, rows, coefficients, statistics, None)
     gives_up = False
     if index >= readable:
         gives_up = True

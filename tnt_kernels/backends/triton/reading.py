@@ -19,6 +19,16 @@ def columns_before(row):
     return ((row.to(tl.int64) % 16) // (16 // GROUP)).to(tl.int32)
 
 
+@triton.jit
+def row_of(rows, index, stride, before, GROUP: tl.constexpr, ALIKE: tl.constexpr):
+    """A row of another tensor from so many columns before it: ALIKE, from a boundary of GROUP columns."""
+    row = rows + index * stride - before
+    if ALIKE:
+        BYTES: tl.constexpr = GROUP * rows.dtype.element_ty.primitive_bitwidth // 8
+        row = tl.multiple_of(row, BYTES)
+    return row
+
+
 class Samples(NamedTuple):
     """Of a few entries all along two rows: the maxima, and how far o lies above x on average."""
 
@@ -40,9 +50,8 @@ def samples(x, o, begin, vocab):
     step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
     v = lead + tl.arange(0, SAMPLES)[:, None] * step + tl.arange(0, GROUP)[None, :]
     v = begin + tl.minimum(v, vocab - 1)
-    x_some = tl.load(x + v, mask=v >= begin, other=AWAY).to(
-        tl.float32
-    )  # a shard may have no columns
+    # A shard may have no columns.
+    x_some = tl.load(x + v, mask=v >= begin, other=AWAY).to(tl.float32)
     o_some = tl.load(o + v, mask=v >= begin, other=AWAY).to(tl.float32)
     x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
     x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)

@@ -30,6 +30,19 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
+def outputs_of(index, loss, diagnostics, rows, coefficients, statistics, partial_sums):
+    """Of tensors of all rows, or None."""
+    return Outputs(
+        None if loss is None else loss + index,
+        None if diagnostics is None else diagnostics + index,
+        tl.cast(rows, tl.int64),
+        None if coefficients is None else coefficients + index * 16,
+        None if statistics is None else statistics + index * 15,
+        None if partial_sums is None else partial_sums + index * 2,
+    )
+
+
+@triton.jit
 def write_diagnostics(to, loss, kl, d):
     tl.store(to.diagnostics, loss)
     tl.store(to.diagnostics + to.rows, kl)
@@ -69,20 +82,10 @@ def write_uncomputed(to, value, counted, KIND: tl.constexpr):
 
 
 @triton.jit
-def save_kl(to, plan):
-    tl.store(to + 0, plan.x_zero)
-    tl.store(to + 1, plan.o_zero)
-    tl.store(to + 2, plan.x_ref)
-    tl.store(to + 3, plan.c)
-    tl.store(to + 4, plan.o_ref)
-    tl.store(to + 5, plan.shift)
-    tl.store(to + 6, plan.rest)
-    tl.store(to + 7, plan.u0)
-    tl.store(to + 8, plan.u1)
-    tl.store(to + 9, plan.set_max)
-    tl.store(to + 10, plan.set_scale)
-    tl.store(to + 11, plan.set_shift)
-    tl.store(to + 12, plan.partial)
+def save(to, plan, factor):
+    for i in tl.static_range(len(plan)):
+        tl.store(to + i, plan[i])
+    tl.store(to + 15, factor)
 
 
 @triton.jit
@@ -95,32 +98,11 @@ def saved_kl(at):
 
 
 @triton.jit
-def save_exp(to, plan):
-    tl.store(to + 0, plan.ref)
-    tl.store(to + 1, plan.kept)
-    tl.store(to + 2, plan.bias)
-    tl.store(to + 3, plan.set_ref)
-    tl.store(to + 4, plan.set)
-    tl.store(to + 5, plan.push)
-    tl.store(to + 6, plan.least)
-
-
-@triton.jit
 def saved_exp(at):
     return ExpPlan(
         tl.load(at + 0), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6),
     )  # fmt: skip
-
-
-@triton.jit
-def save_uniform(to, plan):
-    tl.store(to + 0, plan.z_ref)
-    tl.store(to + 1, plan.p_inverse)
-    tl.store(to + 2, plan.p_log_sum)
-    tl.store(to + 3, plan.r_ref)
-    tl.store(to + 4, plan.q_inverse)
-    tl.store(to + 5, plan.loss)
 
 
 @triton.jit

@@ -24,8 +24,8 @@ from tnt_kernels.backends.triton.objectives import (
     NEGATIVE_LIKELIHOOD,
     NONE,
     REVERSE_KL,
+    TWO_SINH,
     KlSlice,
-    LogSum,
     RowSums,
     complete,
     conclude_exp,
@@ -40,6 +40,7 @@ from tnt_kernels.backends.triton.objectives import (
     nothing,
     pack,
     phi_of,
+    phi_of_log,
     row_factors,
     set_normalizer,
     slice_of,
@@ -48,17 +49,15 @@ from tnt_kernels.backends.triton.objectives import (
     unpack,
     with_slice,
 )  # fmt: skip
-from tnt_kernels.backends.triton.reading import columns_before, samples
+from tnt_kernels.backends.triton.reading import columns_before, row_of, samples
 from tnt_kernels.backends.triton.results import (
     BACKWARD,
     FINISH,
     FUSED,
     PARTIAL_SUMS,
     STATISTICS,
-    Outputs,
-    save_exp,
-    save_kl,
-    save_uniform,
+    outputs_of,
+    save,
     saved_exp,
     saved_kl,
     saved_uniform,
@@ -81,10 +80,7 @@ BIAS = tl.constexpr(24.0)
 LOWERED = tl.constexpr(2.0**-24)
 ATTEMPTS = tl.constexpr(6)
 LOOK = tl.constexpr(64)  # rows at a time, for one that was left
-# 2 sinh(y/2) = y (H0 + H1 y² + H2 y⁴), relative error 4e-7 for |y| <= 1.25: csrc/cuda/kl_math.cuh.
-H0, H1, H2 = (
-    tl.constexpr(float.fromhex(x)) for x in ("0x1.000006p+0", "0x1.554c74p-5", "0x1.14e172p-11")
-)
+H0, H1, H2 = (tl.constexpr(x) for x in TWO_SINH)  # of 2 sinh(y/2)
 
 
 class Row(NamedTuple):
@@ -176,8 +172,9 @@ class Shift(NamedTuple):
 
 
 @triton.jit
-def _shift(x_top, o_top, more, APART: tl.constexpr):
-    """Where rows lie further apart than ``APART``, o - x has lost digits that differences to the maxima keep."""
+def _shift(x_top, o_top, more, row):
+    """Where rows lie further apart, o - x has lost digits that differences to the maxima keep."""
+    APART: tl.constexpr = 8.0 if row.z.dtype.element_ty == tl.float32 else 64.0
     numbers = (tl.abs(x_top) < 1e29) & (tl.abs(o_top) < 1e29)
     near = numbers & (tl.abs(o_top - x_top) <= APART)
     x_level, o_level = _finite(x_top), _finite(o_top)
@@ -243,23 +240,17 @@ def _maxima(row, PAIR: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr, B
 def _kl_first_pass(
     row, LOSS: tl.constexpr, ENTROPY: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What a slice of a KL row is reduced to, what it was read relative to, and whether its sums are numbers."""
+    """What a slice of a KL row is reduced to, and what it was read relative to."""
     REVERSE: tl.constexpr = LOSS == REVERSE_KL
-    APART: tl.constexpr = 8.0 if row.z.dtype.element_ty == tl.float32 else 64.0
     some = samples(row.z, row.r, row.begin, row.end - row.begin)
     above = (some.above - (some.o_top - some.x_top)) * row.inverse_t
     x_top, o_top = some.o_top, some.x_top
     above = tl.where(tl.abs(above) < 16.0, -above, 0.0)
     if REVERSE:
         x_top, o_top, above = some.x_top, some.o_top, -above
-    first = _shift(x_top, o_top, above, APART)
-    x_zero, o_zero, x_ref, o_ref, more = (
-        first.x_zero,
-        first.o_zero,
-        first.x_ref,
-        first.o_ref,
-        first.more,
-    )
+    first = _shift(x_top, o_top, above, row)
+    x_zero, o_zero, more = first.x_zero, first.o_zero, first.more
+    x_ref, o_ref = first.x_ref, first.o_ref
     # What a few entries say of levels may come from removed ones.
     at_maxima, by_maxima = False, (x_zero != 0.0) | (o_zero != 0.0)
     attempt, goes_on = 0, True
@@ -270,7 +261,7 @@ def _kl_first_pass(
             x_top, o_top = r_top, z_top
             if REVERSE:
                 x_top, o_top = z_top, r_top
-            k = _shift(x_top, o_top, 0.0, APART)
+            k = _shift(x_top, o_top, 0.0, row)
             x_zero, o_zero, x_ref, o_ref, more = k.x_zero, k.o_zero, k.x_ref, k.o_ref, 0.0
             at_maxima = True
         s, a, f, h = _kl_sums(
@@ -278,7 +269,7 @@ def _kl_first_pass(
         )
         ratio = a / s
         log_ratio = tl.where(ratio > -0.5, log1p(ratio), tl.log((s + a) / s))
-        excess = tl.where(tl.abs(log_ratio) < 0.5, phi_of(log_ratio), ratio - log_ratio)  # φ(L)
+        excess = phi_of_log(ratio, log_ratio)
         kl = f / s - excess
         # Below -3, S + A has lost its digits. Φ/S and φ(L) are good to 2e-6 of their size: where KL is much less than
         # they, L has to be nearer to 0.
@@ -319,8 +310,17 @@ def _kl_first_pass(
         kept = s if REVERSE else other
         log_kept = log_base if REVERSE else log_other
         entropy = tl.where(kept > 0.0, log_kept - (h / kept) * LN_2, 0.0)
+    if broken:  # whichever row exists has sums all the same
+        policy, reference, _ = _streams(row, True, False, ENTROPY, HAS_SET, IDS, BLOCK)
+        base, other_sum = reference, policy
+        if REVERSE:
+            base, other_sum = policy, reference
+        x_zero, o_zero, x_ref, o_ref = 0.0, 0.0, base.ref, other_sum.ref
+        log_base, log_other, entropy = base.log, other_sum.log, policy.entropy
+        log_ratio += float("nan")
+        kl += float("nan")
     found = KlSlice(x_zero + x_ref, o_zero + o_ref, log_base, log_other, log_ratio, kl, entropy)
-    return found, x_zero, o_zero, broken
+    return found, x_zero, o_zero
 
 
 @triton.jit
@@ -386,6 +386,7 @@ def _first_pass(
 ):  # fmt: skip
     """The sums of this slice of the vocabulary, and what a KL's logits are read relative to: base, other."""
     KL: tl.constexpr = LOSS == FORWARD_KL or LOSS == REVERSE_KL
+    SMOOTH: tl.constexpr = UNIFORM and KL
     vocab = row.end - row.begin
     policy_set, reference_set, label_policy, label_reference = nothing(), nothing(), 0.0, 0.0
     if HAS_SET:
@@ -402,59 +403,20 @@ def _first_pass(
     kept = (vocab - tl.where(row.partial >= 0, 1, 0)).to(tl.float32) - row.set_here
     x_zero, o_zero = 0.0, 0.0
     zero = 0.0 * kept
-    if KL and not UNIFORM:
-        REVERSE: tl.constexpr = LOSS == REVERSE_KL
-        k, x_zero, o_zero, broken = _kl_first_pass(row, LOSS, ENTROPY, HAS_SET, IDS, BLOCK)
-        sums = RowSums(
-            nothing(),
-            nothing(),
-            label_policy,
-            policy_set,
-            reference_set,
-            label_reference,
-            zero,
-            zero,
-            kept,
-        )
-        sums = with_slice(sums, k, REVERSE)
-        policy_ref, policy_log, policy_entropy = (
-            sums.policy.ref,
-            sums.policy.log,
-            sums.policy.entropy,
-        )
-        reference_ref, reference_log = sums.reference.ref, sums.reference.log
-        kl, log_ratio = sums.kl, sums.log_ratio
-        if broken:  # whichever row exists has sums all the same
-            policy, reference, _ = _streams(row, True, False, ENTROPY, HAS_SET, IDS, BLOCK)
-            policy_ref, policy_log, policy_entropy = policy.ref, policy.log, policy.entropy
-            reference_ref, reference_log = reference.ref, reference.log
-            kl += float("nan")
-            log_ratio += float("nan")
-            x_zero, o_zero = 0.0, 0.0
-        sums = RowSums(
-            LogSum(policy_ref, policy_log, policy_entropy), LogSum(reference_ref, reference_log, zero), label_policy,
-            policy_set, reference_set, label_reference, kl, log_ratio, kept,
-        )  # fmt: skip
-    else:
+    policy, reference, total = nothing(), nothing(), zero
+    if SMOOTH or not KL:
         TOTAL: tl.constexpr = UNIFORM and LOSS == LOG_LIKELIHOOD
-        policy, reference, total = _streams(row, KL, TOTAL, ENTROPY, HAS_SET, IDS, BLOCK)
-        if not KL:
-            reference = nothing()
-        elif LOSS == REVERSE_KL:
-            total = tl.where(policy.log == -INF, 0.0, reference.log - policy.log)
-        else:
-            total = tl.where(reference.log == -INF, 0.0, policy.log - reference.log)
-        sums = RowSums(
-            policy,
-            reference,
-            label_policy,
-            policy_set,
-            reference_set,
-            label_reference,
-            zero,
-            total,
-            kept,
-        )
+        policy, of_reference, total = _streams(row, KL, TOTAL, ENTROPY, HAS_SET, IDS, BLOCK)
+        if KL:
+            reference = of_reference
+            base, other = (policy, reference) if LOSS == REVERSE_KL else (reference, policy)
+            total = tl.where(base.log == -INF, 0.0, other.log - base.log)
+    sums = RowSums(
+        policy, reference, label_policy, policy_set, reference_set, label_reference, zero, total, kept
+    )  # fmt: skip
+    if KL and not SMOOTH:
+        k, x_zero, o_zero = _kl_first_pass(row, LOSS, ENTROPY, HAS_SET, IDS, BLOCK)
+        sums = with_slice(sums, k, LOSS == REVERSE_KL)
     return sums, x_zero, o_zero
 
 
@@ -604,17 +566,10 @@ def _gathered(
 
 
 @triton.jit
-def _zeros(k, APART: tl.constexpr):
-    """What shards read their logits relative to: the levels of the whole vocabulary, where these lie far apart."""
-    at = _shift(k.x_ref, k.o_ref, 0.0, APART)
-    return at.x_zero, at.o_zero
-
-
-@triton.jit
 def _run(
     row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, upstream, gathered, gathered_stride, shards,
-    total_sums, LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT:
-    tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
+    total_sums, LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr,
+    GRADIENT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     """``upstream``: of the row's loss, or None."""
     KL: tl.constexpr = LOSS == FORWARD_KL or LOSS == REVERSE_KL
@@ -625,9 +580,8 @@ def _run(
     scale = tl.where((row_factor == 0.0) | (LOSS == NONE), 0.0, factor)
     if KIND == BACKWARD:
         scale = tl.load(to.coefficients + 15)
-    if (
-        upstream is not None
-    ):  # a row that does not count or that nobody asks about is 0, whatever the other is
+    if upstream is not None:
+        # A row that does not count or that nobody asks about is 0, whatever the other factor is.
         asked = tl.load(upstream)
         scale = tl.where((scale == 0.0) | (asked == 0.0), 0.0, scale * asked)
     if LOSS == NONE and to.diagnostics is None:
@@ -637,15 +591,16 @@ def _run(
     elif KIND == BACKWARD:
         if (scale == 0.0) | (scale != scale):
             _fill(row, scale, BLOCK)
-        elif SMOOTH:
-            plan = saved_uniform(to.coefficients)
-            _second_pass(row, plan, scale, eps, vocab_size, LOSS, True, HAS_SET, IDS, True, BLOCK)
-        elif KL:
-            plan = saved_kl(to.coefficients)
-            _second_pass(row, plan, scale, eps, vocab_size, LOSS, False, HAS_SET, IDS, True, BLOCK)
         else:
-            plan = saved_exp(to.coefficients)
-            _second_pass(row, plan, scale, eps, vocab_size, LOSS, False, HAS_SET, IDS, True, BLOCK)
+            if SMOOTH:
+                plan = saved_uniform(to.coefficients)
+            elif KL:
+                plan = saved_kl(to.coefficients)
+            else:
+                plan = saved_exp(to.coefficients)
+            _second_pass(
+                row, plan, scale, eps, vocab_size, LOSS, UNIFORM, HAS_SET, IDS, True, BLOCK
+            )  # fmt: skip
     else:
         x_zero, o_zero = 0.0, 0.0
         if KIND == FUSED or KIND == STATISTICS:
@@ -691,12 +646,12 @@ def _run(
                     plan = with_loss(plan, loss)
                 elif KL:
                     REVERSE: tl.constexpr = LOSS == REVERSE_KL
-                    APART: tl.constexpr = 8.0 if row.z.dtype.element_ty == tl.float32 else 64.0
                     k, label = complete(
                         sums, slice_of(sums, REVERSE), log_kappa, inverse_t, REVERSE, NEGATIVE
                     )
-                    if KIND != FUSED:
-                        x_zero, o_zero = _zeros(k, APART)
+                    if KIND != FUSED:  # the levels of the whole vocabulary
+                        at = _shift(k.x_ref, k.o_ref, 0.0, row)
+                        x_zero, o_zero = at.x_zero, at.o_zero
                     loss, lost, plan = conclude_kl(
                         with_slice(sums, k, REVERSE), k, label, (x_zero, o_zero), log_kappa, row.partial >= 0, eps,
                         log_eps, row.set_size, inverse_t, LOSS,
@@ -711,27 +666,11 @@ def _run(
                         _fill(row, scale, BLOCK)
                     elif not SMOOTH or LOSS == REVERSE_KL or KIND == FINISH:
                         _second_pass(
-                            row,
-                            plan,
-                            scale,
-                            eps,
-                            vocab_size,
-                            LOSS,
-                            UNIFORM,
-                            HAS_SET,
-                            IDS,
-                            True,
-                            BLOCK,
-                        )
+                            row, plan, scale, eps, vocab_size, LOSS, UNIFORM, HAS_SET, IDS, True, BLOCK
+                        )  # fmt: skip
                 if KIND != PARTIAL_SUMS:
                     if to.coefficients is not None:
-                        if SMOOTH:
-                            save_uniform(to.coefficients, plan)
-                        elif KL:
-                            save_kl(to.coefficients, plan)
-                        else:
-                            save_exp(to.coefficients, plan)
-                        tl.store(to.coefficients + 15, scale)
+                        save(to.coefficients, plan, scale)
                     if to.diagnostics is not None:
                         kl = loss if KL else loss + float("nan")
                         found = diagnose(sums, log_kappa, inverse_t, KL, NEGATIVE)
@@ -758,32 +697,17 @@ def _row(
     begin = columns_before(z_row)
     z_row = tl.multiple_of(z_row - begin, 16)
     r_row, g_row = z_row, z_row
+    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     if ref_logits is not None:
-        r_row = ref_logits + index * ref_stride - begin
-        if ALIKE:
-            r_row = tl.multiple_of(r_row, 16)
+        r_row = row_of(ref_logits, index, ref_stride, begin, GROUP, ALIKE)
     if GRADIENT:
-        g_row = gradient + index * gradient_stride - begin
-        if GRADIENT_ALIKE:
-            BYTES: tl.constexpr = (
-                16
-                * gradient.dtype.element_ty.primitive_bitwidth
-                // logits.dtype.element_ty.primitive_bitwidth
-            )
-            g_row = tl.multiple_of(g_row, BYTES)
+        g_row = row_of(gradient, index, gradient_stride, begin, GROUP, GRADIENT_ALIKE)
     id_list, bit_row = labels, labels
     if IDS != NO_IDS:
         id_list = ids + index * ids_stride
         bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
     id_set = Ids(id_list, ids_count, bit_row, vocab_offset)
-    to = Outputs(
-        None if losses is None else losses + index,
-        None if diagnostics is None else diagnostics + index,
-        tl.cast(rows, tl.int64),
-        None if coefficients is None else coefficients + index * 16,
-        None if statistics is None else statistics + index * 15,
-        None if partial_sums is None else partial_sums + index * 2,
-    )
+    to = outputs_of(index, losses, diagnostics, rows, coefficients, statistics, partial_sums)
     asked = None if upstream is None else upstream + index * upstream_stride
     of_shards = None if gathered is None else gathered + index * 15
     totals = None if total_sums is None else total_sums + index * 2
