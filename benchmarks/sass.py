@@ -449,11 +449,11 @@ def compile_triton(
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss), "NEGATIVE": int(objective.negative_loss), "KIND": int(Kind.FUSED),
         "GRADIENT": case.gradient, "BLOCK": config.block, "UNROLL": config.unroll, "NEAR_KL": 1e-6, "IDS": case.ids,
-        "FEW": case.few, "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True,
+        "FEW": case.few, "CHUNK": 64, "EVEN": case.aligned, "ALIKE": True, "DIFFERENCES": False,
     }  # fmt: skip
     present = {
         "ids": case.ids > 0, "bits": case.ids > 0, "diagnostics": case.statistics, "coefficients": False,
-        "gradient": case.gradient, "statistics": False,
+        "gradient": case.gradient, "upstream": False, "statistics": False,
     }  # fmt: skip
     constants |= {name: None for name, there in present.items() if not there}
     types: dict[str, str] = {
@@ -825,10 +825,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model_not_fitted": _figures([x for x in found if not x.case.fitted]),
             "predicted": predicted,
         }
-        PATH.write_text(_lines(content))
+        PATH.write_text(lines(content))
 
 
-def _lines(content: Mapping[str, Any]) -> str:
+def lines(content: Mapping[str, Any]) -> str:
     """JSON with an entry a line, for readable differences."""
     parts = []
     for name, value in content.items():

@@ -162,7 +162,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ROW_CALL_FIELDS") = py::cast(ROW_CALL_FIELDS);
   m.attr("ROW_TENSORS_FIELDS") = py::cast(ROW_TENSORS_FIELDS);
   m.attr("SCALARS_FIELDS") = py::cast(SCALARS_FIELDS);
-  m.attr("INTERFACE") = 7;
+  m.attr("INTERFACE") = 8;
   m.attr("ROW_COEFFICIENTS") = ROW_COEFFICIENTS;
   m.attr("ROW_STATISTICS") = ROW_STATISTICS;
   m.attr("ROW_PARTIAL_SUMS") = ROW_PARTIAL_SUMS;

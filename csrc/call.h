@@ -71,12 +71,13 @@ constexpr int ROW_DIAGNOSTICS = 5;
   FIELD(void*, coefficients)     /* (N, ROW_COEFFICIENTS) Real: RowCoefficients, then the gradient's factor; */ \
                                  /* FUSED writes them, BACKWARD reads them */                                   \
   FIELD(void*, gradient)         /* (N, V), may be the logits themselves */                                     \
-  FIELD(const void*, upstream)   /* (N) or (1) Real: d(final loss)/d(loss) */                                   \
+  FIELD(const void*, upstream)   /* (N) or (1) Real: a factor of the gradient */                                \
   FIELD(void*, statistics)       /* (N, ROW_STATISTICS) Real: this shard's, in the backend's layout */          \
   FIELD(const void*, gathered)   /* (S, N, ROW_STATISTICS) Real: those of all shards */                         \
   FIELD(void*, partial_sums)     /* (N, ROW_PARTIAL_SUMS) Real, of this shard's second pass: its loss terms */  \
                                  /* (of the KLs in Bregman form; log p_s of NL), NL's active tokens */          \
-  FIELD(const void*, total_sums) /* (N, ROW_PARTIAL_SUMS) Real: partial sums of all shards */
+  FIELD(const void*, total_sums) /* (N, ROW_PARTIAL_SUMS) Real: partial sums of all shards */                   \
+  FIELD(bool, differences)       /* whether the logits are the policy's minus the reference's */
 
 struct RowCall {
 #define TNT_MEMBER(type, name) type name;

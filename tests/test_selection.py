@@ -70,9 +70,14 @@ def scalars(method: str = "tnff", **others: Any) -> Scalars:
 
 
 def select(
-    of: Any, requested: str | None = None, numbers: Scalars | None = None, sharded: bool = False
+    of: Any,
+    requested: str | None = None,
+    numbers: Scalars | None = None,
+    sharded: bool = False,
+    differences: bool = False,
 ) -> str:
-    return backends.select(of, requested, scalars() if numbers is None else numbers, sharded)
+    numbers = scalars() if numbers is None else numbers
+    return backends.select(of, requested, numbers, sharded, differences)
 
 
 def test_cuda_serves_what_it_reads_once(machine: Machine) -> None:
@@ -80,6 +85,7 @@ def test_cuda_serves_what_it_reads_once(machine: Machine) -> None:
         for method in ("tnff", "tnrr", "tnfll", "ul+ll"):
             assert select(logits(dtype), None, scalars(method)) == "cuda"
         assert select(logits(dtype), None, scalars(reduction="sum")) == "cuda"
+    assert select(logits(torch.float32), differences=True) == "cuda"
     assert machine.asked == 1
 
 
@@ -92,6 +98,7 @@ def test_triton_serves_what_both_read_twice(
         (logits(), None, scalars(uniform_smoothing=True)),
         (logits(), None, scalars("nl+ll")),
         (logits(), None, None, True),
+        (logits(torch.bfloat16), None, None, False, True),
     ):
         assert select(*case) == "triton"
     machine.capability = (8, 9)  # without clusters

@@ -26,17 +26,19 @@ from oracle import (
     OBJECTIVES,
     Batch,
     Result,
+    Truth,
     assert_agrees,
     identical,
     mixed_batch,
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient, run_shards
+from shards import assert_rounds_its_gradient, prepared, run_shards
 from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels._call import (
+    ROW_COEFFICIENTS,
     ROW_DIAGNOSTICS,
     ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
@@ -211,6 +213,16 @@ def test_known_values(dtype: torch.dtype) -> None:
 def test_finite_masks_shifts_and_broken_rows(kind: str, dtype: torch.dtype) -> None:
     for batch in itertools.islice(getattr(hard_rows, kind)(dtype, VOCAB), 0, None, 5):
         check(batch, f"{kind} {batch.options['method']}", reduction="none", return_stats=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_removed_tokens_with_the_lowest_logit(dtype: torch.dtype) -> None:
+    """Whose exponent is infinite, in a set that is written behind the other entries and in one that is not."""
+    z = torch.randn(3, 60)
+    z[:, ::2] = torch.tensor([[1.0], [0.5], [0.3]]) * torch.finfo(dtype).min
+    for method, count in itertools.product(("tnff", "tnrr"), (5, 40)):
+        batch = Batch(z.to(dtype), z.to(dtype), torch.ones(3, dtype=torch.int64))
+        check(batch.with_options(method=method, negative_ids=torch.arange(count)), reduction="sum")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="asking a GPU would wait for it")
@@ -473,6 +485,165 @@ def test_backends_understand_each_other(smoothing: str) -> None:
             assert_agrees(
                 result, truth(some), some, reduction="none", upstream=upstream, label=str(names)
             )
+
+
+# --- differences to the reference, and a gradient's upstream factors ----------------------------------------------
+
+
+def launched(
+    batch: Batch,
+    *,
+    reduction: str,
+    upstream: Tensor | None = None,
+    inplace: bool = False,
+    later: bool = False,
+    stats: bool = False,
+    gradient_dtype: torch.dtype | None = None,
+    differences: bool = True,
+) -> Result:
+    """By one launch, or with a ``later`` gradient by two."""
+    x, call, rows = batch.logits, prepared(batch, "triton", reduction), len(batch.labels)
+    make = {"dtype": F32, "device": DEVICE}
+    loss = torch.empty(rows if reduction == "none" else (), **make)
+    diagnostics = torch.empty(ROW_DIAGNOSTICS, rows, **make) if stats else None
+    coefficients = torch.empty(rows, ROW_COEFFICIENTS, **make) if later else None
+    gradient = (
+        x if inplace else torch.empty(x.shape, dtype=gradient_dtype or x.dtype, device=DEVICE)
+    )
+    first = RowCall(
+        Kind.FUSED, x, call.tensors, call.scalars, 0, x.size(1), loss, diagnostics, coefficients,
+        differences=differences,
+    )  # fmt: skip
+    last = first._replace(gradient=gradient, upstream=upstream)
+    if later:
+        BACKENDS["triton"].launch(first)
+        last = last._replace(kind=Kind.BACKWARD, loss=None, diagnostics=None)
+    BACKENDS["triton"].launch(last)
+    return Result(loss, gradient, None if diagnostics is None else tnt.RowStats(*diagnostics))
+
+
+def at_odd_addresses(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Both rows of logits as many columns after a boundary."""
+    rows, vocab = batch.logits.shape
+    wide = torch.full((2, rows + -rows % 8, vocab + 10), NAN, dtype=dtype, device=DEVICE)
+    wide = wide[:, :rows, 3 : vocab + 3]
+    wide.copy_(torch.stack((batch.logits, batch.ref_logits)))
+    return replace(on_device(batch), logits=wide[0], ref_logits=wide[1])
+
+
+def truth_of_differences(batch: Batch) -> Truth:
+    """In float64, with the tolerance of sums that are rounded to float32."""
+    r = batch.ref_logits.double()
+    sums = replace(batch, logits=batch.logits.double() + r, ref_logits=r)
+    rounded = replace(sums, logits=sums.logits.float(), ref_logits=r.float())
+    return Truth(*truth(sums)[:2], *truth(rounded)[2:])
+
+
+def far_and_near_differences(vocab: int) -> Batch:
+    """Those of ``mixed_batch``; rows 0 and 9 have a masked vocabulary: by the reference, some of it by both."""
+    batch = mixed_batch(vocab, ids=0)
+    d, r, masked = batch.logits - batch.ref_logits, batch.ref_logits, torch.tensor([[0], [9]])
+    r[masked, torch.arange(20, 40)] = -INF
+    d[masked, torch.arange(30, 40)] = -INF
+    batch.labels[masked] = 50
+    return replace(batch, logits=d)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("method", ["tnff", "tnrr", "tnfll", "ul+ll", "nl+ll"])
+def test_differences(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once and later, in place and elsewhere, with sets of every kind."""
+    monkeypatch.setattr(triton, "_IDS_AT_ONCE", 16)
+    vocab, upstream = 101, torch.arange(-5, 7, device=DEVICE) / 4
+    plain = far_and_near_differences(vocab).with_options(method=method)
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((12, 0), (12, 5), (12, 40), (20,))
+    turn = (F32, BF16, F16).index(dtype)
+    for later, reduction, asked in ((False, "mean", upstream[7:8]), (True, "none", upstream)):
+        ids = torch.randint(vocab, shapes[(turn + later) % len(shapes)], generator=generator)
+        batch = at_odd_addresses(plain.with_options(negative_ids=ids), dtype)
+        expected, inplace = truth_of_differences(batch), later == (dtype == F32)
+        result = launched(
+            batch, reduction=reduction, upstream=asked, inplace=inplace, later=later, stats=later
+        )
+        label = f"{later=} {tuple(ids.shape)}"
+        assert_agrees(result, expected, batch, reduction=reduction, upstream=asked, label=label)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("method", ["tnff", "tnrr"])
+def test_differences_next_to_p_equal_q(
+    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the log-ratios, to all their digits; and where they are 0, loss and gradient are."""
+    left: list[Tensor] = []
+    launch = triton._launch_kl
+    monkeypatch.setattr(triton, "_launch_kl", lambda *x: left.append(launch(*x)) or left[-1])
+    r = 3 * torch.randn(3, 101) + torch.tensor([[0.0], [20.0], [-200.0]])
+    r[1, :30] = -INF
+    labels, upstream = torch.full((3,), 60), torch.tensor([2.0**12], device=DEVICE)
+    for size, error in ((0.0, 0.0), (1e-3, {F32: 1e-5, BF16: 1e-2, F16: 1e-3}[dtype])):
+        near = Batch(size * torch.randn(r.shape), r, labels, None, {"method": method})
+        batch = at_odd_addresses(near, dtype)
+        expected = truth_of_differences(batch)
+        for result in (
+            launched(batch, reduction="sum", upstream=upstream),
+            launched(batch, reduction="sum", upstream=upstream, later=True),
+            run_shards(
+                batch, "triton", (40, 61), reduction="sum", upstream=upstream, differences=True
+            ),
+        ):
+            loss, gradient = expected.terms.loss.sum(), expected.gradient * upstream.double()
+            assert (result.loss.double() - loss).abs() <= 1e-5 * loss
+            off = (result.gradient.double() - gradient).norm(dim=-1)
+            assert (off <= error * gradient.norm(dim=-1)).all()
+    assert left
+    assert not torch.cat(left).any()  # the kernel of KL rows serves them
+
+
+def test_differences_of_shards() -> None:
+    """Their gradient is written in the second launch, or it waits for total sums."""
+    upstream = torch.tensor([0.5], device=DEVICE)
+    plain = far_and_near_differences(101).with_options(nl_floor=-7.0)
+    plain = plain.with_options(negative_ids=torch.randint(101, (12, 5)))
+    for method, smoothing in (("tnrf", "negatives"), ("nl+ll", "negatives"), ("tnrr", "uniform")):
+        batch = at_odd_addresses(plain.with_options(method=method, smoothing=smoothing), BF16)
+        result = run_shards(batch, "triton", (40, 61), upstream=upstream, differences=True)
+        assert_agrees(result, truth_of_differences(batch), batch, upstream=upstream, label=method)
+
+
+def test_differences_of_broken_rows() -> None:
+    """A logit of -inf is removed by either row; one that is no number, or +inf, breaks the row."""
+    d, r = torch.randn(2, 7, 101)
+    d[0, 5], d[1, 5], r[2, 5], r[3, 5], r[4, 5] = -INF, NAN, NAN, INF, -INF
+    d[4, 5], d[5, 5], r[6] = INF, INF, -INF
+    for method, weight in (("tnff", 1.0), ("tnrr", 1.0), ("ul+ll", -1.0)):
+        rows = Batch(d, r, torch.zeros(7, dtype=torch.int64), torch.full((7,), weight))
+        batch = on_device(rows.with_options(method=method))
+        result = launched(batch, reduction="none")
+        assert_agrees(result, truth_of_differences(batch), batch, reduction="none", label=method)
+
+
+def test_a_bfloat16_gradient_of_float32_differences() -> None:
+    batch = at_odd_addresses(far_and_near_differences(101).with_options(method="tnrf"), F32)
+    result = launched(batch, reduction="sum", gradient_dtype=BF16)
+    rounded = replace(batch, logits=batch.logits.to(BF16))
+    assert_agrees(result, truth_of_differences(batch), rounded, reduction="sum")
+
+
+def test_upstream_factors_at_once() -> None:
+    """Of a launch that writes the gradient by itself: it is 0 where a factor is, whatever the other one is."""
+    mixed, upstream = mixed_batch(101), torch.arange(-5, 7, device=DEVICE) / 4
+    mixed.logits[5] = NAN
+    nobody = torch.tensor([7], device=DEVICE)  # of weight 0
+    for method, smoothing in (("tnrf", "negatives"), ("ul+ll", "negatives"), ("tnff", "uniform")):
+        batch = on_device(mixed.with_options(method=method, smoothing=smoothing))
+        given = {"reduction": "none", "upstream": upstream.index_fill(0, nobody, NAN)}
+        result = launched(batch, **given, differences=False)
+        assert_agrees(result, truth(batch), batch, reduction="none", upstream=upstream)
+    endless = batch.with_options(alpha=torch.full((12,), INF, device=DEVICE))
+    result = launched(endless, reduction="none", upstream=0 * upstream[:1], differences=False)
+    assert (result.gradient == 0).all()
 
 
 # --- what only a GPU can show -------------------------------------------------------------------------------------

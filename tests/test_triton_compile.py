@@ -43,6 +43,7 @@ class Variant(NamedTuple):
     vocab: int = 128256
     left: bool = False  # the rows that kl_kernel left
     saved: bool = False  # a plan, for a gradient that waits
+    differences: bool = False  # to the reference; with upstream factors
 
     def __str__(self) -> str:
         changed = (
@@ -71,6 +72,7 @@ VARIANTS = (
     Variant(method="tnrr", kind=Kind.FINISH, uniform=True, diagnostics=True),
     *(Variant(method="tnrf", vocab=vocab, ids=1) for vocab in (100, 4000, 16000)),
     *(Variant(method="tnrf", ids=1, gradient=gradient, left=True) for gradient in (True, False)),
+    *(Variant(method=method, ids=1, differences=True) for method in ("tnrf", "ul+ll")),
 )
 EVERYWHERE = (Variant(), Variant(method="tnrf", ids=1), Variant(method="ul+ll", dtype="fp32"))
 #: Of the kernel of KL rows.
@@ -92,6 +94,7 @@ KL_VARIANTS = (
     Variant(method="tnrf", kind=Kind.STATISTICS, gradient=False),
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
     *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
+    Variant(method="tnrf", ids=1, differences=True),
 )
 KL_EVERYWHERE = (Variant(method="tnrf"), Variant(method="tnrf", ids=1, few=True))
 KL_CASES = [(a, v) for a in ARCHITECTURES for v in (KL_VARIANTS if a == "sm_90" else KL_EVERYWHERE)]
@@ -107,12 +110,12 @@ def compiled(architecture: str, variant: Variant) -> Any:
 
     objective, kind, logits = METHODS[variant.method], variant.kind, f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
+    reads_reference = objective.reads_reference or variant.differences
     config = left_config(variant.vocab)
     if not variant.left:
         config = row_config(
-            variant.vocab, itemsize, kind="two rows" if objective.reads_reference else "one row",
-            gradient=variant.gradient, ids=variant.ids > 0,
-            architecture=architecture,
+            variant.vocab, itemsize, kind="two rows" if reads_reference else "one row", gradient=variant.gradient,
+            ids=variant.ids > 0, architecture=architecture,
         )  # fmt: skip
     sharded = kind in (Kind.PARTIAL_SUMS, Kind.FINISH)
     constants: dict[str, Any] = {
@@ -127,9 +130,10 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "BLOCK": config.block,
         "CHUNK": 64,
         "SHARDS": 8 if sharded else 1,
+        "DIFFERENCES": variant.differences,
     }
     present = {
-        "ref_logits": objective.reads_reference,
+        "ref_logits": reads_reference,
         "ids": variant.ids > 0,
         "bits": variant.ids > 0,
         "losses": kind in (Kind.FUSED, Kind.FINISH),
@@ -137,7 +141,7 @@ def compiled(architecture: str, variant: Variant) -> Any:
         "coefficients": kind == Kind.BACKWARD
         or (kind == Kind.FUSED and not variant.gradient and not variant.left),
         "gradient": variant.gradient,
-        "upstream": kind == Kind.BACKWARD,
+        "upstream": kind == Kind.BACKWARD or variant.differences,
         "statistics": kind == Kind.STATISTICS,
         "gathered": sharded,
         "partial_sums": kind == Kind.PARTIAL_SUMS,
@@ -202,6 +206,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "CHUNK": 1024,
         "EVEN": variant.aligned,
         "ALIKE": True,
+        "DIFFERENCES": variant.differences,
     }
     present = {
         "ids": variant.ids > 0,
@@ -210,6 +215,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "diagnostics": variant.diagnostics,
         "coefficients": variant.saved,
         "gradient": variant.gradient,
+        "upstream": variant.differences,
         "statistics": variant.kind == Kind.STATISTICS,
     }
     constants |= {name: None for name, there in present.items() if not there}
@@ -221,7 +227,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         **dict.fromkeys(("ids", "left"), "*i32"),
         **dict.fromkeys(("eps", "scale", "inverse_t"), "fp32"),
         **dict.fromkeys(
-            ("weights", "losses", "diagnostics", "coefficients", "statistics"), "*fp32"
+            ("weights", "losses", "diagnostics", "coefficients", "upstream", "statistics"), "*fp32"
         ),
     }
     kernel = build(kl_kernel, *described(kl_kernel, constants, types), config, architecture)

@@ -79,12 +79,16 @@ class RowCall(NamedTuple):
     vocabulary. Outputs that are None are not wanted. Per kind:
 
     - FUSED: ``loss`` and ``diagnostics``; ``gradient`` or ``coefficients``.
-    - BACKWARD: ``coefficients`` and ``upstream`` in; ``gradient``.
+    - BACKWARD: ``coefficients`` in; ``gradient``.
     - STATISTICS: ``statistics``. ``diagnostics``, given already where they are wanted in the end, asks for their sums.
-    - PARTIAL_SUMS: ``gathered`` in; ``partial_sums``, and ``gradient`` if it waits neither for an upstream factor nor
-      for total sums (``Scalars.gradient_needs_totals``).
-    - FINISH: ``gathered`` and ``total_sums`` in; ``loss`` and ``diagnostics``, and the ``gradient`` that had to wait,
-      times ``upstream`` where that is given.
+    - PARTIAL_SUMS: ``gathered`` in; ``partial_sums``, and ``gradient`` if it does not wait for total sums
+      (``Scalars.gradient_needs_totals``).
+    - FINISH: ``gathered`` and ``total_sums`` in; ``loss`` and ``diagnostics``, and the ``gradient`` that had to wait.
+
+    A ``gradient`` is multiplied by ``upstream`` where that is given; no ``coefficients`` are.
+
+    With ``differences``, ``logits`` hold the policy's minus the reference's, which every row then reads: next to p = q,
+    where 16 bits hold no difference of two logits, they hold this one. The gradient is that of the policy's logits.
     """
 
     kind: Kind
@@ -105,6 +109,7 @@ class RowCall(NamedTuple):
     gathered: Tensor | None = None
     partial_sums: Tensor | None = None  # (N, ROW_PARTIAL_SUMS) real
     total_sums: Tensor | None = None  # (N, ROW_PARTIAL_SUMS) real: partial sums of all shards
+    differences: bool = False  # what ``logits`` hold
 
     @property
     def is_first(self) -> bool:

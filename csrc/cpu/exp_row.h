@@ -26,7 +26,7 @@ class ExpRow {
   using Real = RealOf<Logit>;
 
   struct Task {
-    const Logit* z;
+    Stream<Logit> z;
     Gradient* gradient;
     int loss;
     bool entropy;
@@ -39,7 +39,7 @@ class ExpRow {
         inverse_t_(1 / call.temperature),
         tiles_(call.vocab, threads, scratch.entries),
         t_(task) {
-    tiles_.begin(task.z, nullptr, task.apart);
+    tiles_.begin(task.z, {}, task.apart);
     tiles_.save(task.gradient ? 1 : 0);
   }
 

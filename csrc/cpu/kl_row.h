@@ -20,7 +20,7 @@ class KlRow {
   using Real = RealOf<Logit>;
   static constexpr int64_t TILE = TILE_ENTRIES<Real>;
   struct Task {
-    const Logit *z, *r;
+    Stream<Logit> z, r;
     Gradient* gradient;
     bool reverse, entropy;
     int64_t removed;        // number of tokens, of the whole vocabulary
@@ -39,7 +39,7 @@ class KlRow {
              double(task.removed), task.log_kappa, task.partial >= 0} {
     tiles_.begin(task.reverse ? task.z : task.r, task.reverse ? task.r : task.z, task.apart);
     tiles_.save(task.gradient ? 2 : 0);
-    if (task.partial >= 0) label_z_ = double(load(task.z[task.partial])), label_r_ = double(load(task.r[task.partial]));
+    if (task.partial >= 0) label_z_ = double(task.z[task.partial]), label_r_ = double(task.r[task.partial]);
   }
 
   // Of this slice of the vocabulary behind first_pass, of all shards behind merge.

@@ -94,6 +94,7 @@ class Row {
     mark_set(weight);
     factor_ = loss_ == NONE ? 0 : row_factor<Real>(p_, index, loss_, negative_, weight);
     scale_ = factor_ * inverse_normalizer * (1 / p_.temperature);
+    if (p_.kind != Kind::BACKWARD) take_upstream();
     const double loss = !is_kl(loss_) ? one_stream() : smooths_uniformly(p_) ? uniform_kl() : kl();
     clear_set();
     return loss;
@@ -168,13 +169,15 @@ class Row {
 
   // ---- what a launch does, by its kind
 
+  Stream<Logit> policy() const { return {z_, p_.differences ? r_ : nullptr}; }
   typename KlRow<Logit, Gradient>::Task kl_task() const {
-    return {z_, r_, g_, loss_ == REVERSE_KL, p_.diagnostics != nullptr, set_size_, apart(), partial_, log_kappa_};
+    return {policy(),  {r_},    g_,       loss_ == REVERSE_KL, p_.diagnostics != nullptr,
+            set_size_, apart(), partial_, log_kappa_};
   }
 
   double one_stream() {
     if (loss_ == NONE && !p_.diagnostics) return inactive();
-    const typename ExpRow<Logit, Gradient>::Task task{z_, g_, loss_, p_.diagnostics != nullptr, apart()};
+    const typename ExpRow<Logit, Gradient>::Task task{policy(), g_, loss_, p_.diagnostics != nullptr, apart()};
     ExpRow<Logit, Gradient> row(p_, threads_, s_.exp, task);
     ExpPlan<Real> plan;
     return launch(row, plan);
@@ -214,7 +217,6 @@ class Row {
                                : p_.kind == Kind::FINISH ? total_sums()
                                                          : PartialSums{0, double(set_size_)};
     const RowResult result = row.conclude(totals, plan);
-    if (p_.kind == Kind::FINISH) take_upstream();
     if (scale_ != 0 && result.lost) scale_ = NAN;
     if (g_) write_gradient(is_sharded(p_.kind));
     if (p_.kind == Kind::PARTIAL_SUMS) return 0;
@@ -245,7 +247,6 @@ class Row {
       pack(sums, true, packed(p_.statistics));
       return 0;
     }
-    if (p_.kind == Kind::FINISH) take_upstream();
     const bool exists = row.conclude(sums, plan), reverse = loss_ == REVERSE_KL;
     const double first_scale = g_ && !reverse && exists ? scale_ : 0;
     double loss = p_.kind == Kind::FINISH ? total_sums().loss : exists ? second_pass(first_scale) : 0;
@@ -266,7 +267,8 @@ class Row {
   void prefetch_next(int64_t at, int64_t n) const {
     if (next_ >= p_.rows || !is_active<Real>(p_, next_)) return;
     prefetch(static_cast<const Logit*>(p_.logits) + next_ * p_.logits_stride + at, n);
-    if (is_kl(loss_)) prefetch(static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at, n);
+    if (is_kl(loss_) || p_.differences)
+      prefetch(static_cast<const Logit*>(p_.ref_logits) + next_ * p_.ref_logits_stride + at, n);
   }
 
   // ---- what a launch reads of others, and leaves behind

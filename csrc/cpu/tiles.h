@@ -124,6 +124,14 @@ class TokenSet {
 
 // -------------------------------------------------------------------------------------------------------------- tiles
 
+// One of a row's two streams of logits. Of a call with differences, the policy's is their sum with the reference's.
+template <class Logit>
+struct Stream {
+  const Logit* at = nullptr;
+  const Logit* addend = nullptr;  // null where `at` has the logits themselves
+  TNT_FN RealOf<Logit> operator[](int64_t i) const { return addend ? load(at[i]) + load(addend[i]) : load(at[i]); }
+};
+
 // A thread's copy of a tile: one that is not read where it lies, or not written where it goes.
 template <class Real>
 struct alignas(CACHE_LINE) TileCopy {
@@ -177,7 +185,7 @@ class RowTiles {
   static constexpr int LEAST_TILES = 4;          // of a thread, below which waking it takes longer than they do
 
   // A row of one or two streams of logits; `apart`: the bits of the entries kept apart, null if there are none.
-  void begin(const Logit* base, const Logit* other, const uint64_t* apart) {
+  void begin(const Stream<Logit>& base, const Stream<Logit>& other, const uint64_t* apart) {
     base_ = base, other_ = other, bits_ = apart;
     read_relative_to(0, 0);
     if (bits_) s_.find(bits_, vocab_);
@@ -221,15 +229,12 @@ class RowTiles {
     const int64_t at = k * TILE, n = end_of(k) - at, padded = padded_size(k);
     const uint64_t* const bits = apart_begin(k) == apart_begin(k + 1) ? nullptr : bits_;
     if (is_read_in_place(k))
-      return body(TileEntries<Logit>{base_ + at, other_ ? other_ + at : nullptr, padded, bits, at, careful}, n);
+      return body(TileEntries<Logit>{base_.at + at, other_.at ? other_.at + at : nullptr, padded, bits, at, careful},
+                  n);
     TileCopy<Real>& copy = TileCopy<Real>::of_this_thread();
-    const auto load_row = [&](const Logit* from, Real zero, Real* to) {
-      for (int64_t i = 0; i < n; ++i) to[i] = load(from[at + i]) - zero;
-      std::fill(to + n, to + padded, Real(AWAY));
-    };
-    load_row(base_, x_zero_, copy.x);
-    if (other_) load_row(other_, o_zero_, copy.o);
-    body(TileEntries<Real>{copy.x, other_ ? copy.o : nullptr, padded, bits, at, careful}, n);
+    load(base_, x_zero_, at, n, padded, copy.x);
+    if (other_.at) load(other_, o_zero_, at, n, padded, copy.o);
+    body(TileEntries<Real>{copy.x, other_.at ? copy.o : nullptr, padded, bits, at, careful}, n);
   }
 
   // write(entries, to): writes the gradients of the tile's entries to `to`.
@@ -257,14 +262,28 @@ class RowTiles {
   void gather(int64_t k) const {
     Real *const x = s_.x.data(), *const o = s_.o.data();
     each_apart(k, [&](int64_t column, size_t i) {
-      x[i] = load(base_[column]);
-      if (other_) o[i] = load(other_[column]);
+      x[i] = base_[column];
+      if (other_.at) o[i] = other_[column];
     });
   }
 
   int64_t end_of(int64_t k) const { return std::min((k + 1) * TILE, vocab_); }
 
  private:
+  // n entries from `at` on, and such that weigh nothing up to `padded`. One copy of this code, not one a loop over
+  // tiles.
+  __attribute__((noinline)) static void load(const Stream<Logit>& row, Real zero, int64_t at, int64_t n, int64_t padded,
+                                             Real* to) {
+    const Logit* const from = row.at + at;
+    if (row.addend) {
+      const Logit* const addend = row.addend + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = (tnt::load(from[i]) + tnt::load(addend[i])) - zero;
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = tnt::load(from[i]) - zero;
+    }
+    std::fill(to + n, to + padded, Real(AWAY));
+  }
+
   size_t apart_begin(int64_t k) const { return bits_ ? s_.begin[size_t(k)] : 0; }
   template <class Body>
   TNT_FN void each_apart(int64_t k, Body body) const {
@@ -275,7 +294,9 @@ class RowTiles {
     return (end_of(k) - k * TILE + BLOCK_ENTRIES<Real> - 1) / BLOCK_ENTRIES<Real> * BLOCK_ENTRIES<Real>;
   }
   bool is_whole(int64_t k) const { return k * TILE + padded_size(k) == end_of(k); }
-  bool is_read_in_place(int64_t k) const { return x_zero_ == 0 && o_zero_ == 0 && is_whole(k); }
+  bool is_read_in_place(int64_t k) const {
+    return x_zero_ == 0 && o_zero_ == 0 && !base_.addend && !other_.addend && is_whole(k);
+  }
 
   // write(to), which writes whole blocks, where they end beyond the row by way of a copy.
   template <class Write>
@@ -290,7 +311,7 @@ class RowTiles {
   const int64_t vocab_, count_;
   const int threads_;
   TileScratch<Real>& s_;
-  const Logit *base_ = nullptr, *other_ = nullptr;
+  Stream<Logit> base_, other_;
   const uint64_t* bits_ = nullptr;
   Real x_zero_ = 0, o_zero_ = 0;  // logits are read relative to these
   int saved_ = 0;                 // numbers of an entry

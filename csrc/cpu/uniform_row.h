@@ -95,7 +95,7 @@ class UniformRow {
       tiles_.gather(k);
     });
     RowSums s;
-    if (t_.partial >= 0) s.label_policy = load(t_.z[t_.partial]), s.label_reference = load(t_.r[t_.partial]);
+    if (t_.partial >= 0) s.label_policy = t_.z[t_.partial], s.label_reference = t_.r[t_.partial];
     s.policy = s_.policy.sum();
     s.reference = s_.reference.sum();
     const auto sum_of_set = [&](std::vector<Real>& logits, double partial) {
@@ -119,8 +119,8 @@ class UniformRow {
   template <class Done>
   double second_pass(const UniformPlan<Real>& plan, double factor, Done done) {
     const UniformNumbers<Real> numbers = uniform_numbers(plan, p_, inverse_t_, factor);
-    const double label_z = t_.partial >= 0 ? load(t_.z[t_.partial]) : 0,
-                 label_r = t_.partial >= 0 ? load(t_.r[t_.partial]) : 0;  // before a gradient takes its place
+    const double label_z = t_.partial >= 0 ? t_.z[t_.partial] : 0,
+                 label_r = t_.partial >= 0 ? t_.r[t_.partial] : 0;  // before a gradient takes its place
     s_.losses.assign(size_t(tiles_.count()), 0);
     tiles_.each(true, [&](int64_t k) {
       const int64_t n = tiles_.end_of(k) - k * TILE_ENTRIES<Real>;

@@ -17,6 +17,9 @@ inline namespace TNT_ISA {
 constexpr int KL_STEPS = 16;  // of a block at most: each has a barrier for its copies, and a bit
 constexpr int KL_SLICE = 32;  // slices are multiples of so many columns: whole words of the mask, whole sectors
 constexpr int KL_ATTEMPTS = 3;
+// The policy's logits take the place of differences, which 16 bits have no room for.
+template <class Logit>
+constexpr bool KL_TAKES_DIFFERENCES = sizeof(Logit) == 4;
 
 struct KlLaunch {
   int slice;       // columns of a block
@@ -108,9 +111,10 @@ class KlBlock {
     if (!is_active(p_, label, weight)) return inactive();
     if (label < 0 || label >= p_.vocab_size) return leave();
     // Whether the reference is read is known at once, unless ids decide which loss the row has.
-    const bool late = p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
+    const bool late = !differences() && p_.negative_ids && is_kl(p_.positive_loss) != is_kl(p_.negative_loss);
     const bool marks = p_.negative_ids || weight < 0.0f || p_.positive_loss == LOG_LIKELIHOOD;
-    if (!late && warp() == COPIER) begin_copies(is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
+    if (!late && warp() == COPIER)
+      begin_copies(differences() || is_kl(weight < 0.0f ? p_.negative_loss : p_.positive_loss));
     device::cluster_arrive_relaxed();
     if (marks) {
       const int at = weight < 0.0f ? place_of(label) : -1;
@@ -122,11 +126,12 @@ class KlBlock {
       s_.label_at = in_part ? place_of(label) : -1;
       s_.label = {0.0f, 0.0f, 0.0f};
       if (in_part)  // before a gradient may take their place
-        s_.label = {Stored<Logit>::load(z_row() + label), Stored<Logit>::load(r_row() + label), log1pf(weight)};
+        s_.label = {z_at(label), Stored<Logit>::load(r_row() + label), log1pf(weight)};
       s_.factors[0] = weight;
       s_.factors[1] = row_factor<float>(p_, row(), p_.negative_loss, true, weight);
       s_.eps = float(p_.eps);
       s_.scale = l_.scales.inverse_t * (l_.inverse_normalizer ? float(*l_.inverse_normalizer) : 1.0f);
+      if (p_.upstream) s_.scale *= static_cast<const float*>(p_.upstream)[row() * p_.upstream_stride];
     }
     if (warp() == LEVELS) levels(wide, z_some, r_some);
     device::sync_block();
@@ -148,6 +153,7 @@ class KlBlock {
       device::cluster_wait();
       return leave();
     }
+    if (differences()) add_reference();
     if (row_loss == UNLIKELIHOOD || row_loss == LOG_LIKELIHOOD)
       compute_likelihood(row_loss == UNLIKELIHOOD, negative);
     else if (negative)
@@ -165,6 +171,11 @@ class KlBlock {
   TNT_DEVICE const Logit* z_row() const { return static_cast<const Logit*>(p_.logits) + row() * p_.logits_stride; }
   TNT_DEVICE const Logit* r_row() const {
     return static_cast<const Logit*>(p_.ref_logits) + row() * p_.ref_logits_stride;
+  }
+
+  TNT_DEVICE bool differences() const { return KL_TAKES_DIFFERENCES<Logit> && p_.differences; }
+  TNT_DEVICE float z_at(int64_t column) const {
+    return Stored<Logit>::load(z_row() + column) + (differences() ? Stored<Logit>::load(r_row() + column) : 0.0f);
   }
 
   TNT_DEVICE bool leader() const { return rank_ == 0 && thread_ == 0; }
@@ -277,8 +288,25 @@ class KlBlock {
   TNT_DEVICE void edge(int at, bool copies, bool pair, const Logit* z, const Logit* r) {
     if (!copies) return;
     const bool inside = at >= first_ && at < n_;
-    reinterpret_cast<Logit*>(slot(false))[at] = inside ? z[at] : Stored<Logit>::nothing();
-    if (pair) reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : Stored<Logit>::nothing();
+    const Logit nothing = Stored<Logit>::nothing(), none = differences() ? Logit{} : nothing;
+    reinterpret_cast<Logit*>(slot(false))[at] = inside ? z[at] : none;
+    if (pair) reinterpret_cast<Logit*>(slot(true))[at] = inside ? r[at] : nothing;
+  }
+  // The policy's logits in place of their differences to the reference's.
+  TNT_DEVICE void add_reference() {
+    char* const z = slot(false) + thread_ * 16;
+    const int full = full_steps();
+    const bool in_tail = full * step() + thread_ * GROUP < n_;
+#pragma unroll 1
+    for (int s = 0; s < steps(); ++s) {
+      device::arrival_wait(s_.arrivals + s);
+      if (s == full && !in_tail) break;
+      Group g = load<true>(z + s * step_bytes(), true);
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) g.x[i] += g.o[i];
+      *reinterpret_cast<Vector*>(z + s * step_bytes()) = Stored<Logit>::pack(g.x);
+    }
+    device::sync_block();
   }
 
   using Group = KlGroup<GROUP>;
@@ -360,6 +388,10 @@ class KlBlock {
       const float r_at = p_.ref_logits ? Stored<Logit>::load(r_row() + at) : 0.0f;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) z[i] = z_at, r[i] = r_at;
+    }
+    if (differences()) {
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) z[i] += r[i];
     }
     float z_top = z[0], r_top = r[0], above = z[0] - r[0];
 #pragma unroll

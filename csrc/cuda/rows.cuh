@@ -154,7 +154,7 @@ StreamPlan stream_plan_for(const RowCall& p, int device) {
 
 template <class Logit, class Gradient, bool DIAGNOSTICS>
 ClusterPlan cluster_plan_for(const RowCall& p, int device) {
-  const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss);
+  const bool pair = is_kl(p.positive_loss) || is_kl(p.negative_loss) || p.differences;
   const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % Stored<Logit>::GROUP == 0;
   const ClusterKey key(p.vocab, device, p.dtype, p.gradient_dtype, DIAGNOSTICS, pair, aligned);
   return known(known_cluster_plans, key,
@@ -167,7 +167,7 @@ template <class Logit>
 bool is_kl_call(const RowCall& p) {
   if (!is_kl(p.positive_loss) && p.positive_loss != LOG_LIKELIHOOD) return false;
   if (!is_kl(p.negative_loss) && p.negative_loss != UNLIKELIHOOD) return false;
-  if (smooths_uniformly(p) || p.kind != Kind::FUSED) return false;
+  if (smooths_uniformly(p) || p.kind != Kind::FUSED || (p.differences && !KL_TAKES_DIFFERENCES<Logit>)) return false;
   constexpr int GROUP = Stored<Logit>::GROUP;
   const auto begin = [](const void* at, int64_t stride) {
     return std::make_pair(reinterpret_cast<uintptr_t>(at) % 16, (stride % GROUP + GROUP) % GROUP);

@@ -152,7 +152,7 @@ class StreamBlock {
   // sums. A misaligned group is joined from the two aligned vectors that hold it.
 
   TNT_DEVICE static int misalignment(const void* at) { return int(reinterpret_cast<uintptr_t>(at) & 15); }
-  TNT_DEVICE float z_at(int v) const { return Stored<Logit>::load(z_ + v); }
+  TNT_DEVICE float z_at(int v) const { return Stored<Logit>::load(z_ + v) + (p_.differences ? r_at(v) : 0.0f); }
   TNT_DEVICE float r_at(int v) const { return Stored<Logit>::load(r_ + v); }
 
   TNT_DEVICE Vector load_group(const Logit* row, int v) const {
@@ -169,8 +169,9 @@ class StreamBlock {
     return Stored<Logit>::pack(x);
   }
 
-  // body(v, z, r) for the groups of this thread, each loaded before the one in front of it is used; r says nothing
-  // unless a pair is read. All threads of a warp make the same calls, for v >= end_ too.
+  // body(v, group) for the groups of this thread, each loaded before the one in front of it is used; the reference's
+  // logits say nothing unless a pair is read, as it is of differences. All threads of a warp make the same calls, for v
+  // >= end_ too.
   template <bool BACKWARDS, class Body>
   TNT_DEVICE void for_each_group(bool pair, Body body) {
     constexpr int STRIDE = THREADS * GROUP;
@@ -183,9 +184,9 @@ class StreamBlock {
       const int v = group_at(k + 1);
       if (k + 1 < steps && v < end_) {
         next_z = load_group(z_, v);
-        if (pair) next_r = load_group(r_, v);
+        if (pair || p_.differences) next_r = load_group(r_, v);
       }
-      if (k >= 0) body(group_at(k), z, r);
+      if (k >= 0) body(group_at(k), pair_of(z, r));
     }
   }
 
@@ -202,13 +203,27 @@ class StreamBlock {
   }
 
   using Group = KlGroup<GROUP>;
-  template <bool REVERSE>
-  TNT_DEVICE static Group group_of(const Vector& z, const Vector& r, float x_zero, float o_zero) {
-    Group g;
-    Stored<Logit>::unpack(REVERSE ? z : r, g.x);
-    Stored<Logit>::unpack(REVERSE ? r : z, g.o);
+  struct LogitPair {  // a group of both rows
+    float z[GROUP], r[GROUP];
+  };
+  TNT_DEVICE LogitPair pair_of(const Vector& z, const Vector& r) const {
+    LogitPair pair;
+    Stored<Logit>::unpack(z, pair.z);
+    Stored<Logit>::unpack(r, pair.r);
+    if (p_.differences) {
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) g.x[i] -= x_zero, g.o[i] -= o_zero;
+      for (int i = 0; i < GROUP; ++i) pair.z[i] += pair.r[i];
+    }
+    return pair;
+  }
+  template <bool REVERSE>
+  TNT_DEVICE static Group group_of(const LogitPair& pair, float x_zero, float o_zero) {
+    Group g;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      g.x[i] = (REVERSE ? pair.z[i] : pair.r[i]) - x_zero;
+      g.o[i] = (REVERSE ? pair.r[i] : pair.z[i]) - o_zero;
+    }
     return g;
   }
 
@@ -411,12 +426,12 @@ class StreamBlock {
     const bool reverse = s_.loss == REVERSE_KL;
     KlSums t;  // of streams: s, h as for a KL, m the other's sum, f the total of differences
     float x_top = -INFINITY, o_top = -INFINITY;
-    for_each_group<false>(pair, [&](int v, const Vector& z, const Vector& r) {
+    for_each_group<false>(pair, [&](int v, const LogitPair& group) {
       const uint32_t dead = set_bits(v) | outside_bits(v);
       if (pass == OF_KL)
-        reverse ? add_kl<true>(dead, z, r, t) : add_kl<false>(dead, z, r, t);
+        reverse ? add_kl<true>(dead, group, t) : add_kl<false>(dead, group, t);
       else
-        add_streams(pass, pair, dead, z, r, t, x_top, o_top);
+        add_streams(pass, pair, dead, group, t, x_top, o_top);
     });
     sums.s = t.s, sums.h = t.h, sums.x_top = x_top, sums.o_top = o_top;
     sums.a_or_m = pass == OF_KL ? t.a_or_m(reverse) : t.m;
@@ -425,9 +440,9 @@ class StreamBlock {
   }
 
   template <bool REVERSE>
-  TNT_DEVICE void add_kl(uint32_t dead, const Vector& z, const Vector& r, KlSums& t) const {
+  TNT_DEVICE void add_kl(uint32_t dead, const LogitPair& group, KlSums& t) const {
     const RowShift& k = s_.shift;
-    Group g = group_of<REVERSE>(z, r, k.x_zero, k.o_zero);
+    Group g = group_of<REVERSE>(group, k.x_zero, k.o_zero);
     remove(dead, g);
     add_group<REVERSE, true>(t, k, g, k.less != 0.0f);
     if (k.less == 0.0f) return;
@@ -438,10 +453,10 @@ class StreamBlock {
   }
 
   // Of one stream, the policy's, or of each of two; of both, their maxima alone.
-  TNT_DEVICE void add_streams(StreamPass pass, bool pair, uint32_t dead, const Vector& z, const Vector& r, KlSums& t,
+  TNT_DEVICE void add_streams(StreamPass pass, bool pair, uint32_t dead, const LogitPair& group, KlSums& t,
                               float& x_top, float& o_top) const {
     const bool total = s_.loss == LOG_LIKELIHOOD && smooths_uniformly(p_);
-    const Group g = group_of<true>(z, r, 0.0f, 0.0f);
+    const Group g = group_of<true>(group, 0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (dead >> i & 1) continue;
@@ -552,24 +567,24 @@ class StreamBlock {
   TNT_DEVICE float second_pass(float factor, bool writes) {
     const bool kl = is_kl(s_.loss), uniform = is_uniform(), reverse = s_.loss == REVERSE_KL;
     float loss = 0.0f;
-    for_each_group<true>(kl, [&](int v, const Vector& z, const Vector& r) {
+    for_each_group<true>(kl, [&](int v, const LogitPair& group) {
       float out[GROUP];
       if (!kl)
-        exp_gradients(v, z, factor, out);
+        exp_gradients(v, group, factor, out);
       else if (uniform)
-        loss += uniform_gradients(v, z, r, factor, out);
+        loss += uniform_gradients(v, group, factor, out);
       else
-        reverse ? kl_gradients<true>(v, z, r, factor, out) : kl_gradients<false>(v, z, r, factor, out);
+        reverse ? kl_gradients<true>(v, group, factor, out) : kl_gradients<false>(v, group, factor, out);
       if (writes) store_group(v, out);
     });
     return loss;
   }
 
   template <bool REVERSE>
-  TNT_DEVICE void kl_gradients(int v, const Vector& z, const Vector& r, float factor, float (&out)[GROUP]) const {
+  TNT_DEVICE void kl_gradients(int v, const LogitPair& group, float factor, float (&out)[GROUP]) const {
     const KlPlan<float>& plan = s_.kl;
     const float u0 = plan.u0 * factor, u1 = plan.u1 * factor;
-    const Group g = group_of<REVERSE>(z, r, plan.x_zero, plan.o_zero);
+    const Group g = group_of<REVERSE>(group, plan.x_zero, plan.o_zero);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       const float x = g.x[i], o = g.o[i], at = fmaf(x, scale(), -plan.c);
@@ -588,45 +603,39 @@ class StreamBlock {
     const uint32_t bits = set_bits(v);
     if (!bits) return;
     const int partial = partial_column();
-    float logits[GROUP];
-    Stored<Logit>::unpack(z, logits);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (!(bits >> i & 1)) continue;
-      const float centred = logits[i] - plan.set_max, weight = plan.set_scale * factor * power(centred * scale());
+      const float centred = group.z[i] - plan.set_max, weight = plan.set_scale * factor * power(centred * scale());
       out[i] = !REVERSE || weight == 0.0f ? weight : weight * fmaf(centred, l_.scales.inverse_t, plan.set_shift);
       if (v + i == partial) out[i] = plan.partial * factor;
     }
   }
 
-  TNT_DEVICE void exp_gradients(int v, const Vector& z, float factor, float (&out)[GROUP]) const {
+  TNT_DEVICE void exp_gradients(int v, const LogitPair& group, float factor, float (&out)[GROUP]) const {
     const ExpPlan<float>& plan = s_.exp;
     const uint32_t bits = set_bits(v);
-    float x[GROUP];
-    Stored<Logit>::unpack(z, x);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
-      out[i] = fmaf(plan.weight * factor, power(fmaf(x[i] - plan.zero, scale(), -plan.c)), plan.bias * factor);
+      out[i] = fmaf(plan.weight * factor, power(fmaf(group.z[i] - plan.zero, scale(), -plan.c)), plan.bias * factor);
       if (!(bits >> i & 1)) continue;
-      const float centred = x[i] - plan.set_ref;
+      const float centred = group.z[i] - plan.set_ref;
       out[i] = plan.set * factor * power(centred * scale()) +
                (centred * l_.scales.inverse_t < plan.least ? 0.0f : plan.push * factor);
     }
   }
 
-  TNT_DEVICE float uniform_gradients(int v, const Vector& zs, const Vector& rs, float factor,
-                                     float (&out)[GROUP]) const {
+  TNT_DEVICE float uniform_gradients(int v, const LogitPair& group, float factor, float (&out)[GROUP]) const {
     const UniformNumbers<float>& numbers = s_.uniform;
     const bool reverse = s_.loss == REVERSE_KL;
     const int partial = partial_column();
-    const Group g = group_of<true>(zs, rs, 0.0f, 0.0f);
     const uint32_t bits = set_bits(v), out_bits = outside_bits(v);
     float loss = 0.0f;
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       const bool is_partial = v + i == partial, removed = (bits >> i & 1) && !is_partial;
-      const float centred = g.x[i] - numbers.row.z_ref, p = power(centred * scale()) * numbers.row.p_inverse;
-      const float q = power((g.o[i] - numbers.row.r_ref) * scale()) * numbers.row.q_inverse;
+      const float centred = group.z[i] - numbers.row.z_ref, p = power(centred * scale()) * numbers.row.p_inverse;
+      const float q = power((group.r[i] - numbers.row.r_ref) * scale()) * numbers.row.q_inverse;
       const float log_p = centred * l_.scales.inverse_t - numbers.row.p_log_sum;
       const float q_star = removed ? 0.0f : is_partial ? q * (1.0f + s_.weight) : q;
       const Element<float> e = numbers.element(reverse, log_p, p, q_star);

@@ -24,8 +24,15 @@ def availability() -> dict[str, str]:
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
 
 
-def select(logits: Tensor, requested: str | None, scalars: Scalars, sharded: bool) -> str:
-    """The backend for a call: the requested one, ``TNT_KERNELS_BACKEND``, or the fastest that serves its logits.
+def select(
+    logits: Tensor,
+    requested: str | None,
+    scalars: Scalars,
+    sharded: bool,
+    differences: bool = False,
+) -> str:
+    """The backend for a call: the requested one, ``TNT_KERNELS_BACKEND``, or the fastest that serves its logits, which
+    may be ``differences`` (``RowCall``).
 
     Raises:
         ValueError: a name that is not a backend's.
@@ -38,9 +45,8 @@ def select(logits: Tensor, requested: str | None, scalars: Scalars, sharded: boo
     if requested is None:
         for name, backend in BACKENDS.items():
             if not backend.why_not(logits):
-                return (
-                    "triton" if name == "cuda" and _suits_triton(logits, scalars, sharded) else name
-                )
+                suits = name == "cuda" and _suits_triton(logits, scalars, sharded, differences)
+                return "triton" if suits else name
             if name == "cuda":
                 cuda.warn_of_failure(logits)
     if requested is None or requested not in BACKENDS:
@@ -53,6 +59,7 @@ def select(logits: Tensor, requested: str | None, scalars: Scalars, sharded: boo
     return requested
 
 
-def _suits_triton(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
+def _suits_triton(logits: Tensor, scalars: Scalars, sharded: bool, differences: bool) -> bool:
     """Calls that both GPU backends read twice are faster by Triton: benchmarks/CUDA_NOTES.md has the figures."""
-    return not cuda.reads_once(logits, scalars, sharded) and not triton.why_not(logits)
+    once = cuda.reads_once(logits, scalars, sharded, differences)
+    return not once and not triton.why_not(logits)

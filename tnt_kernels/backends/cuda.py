@@ -98,13 +98,14 @@ def warn_of_failure(logits: Tensor) -> None:
         _warn_of_failure(_device(logits))
 
 
-def reads_once(logits: Tensor, scalars: Scalars, sharded: bool) -> bool:
+def reads_once(logits: Tensor, scalars: Scalars, sharded: bool, differences: bool) -> bool:
     """Whether ``kl_kernel`` computes such calls, gradient included: csrc/cuda/rows.cuh, ``is_kl_call``."""
     positive, negative = scalars.sides
     # Gradients of float16 wait for backward, and so do those of a loss a row.
     waits = logits.dtype == torch.float16 or scalars.reduction == "none"
+    has_no_room = differences and logits.dtype.itemsize == 2
     return (
-        not (sharded or waits or scalars.uniform_smoothing)
+        not (sharded or waits or has_no_room or scalars.uniform_smoothing)
         and (positive.reads_reference or positive is RowLoss.LOG_LIKELIHOOD)
         and (negative.reads_reference or negative is RowLoss.UNLIKELIHOOD)
         and _has_clusters(_device(logits))

@@ -11,7 +11,7 @@ from tnt_kernels import _build_info
 from tnt_kernels._call import RowCall, RowTensors
 from tnt_kernels._scalars import Scalars
 
-_INTERFACE = 7  # of csrc/bind.cpp
+_INTERFACE = 8  # of csrc/bind.cpp
 _FIELDS = tuple([*record._fields] for record in (RowCall, RowTensors, Scalars))
 
 

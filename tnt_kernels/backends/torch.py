@@ -255,6 +255,8 @@ def _rows(call: RowCall) -> _Rows:
     r = torch.zeros_like(z)
     if t.ref_logits is not None:
         r = t.ref_logits.to(real).masked_fill(~active, 0.0)
+        if call.differences:
+            z = z + r
 
     def local(ids: Tensor) -> Tensor:
         """Global ids as columns; a further column takes those of other shards."""

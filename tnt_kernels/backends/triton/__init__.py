@@ -271,12 +271,12 @@ def _launch_kl(
         ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, rows, vocab, call.vocab_offset,
         call.vocab_size, float(s.eps), math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
-        call.statistics, left,
+        call.upstream, _upstream_stride(call), call.statistics, left,
         rows if even else min(map(_readable, (logits, ref_logits))),
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, KIND=int(call.kind), GRADIENT=gradient is not None,
         BLOCK=config.block, UNROLL=config.unroll, NEAR_KL=_near_kl(logits.dtype), IDS=ids.kind,
         FEW=0 < ids.length <= ids.chunk, CHUNK=ids.chunk, EVEN=even, ALIKE=gradient is None or _alike(logits, gradient),
-        **options(config, architecture(logits.device)),
+        DIFFERENCES=call.differences, **options(config, architecture(logits.device)),
     )  # fmt: skip
     return left
 
@@ -302,6 +302,10 @@ def _near_kl(dtype: torch.dtype) -> float:
     return (1.5e-7 / error) ** 2 / 2
 
 
+def _upstream_stride(call: RowCall) -> int:
+    return 0 if call.upstream is None or call.upstream.numel() == 1 else call.upstream.stride(0)
+
+
 def _launch_stream(
     call: RowCall,
     ids: _NegativeIds,
@@ -313,12 +317,7 @@ def _launch_stream(
     """Of all rows, or of those that ``kl_kernel`` left."""
     logits, t, s = call.logits, call.tensors, call.scalars
     rows, vocab = logits.shape
-    ref_logits, gathered, upstream, gradient = (
-        t.ref_logits,
-        call.gathered,
-        call.upstream,
-        call.gradient,
-    )
+    ref_logits, gathered, gradient = t.ref_logits, call.gathered, call.gradient
     _kernels().stream_kernel[(rows if left is None else min(rows, _LEFT_PROGRAMS),)](
         logits, logits.stride(0), ref_logits, 0 if ref_logits is None else ref_logits.stride(0), t.labels, t.weights,
         factors, ids.ascending, ids.stride, ids.length, ids.bits, ids.bits_stride, rows, vocab, call.vocab_offset,
@@ -326,12 +325,12 @@ def _launch_stream(
         -math.inf if s.nl_floor is None else max(float(s.nl_floor), _LOWEST),
         math.log2(math.e) / s.temperature, 1.0 / s.temperature, s.ignore_index,
         row_losses, call.diagnostics, call.coefficients, gradient, 0 if gradient is None else gradient.stride(0),
-        upstream, 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
+        call.upstream, _upstream_stride(call),
         call.statistics, gathered, 0 if gathered is None else gathered.stride(0),
         0 if gathered is None else gathered.size(0), call.partial_sums, call.total_sums, left,
         POSITIVE=s.positive_loss, NEGATIVE=s.negative_loss, UNIFORM=s.smooths_uniformly, IDS=ids.kind,
         KIND=int(call.kind), GRADIENT=gradient is not None, ALIKE=ref_logits is None or _alike(logits, ref_logits),
         GRADIENT_ALIKE=gradient is None or _alike(logits, gradient), BLOCK=config.block, CHUNK=ids.chunk,
-        SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(),
+        SHARDS=1 if gathered is None else 1 << (gathered.size(0) - 1).bit_length(), DIFFERENCES=call.differences,
         **options(config, architecture(logits.device)),
     )  # fmt: skip

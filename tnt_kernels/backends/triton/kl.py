@@ -43,10 +43,11 @@ from tnt_kernels.backends.triton.objectives import (
     phi_of_log,
     row_factors,
     softplus,
+    times_upstream,
     two_sum,
     with_slice,
 )
-from tnt_kernels.backends.triton.reading import Samples, columns_before, row_of, samples
+from tnt_kernels.backends.triton.reading import Samples, columns_before, gather, row_of, samples
 from tnt_kernels.backends.triton.results import (
     FUSED,
     STATISTICS,
@@ -63,6 +64,8 @@ BIAS = tl.constexpr(48.0)
 UNBIAS = tl.constexpr(2.0**-48)
 #: Levels are whole numbers of powers of two, so that the bias is added without rounding. Larger ones are not served.
 HIGHEST_LEVEL = tl.constexpr(2.0**22)
+#: Of a removed entry: beyond that of a mask of -1e30, and its product with a factor is still a number.
+LOWEST_EXPONENT = tl.constexpr(-1e31)
 
 # φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/cuda/kl_math.cuh (of Y = 2y) for y in units of log 2.
 _MIDDLE = ("0x1.ffffd2p-4", "0x1.55557cp-6", "0x1.560b70p-9", "0x1.1133b0p-12")
@@ -94,6 +97,7 @@ class Line(NamedTuple):
 
     elements: tl.tensor  # pointers
     words: tl.tensor
+    origin: tl.tensor  # the elements that these are differences to; None where they are logits
 
 
 class Row(NamedTuple):
@@ -166,13 +170,13 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def _line(at, before):
+def _line(at, before, origin):
     GROUP: tl.constexpr = 128 // at.dtype.element_ty.primitive_bitwidth
     elements = at - before
     words = elements
     if GROUP == 8:
         words = elements.to(tl.pointer_type(tl.int32), bitcast=True)
-    return Line(tl.multiple_of(elements, 16), tl.multiple_of(words, 16))
+    return Line(tl.multiple_of(elements, 16), tl.multiple_of(words, 16), origin)
 
 
 @triton.jit
@@ -209,21 +213,48 @@ def _some_words(at, row, start, u):
 
 
 @triton.jit
-def _inside(x, v, row):
-    """Columns outside the row weigh nothing."""
-    return tl.where((v >= row.begin) & (v < row.end), x, AWAY)
+def _logits(x, o, row):
+    """x and o, of what lies in memory."""
+    if row.x.origin is not None:
+        return x + o, o
+    if row.o.origin is not None:
+        return x, o + x
+    return x, o
+
+
+@triton.jit
+def _distance(x, o, row):
+    """o - x, of what lies in memory: differences have all its digits."""
+    if row.x.origin is not None:
+        return -x
+    if row.o.origin is not None:
+        return o
+    return o - x
+
+
+@triton.jit
+def _counted(x, counts, line):
+    """What lies in memory of columns that count; others weigh nothing: where logits are away, differences are 0."""
+    if line.origin is not None:
+        return tl.where(counts, x, 0.0)
+    return tl.where(counts, x, AWAY)
+
+
+@triton.jit
+def _inside(x, line, v, row):
+    return _counted(x, (v >= row.begin) & (v < row.end), line)
 
 
 @triton.jit
 def _kept(row, v, IDS: tl.constexpr):
-    """Both logits of columns; those outside the row, and the removed ones, weigh nothing."""
+    """What lies in memory for both logits of columns; those outside the row, and the removed ones, weigh nothing."""
     kept = (v >= row.begin) & (v < row.end) & (v != row.label)
     if IDS != NO_IDS:
         bits = tl.load(row.ids.bits + v // 8, mask=kept, other=0).to(tl.int32) >> (v % 8)
         kept = kept & ((bits & 1) == 0)
     x = tl.load(row.x.elements + v, mask=kept, other=0.0).to(tl.float32)
     o = tl.load(row.o.elements + v, mask=kept, other=0.0).to(tl.float32)
-    return tl.where(kept, x, AWAY), tl.where(kept, o, AWAY)  # float16 does not hold it
+    return _counted(x, kept, row.x), _counted(o, kept, row.o)  # float16 does not hold AWAY
 
 
 @triton.jit
@@ -262,13 +293,14 @@ def _add(
     x, o, bits, s, m, f, h, row, shift, LOSS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr
 ):
     """Adds pairs to S, M and Φ. No pair is asked what it is like: what overflows makes a sum infinite or NaN."""
-    e = tl.exp2(tl.fma(x, row.scale, -shift.c))
+    base, _ = _logits(x, o, row)
+    e = tl.exp2(tl.fma(base, row.scale, -shift.c))
     if IDS != NO_IDS:
         e = tl.where((bits & 1) != 0, 0.0, e)
-    y = tl.fma(o - x, row.scale, -shift.a)
+    y = tl.fma(_distance(x, o, row), row.scale, -shift.a)
     power = tl.exp2(y)
     if ENTROPY:  # a logarithm of -inf has no weight
-        at = tl.fma(x, row.scale, -(shift.c + BIAS))
+        at = tl.fma(base, row.scale, -(shift.c + BIAS))
         if LOSS == REVERSE_KL:
             h = tl.fma(e, tl.maximum(at, -256.0), h)
         else:
@@ -317,6 +349,7 @@ def _shift_of_maxima(row, BLOCK: tl.constexpr, IDS: tl.constexpr):
     o_top = x_top
     for start in range(0, row.end, BLOCK):
         x, o = _kept(row, start + tl.arange(0, BLOCK), IDS)
+        x, o = _logits(x, o, row)
         x_top, o_top = tl.maximum(x_top, x), tl.maximum(o_top, o)
     x, o = tl.max(x_top, 0), tl.max(o_top, 0)
     return _shift(x, o, o - x, row)
@@ -359,12 +392,12 @@ def _add_words(
     if PAIRS == 2:
         x0, o0 = _low(x, ELEMENT), _low(o, ELEMENT)
     if EDGE:
-        x0, o0 = _inside(x0, v, row), _inside(o0, v, row)
+        x0, o0 = _inside(x0, row.x, v, row), _inside(o0, row.o, v, row)
     s, m, f, h = _add(x0, o0, bits, s, m, f, h, row, shift, LOSS, ENTROPY, IDS)
     if PAIRS == 2:
         x1, o1 = _high(x, ELEMENT), _high(o, ELEMENT)
         if EDGE:
-            x1, o1 = _inside(x1, v + 1, row), _inside(o1, v + 1, row)
+            x1, o1 = _inside(x1, row.x, v + 1, row), _inside(o1, row.o, v + 1, row)
         s, m, f, h = _add(x1, o1, bits >> 1, s, m, f, h, row, shift, LOSS, ENTROPY, IDS)
     return s, m, f, h
 
@@ -567,25 +600,33 @@ def _reverse(sums, shift, removed, factor, eps, scale, FOLDED: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, o, bits, g, scale, FORM: tl.constexpr, FOLDED: tl.constexpr, IDS: tl.constexpr):
+def _gradient(x, o, bits, g, row, FORM: tl.constexpr, FOLDED: tl.constexpr, IDS: tl.constexpr):
+    scale = row.scale
+    d = _distance(x, o, row)
+    x, o = _logits(x, o, row)
     at = tl.fma(x, scale, -g.c)
     e = tl.exp2(at)
     if FORM == REVERSE:
         # factor p (M/S - y + p(R) Δ)
         if FOLDED:
-            k = tl.fma(o - x, g.k1, g.k0)
+            k = tl.fma(d, g.k1, g.k0)
         else:
-            k = tl.fma(tl.fma(o - x, scale, -g.a), g.k1, g.k0)
+            k = tl.fma(tl.fma(d, scale, -g.a), g.k1, g.k0)
         if IDS != NO_IDS:
             k = tl.where((bits & 1) != 0, tl.fma(at, g.s1, g.s0), k)
         return e * k
     if IDS != NO_IDS:  # whose q* is 0
         e = tl.where((bits & 1) != 0, 0.0, e)
     # factor (p - q*), as -h (e - p'): both factors are negated here, or each pair would negate one.
-    direct = tl.fma(tl.exp2(tl.fma(o, scale, -g.shift)), g.k1, e) * g.h
+    other_at = tl.fma(o, scale, -g.shift)
+    if (
+        row.o.origin is not None
+    ):  # without the rounding of their sum, next to which p - q* may be small
+        other_at = tl.fma(d, scale, tl.fma(x, scale, -g.shift))
+    direct = tl.fma(tl.exp2(other_at), g.k1, e) * g.h
     if FORM == DIRECT:
         return direct
-    y = tl.fma(o - x, scale, -g.a)  # log p - log q*
+    y = tl.fma(d, scale, -g.a)  # log p - log q*
     square = y * y
     mean = tl.exp2(tl.fma(y, 0.5, at))
     near = (mean * y) * tl.fma(tl.fma(square, g.k0 * H2, g.k0 * H1), square, g.k0 * H0)
@@ -603,11 +644,11 @@ def _gradients(
     ELEMENT: tl.constexpr = row.x.elements.dtype.element_ty
     bits = _bits(row, start, EDGE, BLOCK, IDS)
     if ELEMENT == tl.float32:
-        d = _gradient(x, o, bits, g, row.scale, FORM, False, IDS)
+        d = _gradient(x, o, bits, g, row, FORM, False, IDS)
     else:
         x0, o0, x1, o1 = _low(x, ELEMENT), _low(o, ELEMENT), _high(x, ELEMENT), _high(o, ELEMENT)
-        d0 = _gradient(x0, o0, bits, g, row.scale, FORM, True, IDS)
-        d1 = _gradient(x1, o1, bits >> 1, g, row.scale, FORM, True, IDS)
+        d0 = _gradient(x0, o0, bits, g, row, FORM, True, IDS)
+        d1 = _gradient(x1, o1, bits >> 1, g, row, FORM, True, IDS)
         d = tl.join(d0, d1).reshape(shape)
     return d.to(row.gradient.dtype.element_ty)
 
@@ -673,16 +714,15 @@ def _removed(row, at, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.co
         for start in range(0, row.ids.count, CHUNK):
             v, here = some_columns(row.ids, row.end - row.begin, start, CHUNK)
             v += row.begin
-            x = tl.load(row.x.elements + v, mask=here, other=AWAY).to(tl.float32)
-            o = tl.load(row.o.elements + v, mask=here, other=AWAY).to(tl.float32)
-            z = x if LOSS == REVERSE_KL else o
-            exponents = tl.fma(z, row.scale, -level)
+            x = gather(row.x.elements, row.x.origin, v, here, AWAY)
+            o = gather(row.o.elements, row.o.origin, v, here, AWAY)
+            exponents = tl.fma(x if LOSS == REVERSE_KL else o, row.scale, -level)
             weights = tl.where(here, tl.exp2(exponents), 0.0)
             totals += weights
             moments += tl.where(weights == 0.0, 0.0, weights * exponents)
             numbers += tl.where(here, 1.0, 0.0)
-            # A policy's -inf, times its weight of 0, would be NaN in the second pass.
-            fine = (x < INF) & (o < INF) & (z > -INF)
+            # An infinite exponent, times its weight of 0, would be NaN in the second pass.
+            fine = (x < INF) & (o < INF) & (exponents > LOWEST_EXPONENT)
             worst += tl.where(here & (fine == 0), 1.0, 0.0)
         total += tl.sum(totals, 0)
         moment += tl.sum(moments, 0)
@@ -721,8 +761,12 @@ def _row_sums(
     vocab = row.end - row.begin
     in_part = row.log_kappa != 0.0
     set_label = tl.where(in_part, -1, row.label)
-    of_x = sum_of_set(row.x.elements, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS)
-    of_o = sum_of_set(row.o.elements, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS)
+    of_x = sum_of_set(
+        row.x.elements, row.x.origin, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS
+    )
+    of_o = sum_of_set(
+        row.o.elements, row.o.origin, row.begin, vocab, set_label, row.ids, row.scale, CHUNK, IDS
+    )
     here = in_part & (row.label >= 0)
     x_label, o_label = tl.where(here, row.x_label, 0.0), tl.where(here, row.o_label, 0.0)
     kept = vocab.to(tl.float32) - removed.count - tl.where(here, 1.0, 0.0)
@@ -825,7 +869,7 @@ def _run(
                 v, here = some_columns(row.ids, row.end - row.begin, 0, CHUNK)
                 few = row.begin + v
                 z_line = row.x if LOSS == REVERSE_KL else row.o
-                z = tl.load(z_line.elements + few, mask=here, other=0.0).to(tl.float32)
+                z = gather(z_line.elements, z_line.origin, few, here, 0.0)
                 few_at = tl.fma(z, row.scale, -level)
                 few_gradients = tl.exp2(few_at) * tl.fma(few_at, g.s1, g.s0)
             # It may lie where the logits do: no warp writes before all have read what is not their own.
@@ -849,25 +893,26 @@ def _run(
 
 @triton.jit(
     do_not_specialize=[
-        "logits_stride", "ref_stride", "gradient_stride", "vocab", "ignore_index", "ids_stride", "ids_count",
-        "bits_stride", "readable", "rows", "vocab_offset", "vocab_size",
+        "logits_stride", "ref_stride", "gradient_stride", "upstream_stride", "vocab", "ignore_index", "ids_stride",
+        "ids_count", "bits_stride", "readable", "rows", "vocab_offset", "vocab_size",
     ],
     do_not_specialize_on_alignment=["logits", "ref_logits", "gradient"],
 )  # fmt: skip
 def kl_kernel(
     logits, logits_stride, ref_logits, ref_stride, labels, weights, factors, ids, ids_stride, ids_count, bits,
     bits_stride, rows, vocab, vocab_offset, vocab_size, eps, scale, inverse_t, ignore_index, losses, diagnostics,
-    coefficients, gradient, gradient_stride, statistics, left, readable, POSITIVE: tl.constexpr,
-    NEGATIVE: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    NEAR_KL: tl.constexpr, IDS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
-    ALIKE: tl.constexpr,
+    coefficients, gradient, gradient_stride, upstream, upstream_stride, statistics, left, readable,
+    POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, NEAR_KL: tl.constexpr, IDS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, ALIKE: tl.constexpr, DIFFERENCES: tl.constexpr,
 ):  # fmt: skip
     """One row a program, ``factors`` a ``Factors``; ``left`` becomes 1 where it is left to ``stream_kernel``, else 0.
 
     So are those whose vectors do not lie in the tensors' memory: ``readable`` says how many rows are before them.
 
     FEW: a row's ids fit into one chunk. EVEN: all rows begin and end at boundaries of 16 bytes. ALIKE: as many columns
-    after one as rows of logits begin those of the gradient.
+    after one as rows of logits begin those of the gradient. DIFFERENCES: ``logits`` hold the policy's minus the
+    reference's.
     """
     index = tl.program_id(0).to(tl.int64)
     z_row = logits + index * logits_stride
@@ -875,7 +920,8 @@ def kl_kernel(
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     # Also where it is known to be 0: the compiler loses what it is told of a pointer that nothing was added to.
     begin = columns_before(z_row)
-    z, r = _line(z_row, begin), _line(r_row, begin)
+    r = _line(r_row, begin, None)
+    z = _line(z_row, begin, r.elements if DIFFERENCES else None)
     g_row = z.elements
     if GRADIENT:
         g_row = row_of(gradient, index, gradient_stride, begin, GROUP, ALIKE)
@@ -894,7 +940,8 @@ def kl_kernel(
         negative = negative | (last >= 0)
         valid = valid & (tl.load(id_row) >= -1) & (last < vocab_size)
     row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
-    some = samples(z.elements, r.elements, begin, vocab)
+    factor = times_upstream(factor, upstream, index * upstream_stride)
+    some = samples(z.elements, r.elements, begin, vocab, DIFFERENCES)
     end = begin + vocab
     if EVEN:
         end = tl.multiple_of(end, GROUP)
@@ -923,8 +970,8 @@ def kl_kernel(
             served = served & (tl.abs(factor) > 1e-30) & (tl.abs(factor) < 1e30)
         gives_up = served == 0
         if served:
-            z_label = tl.load(z.elements + column, mask=pushed, other=0.0).to(tl.float32)
-            r_label = tl.load(r.elements + column, mask=pushed, other=0.0).to(tl.float32)
+            z_label = gather(z.elements, z.origin, column, pushed, 0.0)
+            r_label = gather(r.elements, r.origin, column, pushed, 0.0)
             column = tl.where(pushed, column, -1)
             row = Row(
                 z, r, g_row, begin, end, column, log_kappa, z_label, r_label,

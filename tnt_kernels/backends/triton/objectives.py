@@ -118,6 +118,15 @@ def row_factors(factors, index, weight, negative, inverse_t, NEGATIVE: tl.conste
     return of_loss, of_gradient
 
 
+@triton.jit
+def times_upstream(factor, upstream, at):
+    """Of a gradient. Where a row does not count, or nobody asks about it, it is 0 whatever the other factor is."""
+    if upstream is not None:
+        asked = tl.load(upstream + at)
+        factor = tl.where((factor == 0.0) | (asked == 0.0), 0.0, factor * asked)
+    return factor
+
+
 # ----------------------------------------------------------------------------------------- sums by their logarithms
 
 

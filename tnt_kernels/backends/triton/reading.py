@@ -29,6 +29,15 @@ def row_of(rows, index, stride, before, GROUP: tl.constexpr, ALIKE: tl.constexpr
     return row
 
 
+@triton.jit
+def gather(elements, origin, v, mask, other):
+    """Logits of a row, from its boundary: the elements, with those of ``origin`` where they are differences to it."""
+    x = tl.load(elements + v, mask=mask, other=other).to(tl.float32)
+    if origin is not None:
+        x += tl.load(origin + v, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
 class Samples(NamedTuple):
     """Of a few entries all along two rows: the maxima, and how far o lies above x on average."""
 
@@ -43,8 +52,8 @@ def _level(x0, o0, d0, x1, o1, d1):
 
 
 @triton.jit
-def samples(x, o, begin, vocab):
-    """Of rows given from their boundary."""
+def samples(x, o, begin, vocab, DIFFERENCES: tl.constexpr):
+    """Of rows given from their boundary; DIFFERENCES: x lies there as its difference to o."""
     GROUP: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     lead = tl.where(begin > 0, GROUP - begin, 0)
     step = tl.maximum((vocab - lead) // (GROUP * SAMPLES), 1) * GROUP
@@ -53,6 +62,8 @@ def samples(x, o, begin, vocab):
     # A shard may have no columns.
     x_some = tl.load(x + v, mask=v >= begin, other=AWAY).to(tl.float32)
     o_some = tl.load(o + v, mask=v >= begin, other=AWAY).to(tl.float32)
+    if DIFFERENCES:
+        x_some += o_some
     x_top, o_top, above = tl.reduce((x_some, o_some, o_some - x_some), 1, _level)
     x_top, o_top, above = tl.reduce((x_top, o_top, above), 0, _level)
     return Samples(x_top, o_top, above * (1.0 / (SAMPLES * GROUP)))

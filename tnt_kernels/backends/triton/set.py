@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tnt_kernels.backends.triton.objectives import INF, LogSum, log_sum
+from tnt_kernels.backends.triton.reading import gather
 
 # How ids come.
 NO_IDS = tl.constexpr(0)
@@ -74,17 +75,19 @@ def count_ids(ids, vocab, label, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sum_of_set(elements, begin, vocab, label, ids, scale, CHUNK: tl.constexpr, IDS: tl.constexpr):
-    """Of a row's removed entries, gathered: ``elements`` begin at its boundary, ``label`` is one of them or -1."""
+def sum_of_set(
+    elements, origin, begin, vocab, label, ids, scale, CHUNK: tl.constexpr, IDS: tl.constexpr
+):
+    """Of a row's removed entries, which are given as ``gather`` takes them; ``label`` is one of them or -1."""
     has_label = label >= 0
-    own = tl.load(elements + label, mask=has_label, other=-INF).to(tl.float32)
+    own = gather(elements, origin, label, has_label, -INF)
     top = own
     worst = tl.where(has_label & ((own < INF) == 0), 1.0, 0.0)
     if IDS != NO_IDS:
         tops = tl.zeros([CHUNK], tl.float32) - INF
         worsts = tl.zeros([CHUNK], tl.float32)
         for start in range(0, ids.count, CHUNK):
-            x, here = _gathered(elements, begin, vocab, ids, start, CHUNK)
+            x, here = _gathered(elements, origin, begin, vocab, ids, start, CHUNK)
             tops = tl.maximum(tops, x)
             worsts += tl.where(here & ((x < INF) == 0), 1.0, 0.0)
         top = tl.maximum(top, tl.max(tops, 0))
@@ -97,7 +100,7 @@ def sum_of_set(elements, begin, vocab, label, ids, scale, CHUNK: tl.constexpr, I
         totals = tl.zeros([CHUNK], tl.float32)
         moments = totals
         for start in range(0, ids.count, CHUNK):
-            x, here = _gathered(elements, begin, vocab, ids, start, CHUNK)
+            x, here = _gathered(elements, origin, begin, vocab, ids, start, CHUNK)
             ats = (x - top) * scale
             weights = tl.exp2(ats)
             totals += weights
@@ -109,24 +112,27 @@ def sum_of_set(elements, begin, vocab, label, ids, scale, CHUNK: tl.constexpr, I
 
 
 @triton.jit
-def _gathered(elements, begin, vocab, ids, start, CHUNK: tl.constexpr):
+def _gathered(elements, origin, begin, vocab, ids, start, CHUNK: tl.constexpr):
     """Some of the set's logits: -inf where there is none, or none here."""
     v, here = some_columns(ids, vocab, start, CHUNK)
-    return tl.load(elements + begin + v, mask=here, other=-INF).to(tl.float32), here
+    if origin is not None:
+        origin += begin
+    return gather(elements + begin, origin, v, here, -INF), here
 
 
 @triton.jit
 def negative_likelihood_of_set(
-    elements, begin, vocab, label, ids, ref, log_all, least, floor, inverse_t, CHUNK: tl.constexpr, IDS: tl.constexpr
+    elements, origin, begin, vocab, label, ids, ref, log_all, least, floor, inverse_t, CHUNK: tl.constexpr,
+    IDS: tl.constexpr,
 ):  # fmt: skip
     """Σ max(log p_s, floor), and how many are not below it."""
-    own = tl.load(elements + label, mask=label >= 0, other=-INF).to(tl.float32)
+    own = gather(elements, origin, label, label >= 0, -INF)
     loss, active = _negative_likelihood(own, label >= 0, ref, log_all, least, floor, inverse_t)
     if IDS != NO_IDS:
         losses = tl.zeros([CHUNK], tl.float32)
         actives = losses
         for start in range(0, ids.count, CHUNK):
-            z, here = _gathered(elements, begin, vocab, ids, start, CHUNK)
+            z, here = _gathered(elements, origin, begin, vocab, ids, start, CHUNK)
             some, pushed = _negative_likelihood(z, here, ref, log_all, least, floor, inverse_t)
             losses += some
             actives += pushed

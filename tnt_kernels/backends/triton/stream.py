@@ -44,12 +44,13 @@ from tnt_kernels.backends.triton.objectives import (
     row_factors,
     set_normalizer,
     slice_of,
+    times_upstream,
     two_sum,
     uniform_element,
     unpack,
     with_slice,
 )  # fmt: skip
-from tnt_kernels.backends.triton.reading import columns_before, row_of, samples
+from tnt_kernels.backends.triton.reading import columns_before, gather, row_of, samples
 from tnt_kernels.backends.triton.results import (
     BACKWARD,
     FINISH,
@@ -88,6 +89,7 @@ class Row(NamedTuple):
 
     z: tl.tensor  # pointers
     r: tl.tensor
+    origin: tl.tensor  # r where z are differences to it, else None
     gradient: tl.tensor
     begin: tl.tensor  # the row's first column
     end: tl.tensor  # the column past its last
@@ -123,19 +125,32 @@ def _is_full(row, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _logits(row, start, v, PAIR: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a tile; -inf outside the row. Full tiles are read without a mask, by vectors."""
+    """Of a tile, and what lies there for z; -inf outside the row. Full tiles are read without a mask, by vectors."""
+    BOTH: tl.constexpr = PAIR or row.origin is not None
     if _is_full(row, start, BLOCK):
         z = tl.load(row.z + v)
         r = z
-        if PAIR:
+        if BOTH:
             r = tl.load(row.r + v)
     else:
         inside = (v >= row.begin) & (v < row.end)
         z = tl.load(row.z + v, mask=inside, other=-INF)
         r = z
-        if PAIR:
+        if BOTH:
             r = tl.load(row.r + v, mask=inside, other=-INF)
-    return z.to(tl.float32), r.to(tl.float32)
+    z, r = z.to(tl.float32), r.to(tl.float32)
+    d = z
+    if row.origin is not None:
+        z = d + r
+    return z, r, d
+
+
+@triton.jit
+def _distance(x, o, d, row, LOSS: tl.constexpr):
+    """o - x; differences have all its digits."""
+    if row.origin is None:
+        return o - x
+    return -d if LOSS == REVERSE_KL else d
 
 
 @triton.jit
@@ -151,11 +166,11 @@ def _in_set(row, v, IDS: tl.constexpr):
 def _kept_logits(
     row, start, v, PAIR: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    z, r = _logits(row, start, v, PAIR, BLOCK)
+    z, r, d = _logits(row, start, v, PAIR, BLOCK)
     if HAS_SET:
         away = _in_set(row, v, IDS) | (v == row.partial)
         z, r = tl.where(away, -INF, z), tl.where(away, -INF, r)
-    return z, r
+    return z, r, d
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -173,10 +188,10 @@ class Shift(NamedTuple):
 
 @triton.jit
 def _shift(x_top, o_top, more, row):
-    """Where rows lie further apart, o - x has lost digits that differences to the maxima keep."""
+    """Where rows lie further apart, o - x has lost digits that distances to the maxima keep; differences lose none."""
     APART: tl.constexpr = 8.0 if row.z.dtype.element_ty == tl.float32 else 64.0
     numbers = (tl.abs(x_top) < 1e29) & (tl.abs(o_top) < 1e29)
-    near = numbers & (tl.abs(o_top - x_top) <= APART)
+    near = (numbers & (tl.abs(o_top - x_top) <= APART)) | (row.origin is not None)
     x_level, o_level = _finite(x_top), _finite(o_top)
     return Shift(
         tl.where(near, 0.0, x_level), tl.where(near, 0.0, o_level), tl.where(near, x_level, 0.0),
@@ -201,7 +216,7 @@ def _kl_sums(
     more = k.more + lost * row.inverse_t
     lowered = k.more * LOG2_E + BIAS
     for start in range(0, row.end, BLOCK):
-        z, r = _kept_logits(row, start, start + u, True, HAS_SET, IDS, BLOCK)
+        z, r, d = _kept_logits(row, start, start + u, True, HAS_SET, IDS, BLOCK)
         x, o = r - k.x_zero, z - k.o_zero
         if LOSS == REVERSE_KL:
             x, o = z - k.x_zero, r - k.o_zero
@@ -209,7 +224,7 @@ def _kl_sums(
         # Before it is lowered, a weight counts against the lowest number where it is next to nothing.
         weight, p = tl.exp2(at), tl.exp2(other_at - lowered)
         e = weight * LOWERED
-        y = tl.fma((o - x) - distance, row.inverse_t, -more)
+        y = tl.fma(_distance(x, o, d, row, LOSS) - distance, row.inverse_t, -more)
         near = tl.abs(y) < 1.0
         f_near = phi_of(y)
         e_y = tl.where(weight == 0.0, 0.0, (weight * y) * LOWERED)
@@ -231,7 +246,7 @@ def _maxima(row, PAIR: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr, B
     z_top = tl.zeros(u.shape, tl.float32) - INF
     r_top = z_top
     for start in range(0, row.end, BLOCK):
-        z, r = _kept_logits(row, start, start + u, PAIR, HAS_SET, IDS, BLOCK)
+        z, r, _ = _kept_logits(row, start, start + u, PAIR, HAS_SET, IDS, BLOCK)
         z_top, r_top = tl.maximum(z_top, z), tl.maximum(r_top, r)
     return tl.max(tl.max(z_top, 1), 0), tl.max(tl.max(r_top, 1), 0)
 
@@ -242,7 +257,7 @@ def _kl_first_pass(
 ):  # fmt: skip
     """What a slice of a KL row is reduced to, and what it was read relative to."""
     REVERSE: tl.constexpr = LOSS == REVERSE_KL
-    some = samples(row.z, row.r, row.begin, row.end - row.begin)
+    some = samples(row.z, row.r, row.begin, row.end - row.begin, row.origin is not None)
     above = (some.above - (some.o_top - some.x_top)) * row.inverse_t
     x_top, o_top = some.o_top, some.x_top
     above = tl.where(tl.abs(above) < 16.0, -above, 0.0)
@@ -334,7 +349,7 @@ def _stream_sums(
     moment, r_sum, total = z_sum, z_sum, z_sum
     for start in range(0, row.end, BLOCK):
         v = start + u
-        z, r = _kept_logits(row, start, v, PAIR, HAS_SET, IDS, BLOCK)
+        z, r, _ = _kept_logits(row, start, v, PAIR, HAS_SET, IDS, BLOCK)
         at = (z - z_level) * row.scale
         e = tl.exp2(at)
         z_sum += e
@@ -358,7 +373,9 @@ def _streams(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The logarithms of the sums of the kept entries, and of the policy Σ (z - its ref)/T."""
-    some = samples(row.z, row.r if PAIR else row.z, row.begin, row.end - row.begin)
+    DIFFERENCES: tl.constexpr = row.origin is not None
+    other = row.r if PAIR or DIFFERENCES else row.z
+    some = samples(row.z, other, row.begin, row.end - row.begin, DIFFERENCES)
     z_level, r_level = _finite(some.x_top), _finite(some.o_top)
     z_sum, moment, r_sum, total = 0.0, 0.0, 0.0, 0.0
     at_maxima, goes_on = False, True
@@ -391,15 +408,15 @@ def _first_pass(
     policy_set, reference_set, label_policy, label_reference = nothing(), nothing(), 0.0, 0.0
     if HAS_SET:
         policy_set = sum_of_set(
-            row.z, row.begin, vocab, row.set_label, row.ids, row.scale, CHUNK, IDS
+            row.z, row.origin, row.begin, vocab, row.set_label, row.ids, row.scale, CHUNK, IDS
         )
         if KL:
             reference_set = sum_of_set(
-                row.r, row.begin, vocab, row.set_label, row.ids, row.scale, CHUNK, IDS
+                row.r, None, row.begin, vocab, row.set_label, row.ids, row.scale, CHUNK, IDS
             )
             is_here = row.partial >= 0
-            label_policy = tl.load(row.z + row.partial, mask=is_here, other=0.0).to(tl.float32)
-            label_reference = tl.load(row.r + row.partial, mask=is_here, other=0.0).to(tl.float32)
+            label_policy = gather(row.z, row.origin, row.partial, is_here, 0.0)
+            label_reference = gather(row.r, None, row.partial, is_here, 0.0)
     kept = (vocab - tl.where(row.partial >= 0, 1, 0)).to(tl.float32) - row.set_here
     x_zero, o_zero = 0.0, 0.0
     zero = 0.0 * kept
@@ -424,12 +441,14 @@ def _first_pass(
 
 
 @triton.jit
-def _kl_gradient(row, plan, z, r, v, LOSS: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr):
+def _kl_gradient(
+    row, plan, z, r, d, v, LOSS: tl.constexpr, HAS_SET: tl.constexpr, IDS: tl.constexpr
+):
     x, o = r - plan.x_zero, z - plan.o_zero
     if LOSS == REVERSE_KL:
         x, o = z - plan.x_zero, r - plan.o_zero
     at = tl.fma(x - plan.x_ref, row.scale, -plan.c)
-    y = tl.fma(o - x, row.inverse_t, -plan.shift) - plan.rest
+    y = tl.fma(_distance(x, o, d, row, LOSS), row.inverse_t, -plan.shift) - plan.rest
     if HAS_SET:
         removed = _in_set(row, v, IDS)
         centred = z - plan.set_max
@@ -515,13 +534,13 @@ def _second_pass(
     for i in range(tiles):
         start = (tiles - 1 - i) * BLOCK
         v = start + u
-        z, r = _logits(row, start, v, KL, BLOCK)
+        z, r, d = _logits(row, start, v, KL, BLOCK)
         if KL and UNIFORM:
             element = _uniform_element(row, plan, z, r, v, eps, vocab_size, LOSS, HAS_SET, IDS)
             losses += tl.where((v >= row.begin) & (v < row.end), element.loss, 0.0)
             g = element.gradient
         elif KL:
-            g = _kl_gradient(row, plan, z, r, v, LOSS, HAS_SET, IDS)
+            g = _kl_gradient(row, plan, z, r, d, v, LOSS, HAS_SET, IDS)
         else:
             g = _exp_gradient(row, plan, z, v, HAS_SET, IDS)
         if WRITE:
@@ -567,23 +586,18 @@ def _gathered(
 
 @triton.jit
 def _run(
-    row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, upstream, gathered, gathered_stride, shards,
-    total_sums, LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr,
-    GRADIENT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
+    row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, gathered, gathered_stride, shards, total_sums,
+    LOSS: tl.constexpr, NEGATIVE: tl.constexpr, IDS: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
-    """``upstream``: of the row's loss, or None."""
     KL: tl.constexpr = LOSS == FORWARD_KL or LOSS == REVERSE_KL
     HAS_SET: tl.constexpr = NEGATIVE or LOSS == LOG_LIKELIHOOD
     SMOOTH: tl.constexpr = UNIFORM and KL
     ENTROPY: tl.constexpr = to.diagnostics is not None
     inverse_t, log_kappa = row.inverse_t, row.log_kappa
-    scale = tl.where((row_factor == 0.0) | (LOSS == NONE), 0.0, factor)
-    if KIND == BACKWARD:
-        scale = tl.load(to.coefficients + 15)
-    if upstream is not None:
-        # A row that does not count or that nobody asks about is 0, whatever the other factor is.
-        asked = tl.load(upstream)
-        scale = tl.where((scale == 0.0) | (asked == 0.0), 0.0, scale * asked)
+    scale = factor
+    if KIND != BACKWARD:
+        scale = tl.where((row_factor == 0.0) | (LOSS == NONE), 0.0, factor)
     if LOSS == NONE and to.diagnostics is None:
         if GRADIENT:
             _fill(row, 0.0, BLOCK)
@@ -620,8 +634,8 @@ def _run(
             elif LOSS == NEGATIVE_LIKELIHOOD:
                 log_all = set_normalizer(sums, inverse_t)
                 total, active = negative_likelihood_of_set(
-                    row.z, row.begin, row.end - row.begin, row.set_label, row.ids, sums.policy_set.ref, log_all,
-                    least_log_weight(nl_floor, log_all), nl_floor, inverse_t, CHUNK, IDS,
+                    row.z, row.origin, row.begin, row.end - row.begin, row.set_label, row.ids, sums.policy_set.ref,
+                    log_all, least_log_weight(nl_floor, log_all), nl_floor, inverse_t, CHUNK, IDS,
                 )  # fmt: skip
             if KIND == PARTIAL_SUMS and not SMOOTH:
                 write_partial_sums(to, total + 0.0, active + 0.0)
@@ -688,6 +702,7 @@ def _row(
     gathered_stride, shards, partial_sums, total_sums, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, ALIKE: tl.constexpr,
     GRADIENT_ALIKE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
 ):  # fmt: skip
     label = tl.load(labels + index)
     weight = 1.0
@@ -700,6 +715,7 @@ def _row(
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     if ref_logits is not None:
         r_row = row_of(ref_logits, index, ref_stride, begin, GROUP, ALIKE)
+    origin = r_row if DIFFERENCES else None
     if GRADIENT:
         g_row = row_of(gradient, index, gradient_stride, begin, GROUP, GRADIENT_ALIKE)
     id_list, bit_row = labels, labels
@@ -708,7 +724,6 @@ def _row(
         bit_row = bits + (index if IDS == ROW_IDS else begin) * bits_stride
     id_set = Ids(id_list, ids_count, bit_row, vocab_offset)
     to = outputs_of(index, losses, diagnostics, rows, coefficients, statistics, partial_sums)
-    asked = None if upstream is None else upstream + index * upstream_stride
     of_shards = None if gathered is None else gathered + index * 15
     totals = None if total_sums is None else total_sums + index * 2
 
@@ -722,18 +737,18 @@ def _row(
         invalid = invalid | (tl.load(id_list) < -1) | (last >= vocab_size)
         set_size, set_here, among = count_ids(id_set, vocab, label, CHUNK)
     row_factor, factor = row_factors(factors, index, weight, negative, inverse_t, NEGATIVE)
+    if KIND == BACKWARD:  # NaN of an invalid row
+        factor = tl.load(to.coefficients + 15)
+    factor = times_upstream(factor, upstream, index * upstream_stride)
     end = begin + vocab
     if (active == 0) | invalid:
         value = tl.where(active, float("nan"), 0.0)
         counted = tl.where(row_factor == 0.0, 0.0, value)
         if GRADIENT:
-            fill = tl.where(factor == 0.0, 0.0, value)
-            if upstream is not None:  # a gradient that nobody asks for is 0
-                fill = tl.where(tl.load(asked) == 0.0, 0.0, fill)
             nobody = Row(
-                z_row, r_row, g_row, begin, end, -1, -1, 0.0, id_set, set_size, set_here, scale, inverse_t
+                z_row, r_row, origin, g_row, begin, end, -1, -1, 0.0, id_set, set_size, set_here, scale, inverse_t
             )  # fmt: skip
-            _fill(nobody, fill, BLOCK)
+            _fill(nobody, tl.where(factor == 0.0, 0.0, value), BLOCK)
         write_uncomputed(to, value, counted, KIND)
     else:
         KL: tl.constexpr = NEGATIVE == FORWARD_KL or NEGATIVE == REVERSE_KL
@@ -749,23 +764,23 @@ def _row(
             own = pushed & ((w <= -1.0) | (not KL))
             one = tl.where(own, 1.0, 0.0)
             row = Row(
-                z_row, r_row, g_row, begin, end, tl.where(own & here, column, -1),
+                z_row, r_row, origin, g_row, begin, end, tl.where(own & here, column, -1),
                 tl.where((log_kappa != 0.0) & here, column, -1), log_kappa, id_set, set_size + one,
                 set_here + tl.where(here, one, 0.0), scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, asked, of_shards, gathered_stride,
-                shards, totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
+                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, of_shards, gathered_stride, shards,
+                totals, NEGATIVE, True, IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
             )  # fmt: skip
         elif not SAME:
             own = here & (POSITIVE == LOG_LIKELIHOOD)
             row = Row(
-                z_row, r_row, g_row, begin, end, tl.where(own, column, -1), -1, 0.0, id_set, 0.0 * scale,
+                z_row, r_row, origin, g_row, begin, end, tl.where(own, column, -1), -1, 0.0, id_set, 0.0 * scale,
                 tl.where(own, 1.0, 0.0), scale, inverse_t,
             )  # fmt: skip
             _run(
-                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, asked, of_shards, gathered_stride,
-                shards, totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
+                row, to, row_factor, factor, vocab_size, eps, log_eps, nl_floor, of_shards, gathered_stride, shards,
+                totals, POSITIVE, False, NO_IDS, UNIFORM, GRADIENT, KIND, BLOCK, CHUNK, SHARDS,
             )  # fmt: skip
 
 
@@ -783,6 +798,7 @@ def stream_kernel(
     gathered_stride, shards, partial_sums, total_sums, left, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
     UNIFORM: tl.constexpr, IDS: tl.constexpr, KIND: tl.constexpr, GRADIENT: tl.constexpr, ALIKE: tl.constexpr,
     GRADIENT_ALIKE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARDS: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
 ):  # fmt: skip
     """One row a program. Tensors and scalars are those of _call.py; ``scale`` is log2(e)/T, ``factors`` a ``Factors``.
 
@@ -790,7 +806,7 @@ def stream_kernel(
     many rows, of which few are.
 
     ALIKE, GRADIENT_ALIKE: as many columns after a boundary of 16 bytes as rows of logits begin those of the reference,
-    and of the gradient.
+    and of the gradient. DIFFERENCES: ``logits`` hold the policy's minus the reference's.
     """
     if left is None:
         _row(
@@ -798,7 +814,7 @@ def stream_kernel(
             ids_stride, ids_count, bits, bits_stride, rows, vocab, vocab_offset, vocab_size, eps, log_eps, nl_floor,
             scale, inverse_t, ignore_index, losses, diagnostics, coefficients, gradient, gradient_stride, upstream,
             upstream_stride, statistics, gathered, gathered_stride, shards, partial_sums, total_sums, POSITIVE,
-            NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE, GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS,
+            NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE, GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS, DIFFERENCES,
         )  # fmt: skip
     else:
         program, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -814,5 +830,5 @@ def stream_kernel(
                             log_eps, nl_floor, scale, inverse_t, ignore_index, losses, diagnostics, coefficients,
                             gradient, gradient_stride, upstream, upstream_stride, statistics, gathered, gathered_stride,
                             shards, partial_sums, total_sums, POSITIVE, NEGATIVE, UNIFORM, IDS, KIND, GRADIENT, ALIKE,
-                            GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS,
+                            GRADIENT_ALIKE, BLOCK, CHUNK, SHARDS, DIFFERENCES,
                         )  # fmt: skip

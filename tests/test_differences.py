@@ -1,0 +1,48 @@
+"""Calls whose logits are the policy's minus the reference's."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from differences import check_close_models, check_differences, launched, pair
+from oracle import DTYPES, OBJECTIVES
+
+import tnt_kernels as tnt
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 17, 2500])
+def test_every_loss(vocab: int, dtype: torch.dtype, backend: str) -> None:
+    for smoothing, objective in itertools.product(("negatives", "uniform"), OBJECTIVES):
+        for gap in (0, 3):
+            check_differences(vocab, dtype, backend, gap, method=objective, smoothing=smoothing)
+    for objective in (tnt.METHODS["tnrll"], tnt.METHODS["tnff"]):
+        check_differences(
+            vocab, dtype, backend, method=objective, temperature=0.7, negative_ids=None
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_difference_is_no_loss(dtype: torch.dtype, backend: str) -> None:
+    batch, differences = pair(2500, dtype)
+    batch = batch.with_options(method="tnff", negative_ids=None)
+    weights = torch.ones(len(batch.labels))
+    batch = type(batch)(
+        batch.ref_logits, batch.ref_logits, batch.labels.clamp(0, 2499), weights, batch.options
+    )
+    for method in ("tnff", "tnrr"):
+        loss, _, gradient = launched(
+            batch.with_options(method=method), backend, torch.zeros_like(differences), None, False
+        )
+        active = batch.ref_logits.isfinite().all(1)
+        assert active.sum() > 5
+        assert (loss[active] == 0).all()
+        assert (gradient[active] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["tnff", "tnrr"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_models(dtype: torch.dtype, method: str, backend: str) -> None:
+    check_close_models(dtype, backend, method)
