@@ -20,7 +20,7 @@ from tnt_kernels._call import (
     RowCall,
     real_dtype,
 )
-from tnt_kernels._operators import losses_into
+from tnt_kernels._operators import new_losses, write_losses_of_rows
 from tnt_kernels._rows.checks import check_row_tensors
 from tnt_kernels._scalars import check_scalars
 from tnt_kernels.backends import BACKENDS
@@ -50,6 +50,15 @@ def prepared(batch: Batch, backend: str, reduction: str) -> LossCall:
         known["temperature"], known["ignore_index"], reduction, known["normalizer"], False,
     )  # fmt: skip
     return LossCall(tensors, scalars, backend, False, False, None)
+
+
+def losses_into(
+    gradient: Tensor | None, logits: Tensor, call: LossCall
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and diagnostics of (N, V) logits; the gradient, if one is given, in its own dtype."""
+    loss, diagnostics = new_losses(logits, call)
+    write_losses_of_rows(logits, call, loss, diagnostics, gradient, None, False)
+    return loss, diagnostics
 
 
 def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0) -> None:
@@ -92,8 +101,12 @@ def run_shards(
     upstream: Tensor | None = None,
     with_stats: bool = True,
     gradient_dtype: torch.dtype | None = None,
+    differences: bool = False,
 ) -> Result:
-    """As ``oracle.run``; the gradients of the shards side by side. Each shard may have a backend of its own."""
+    """As ``oracle.run``; the gradients of the shards side by side. Each shard may have a backend of its own.
+
+    ``differences``: to the reference, as ``RowCall`` has them.
+    """
     names = [backend] * len(sizes) if isinstance(backend, str) else backend
     z, vocab, n = batch.logits, batch.logits.size(-1), len(batch.labels)
     real = real_dtype(z)
@@ -115,25 +128,25 @@ def run_shards(
         for shard, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
             ref = None if tensors.ref_logits is None else tensors.ref_logits[:, at : at + size]
             mine = tensors._replace(ref_logits=ref)
-            yield shard, RowCall(kind, z[:, at : at + size], mine, scalars, at, vocab)
+            call = RowCall(kind, z[:, at : at + size], mine, scalars, at, vocab)
+            yield shard, call._replace(differences=differences)
 
     for shard, call in calls(Kind.STATISTICS):
         launchers[shard](call._replace(statistics=gathered[shard, :n], diagnostics=diagnostics))
     view = gathered[:, :n]
     for shard, call in calls(Kind.PARTIAL_SUMS):
         mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
-        given = None if late else mine
-        call = call._replace(gathered=view, partial_sums=partial_sums[shard], gradient=given)
-        launchers[shard](call)
+        call = call._replace(gathered=view, partial_sums=partial_sums[shard])
+        launchers[shard](call if late else call._replace(gradient=mine, upstream=upstream))
     total_sums = partial_sums.sum(0)
     results = []
     for shard, call in calls(Kind.FINISH):
         mine = gradient[:, call.vocab_offset : call.vocab_offset + call.logits.size(1)]
-        late_here = late and not deferred
         call = call._replace(gathered=view, total_sums=total_sums)
-        launchers[shard](
-            call._replace(loss=loss, diagnostics=diagnostics, gradient=mine if late_here else None)
-        )
+        last = call._replace(loss=loss, diagnostics=diagnostics)
+        if late and not deferred:
+            last = last._replace(gradient=mine, upstream=upstream)
+        launchers[shard](last)
         results.append((loss.clone(), None if diagnostics is None else diagnostics.clone()))
         if deferred:
             up = z.new_ones(1, dtype=real) if upstream is None else upstream.reshape(-1)

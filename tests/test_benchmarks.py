@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_linear_contenders_compute_the_reference(contender: str) -> None:
     problem = linear.make_problem(linear.LinearSize(12, 8, 300)).with_active_share(0.75)
     linear.check(linear.make_step(contender)(problem), problem)
     with pytest.raises(AssertionError, match="gradient off by"):
-        linear.check(linear.floor(problem), problem)
+        linear.check(linear.Floor()(problem), problem)
 
 
 def test_a_wrong_gradient_is_not_timed() -> None:
@@ -425,6 +426,75 @@ def test_the_naive_losses_lose_digits_near_the_reference() -> None:
         assert ours["loss_error"] < 1e-4 < naive["loss_error"]
         assert ours["gradient_error"] < naive["gradient_error"]
         assert found["naive", method, None]["loss_error"] < 1e-5
+
+
+@pytest.mark.parametrize("heads", ["shared", "apart"])
+def test_the_accuracy_of_the_fused_linear_loss(heads: str) -> None:
+    """Records of every case, each contender with finite errors or a reason."""
+    from benchmarks import linear_accuracy as accuracy
+
+    records = accuracy.measure(accuracy.QUICK_SIZE, heads=(heads,), kls=accuracy.QUICK_KLS)
+    ours = [r for r in records if r["contender"] == "linear_tnt_loss"]
+    cases = {(r["dtype"], r["method"], r["target_kl"]) for r in ours}
+    assert len(ours) == len(cases) == 3 * len(accuracy.METHODS) * len(accuracy.QUICK_KLS)
+    assert {r["heads"] for r in records} == {heads}
+    errors = ["loss_error", "hidden_gradient_error"]
+    errors += ["weight_gradient_error"] if heads == "apart" else []
+    for r in records:
+        assert r["target_kl"] / 2 < r["kl"] < 2 * r["target_kl"]
+        assert r["contender"] in {c.name for c in accuracy.CONTENDERS}
+        assert ("failed" in r) != all(0 <= r.get(name, math.nan) < math.inf for name in errors)
+        assert ("weight_gradient_error" in r) == (heads == "apart" and "failed" not in r)
+    for r in ours:
+        assert "failed" not in r
+        if r["dtype"] == "float32":
+            assert max(r[name] for name in errors) < 1e-3
+    naive = [r for r in records if r["contender"] == "eager"]
+    assert {r["method"] for r in naive} == {"tnff"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_moved_entries_move_by_what_was_asked_for(dtype: str) -> None:
+    """Also where that is less than an ulp of most of them."""
+    from benchmarks.linear_accuracy import Origin
+
+    generator = torch.Generator().manual_seed(0)
+    start, noise = (torch.randn(100_000, generator=generator) for _ in range(2))
+    start = start.to(getattr(torch, dtype))
+    origin = Origin(start, 1.0, noise, torch.rand(100_000, generator=generator))
+    for distance in (1e-1, 1e-2, 1e-3, 1e-4):
+        moved = origin.moved(distance)
+        assert moved.dtype == start.dtype
+        change = (moved.double() - start.double()).square().mean().sqrt()
+        assert 0.5 * distance < float(change) < 2 * distance
+    assert int((origin.moved(torch.finfo(start.dtype).eps) == start).sum()) == 0
+
+
+def test_readme_shows_the_accuracy_of_the_fused_linear_loss(report: Any) -> None:
+    from benchmarks import linear_accuracy as accuracy
+
+    results = json.loads(accuracy.PATH.read_text())
+    records = results["records"]
+    assert {r["method"] for r in records} == set(accuracy.METHODS)
+    assert {r["target_kl"] for r in records} == set(accuracy.KLS)
+    begin, end = report.markers("linear-accuracy")
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"{begin}\n{report.linear_accuracy_block(results)}\n{end}" in readme
+
+
+def test_the_table_says_why_a_contender_has_no_errors(report: Any) -> None:
+    case = {
+        "heads": "shared", "method": "tnff", "rows": 8, "hidden": 64, "vocab": 2000, "dtype": "float32",
+        "target_kl": 0.2, "kl": 0.19,
+    }  # fmt: skip
+    records = [
+        {**case, "contender": "linear_tnt_loss", "loss_error": 1.26e-7, "hidden_gradient_error": 12.3},
+        {**case, "contender": "eager", "failed": "RuntimeError: no"},
+    ]  # fmt: skip
+    text = report.linear_accuracy_table(records)
+    assert "| shared | float32 | 1.9e-01 | 1.3e-05 / 1200 | failed |" in text
+    assert text.endswith("- eager, float32, failed with RuntimeError: no")
+    assert report.linear_accuracy_block(None).endswith("not measured.")
 
 
 # --- instruction counts --------------------------------------------------------------------------

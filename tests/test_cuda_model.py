@@ -12,6 +12,7 @@ import hard_rows
 import pytest
 import torch
 from cuda_model import MUTATIONS, SCHEDULES, build, installed, rows_left
+from differences import check_close_models, check_differences
 from fuzz import SmallCall
 from oracle import (
     BF16,
@@ -28,11 +29,10 @@ from oracle import (
     run,
     truth,
 )
-from shards import assert_rounds_its_gradient, cuts, prepared, run_shards
+from shards import assert_rounds_its_gradient, cuts, losses_into, prepared, run_shards
 
 import tnt_kernels as tnt
 from tnt_kernels._call import RowCall
-from tnt_kernels._operators import losses_into
 from tnt_kernels.backends import cuda
 
 # Clusters or not, the largest, bytes of shared memory a block, the architecture that the kernels were compiled for:
@@ -76,6 +76,19 @@ def test_every_loss(model: ModuleType, machine: str, dtype: torch.dtype) -> None
                     method=objective, smoothing=smoothing
                 )
                 check(batch, f"V={vocab} {smoothing}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_differences(model: ModuleType, machine: str, dtype: torch.dtype) -> None:
+    for vocab, schedule in ((1, "forward"), (17, "reverse"), (803, "shuffled")):
+        model.machine(*MACHINES[machine], SCHEDULES[schedule], 0)
+        for objective in OBJECTIVES:
+            for gap in (0, 3):
+                check_differences(vocab, dtype, "cuda", gap, method=objective)
+        check_differences(vocab, dtype, "cuda", method=OBJECTIVES[0], smoothing="uniform")
+    for method in ("tnff", "tnrr"):
+        check_close_models(dtype, "cuda", method)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -22,6 +22,7 @@ import tnt_kernels as tnt
 from tnt_kernels import backends
 from tnt_kernels._call import LossCall, RowTensors, Shard
 from tnt_kernels._linear import chunks
+from tnt_kernels._linear.sizes import Sizes
 from tnt_kernels._operators import row_losses
 from tnt_kernels._scalars import Scalars
 
@@ -90,6 +91,15 @@ def of_hidden(x: dict[str, Tensor], **keywords: Any) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
+def of_shared_head(x: dict[str, Tensor], **keywords: Any) -> list[Tensor]:
+    """As of LoRA; of bfloat16 with pairs of logits in 16 bits, too."""
+    shared = {**x, "ref_weight": x["weight"]}
+    found = of_hidden(shared, **keywords)
+    if x["weight"].dtype == BF16:
+        found += of_hidden(shared, logits_dtype=BF16, **keywords)
+    return found
+
+
 def assert_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
     """As close as matmuls of another algorithm leave it."""
     tolerance = {F32: 1e-4, BF16: 3e-2, F16: 4e-3}[dtype]
@@ -104,6 +114,8 @@ STEPS = [
     (of_logits, {"reduction": "none", "method": "tnrr"}),
     (of_logits, {"method": "ul+ll", "reduction": "sum"}),
     (of_hidden, {}),
+    (of_shared_head, {}),
+    (of_shared_head, {"reduction": "none", "method": "tnrr"}),
     (of_hidden, {"reduction": "none", "softcap": 30.0, "method": "tnfll"}),
 ]
 
@@ -157,7 +169,7 @@ def test_gradients_wait_for_large_matmuls(
     x["negative_ids"].clamp_(max=VOCAB - 4)
     active, found = ROWS * 3 // 4, []
     for waiting in (active, 14, 7):
-        sizes = chunks.Sizes(7, waiting, waiting == active)
+        sizes = Sizes(7, waiting, waiting == active)
         monkeypatch.setattr(chunks, "sizes_of", lambda *_, sizes=sizes: sizes)
         found.append(of_hidden(x, backend=gpu))
     for other in found[1:]:

@@ -9,6 +9,7 @@ import torch
 from hf_tiny import annotated, assert_same, config, parameters, tiny, tokenizer, trained
 
 import tnt_kernels as tnt
+from tnt_kernels._linear.matmul import Head
 from tnt_kernels.hf.dropout import disable_dropout
 from tnt_kernels.hf.original import fingerprint, original_of, take_reference
 
@@ -109,6 +110,14 @@ def test_an_adapter_that_was_trained_already_is_said(fused, tmp_path, said):
 def test_a_fresh_adapter_is_not_said(tmp_path, said):
     assert log_of(adapted(init_lora_weights=True), tmp_path)["positive_kl"] < 1e-12
     assert not any("adapter" in message for message in said())
+
+
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_a_head_without_adapters_is_multiplied_with_differences(reference, tmp_path, monkeypatch):
+    seen, differences = [], Head.differences
+    monkeypatch.setattr(Head, "differences", lambda *a: seen.append(True) or differences(*a))
+    log_of(adapted(), tmp_path, fused_linear=True, adapter_reference=reference)
+    assert seen
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])

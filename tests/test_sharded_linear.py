@@ -96,14 +96,14 @@ def counts(rank: int, world: int) -> None:
 
 def default_chunks(rank: int, world: int) -> None:
     """Chunks are the same on all ranks, though their shards differ."""
-    from tnt_kernels._linear import chunks
+    from tnt_kernels._linear import sizes
 
-    budget = dict(chunks.CHUNK_BYTES)
-    chunks.CHUNK_BYTES["cpu"] = 2000
+    budget = dict(sizes.CHUNK_BYTES)
+    sizes.CHUNK_BYTES["cpu"] = 2000
     try:
         whole, parts = run(rank, None, F32), run(rank, sizes_of(world), F32)
     finally:
-        chunks.CHUNK_BYTES.update(budget)
+        sizes.CHUNK_BYTES.update(budget)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -221,7 +221,7 @@ def fails_later(rank: int, world: int) -> None:
                 call()
         else:
             call().backward()
-            assert hidden.grad.isnan().all()
+            assert hidden.grad[rest[3] != 0].isnan().all()
         Gradients._multiply = multiply
         assert torch.isfinite(call())
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tnt_kernels._call import LossCall, RowTensors
-from tnt_kernels._linear.chunks import LinearScalars, LinearTensors
 from tnt_kernels._linear.operators import WantedGradients, linear_gradients, linear_losses
+from tnt_kernels._linear.plan import LinearScalars, LinearTensors
 from tnt_kernels._operators import (
     new_losses,
     row_gradients,

@@ -85,16 +85,20 @@ def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
     agree(shard, logits.size(-1), logits.device, facts)
 
 
-def losses_into(
-    gradient: Tensor | None, logits: Tensor, call: LossCall
-) -> tuple[Tensor, Tensor | None]:
-    """Loss and diagnostics; the gradient, if one is wanted, goes over the logits or elsewhere, perhaps in bfloat16.
+def write_losses_of_rows(
+    logits: Tensor,
+    call: LossCall,
+    loss: Tensor,
+    diagnostics: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
+    differences: bool,
+) -> None:
+    """Of logits (N, V), as ``RowCall`` has all of these; the gradient may lie over them or elsewhere.
 
     No operator, because no compiler gets to see this. Ranks of a sharded vocabulary have agreed.
     """
-    loss, diagnostics = new_losses(logits, call)
-    _write(logits, call, loss, diagnostics, gradient)
-    return loss, diagnostics
+    _write(logits, call, loss, diagnostics, gradient, None, upstream, differences)
 
 
 def _write(
@@ -104,10 +108,14 @@ def _write(
     diagnostics: Tensor | None,
     gradient: Tensor | None,
     coefficients: Tensor | None = None,
+    upstream: Tensor | None = None,
+    differences: bool = False,
 ) -> list[Tensor]:
     """Writes what is given. Returns what a later gradient of a sharded vocabulary needs."""
     if call.shard is not None:
-        return write_losses(logits, call, call.shard, loss, diagnostics, gradient)
+        return write_losses(
+            logits, call, call.shard, loss, diagnostics, gradient, upstream, differences
+        )
     rows = as_rows(logits)
     if gradient is logits:
         check_no_overlap(rows, call.tensors.ref_logits)
@@ -117,7 +125,7 @@ def _write(
     BACKENDS[call.backend].launch(
         RowCall(
             Kind.FUSED, rows, call.tensors, call.scalars, 0, rows.size(1),
-            loss, diagnostics, coefficients, gradient,
+            loss, diagnostics, coefficients, gradient, upstream, differences=differences,
         )
     )  # fmt: skip
     return []

@@ -11,8 +11,8 @@ from torch import Tensor
 from tnt_kernels import backends
 from tnt_kernels._autograd import LinearTNTLossFunction
 from tnt_kernels._call import EXPECTED_DTYPES, LOGITS_DTYPES, LossCall, real_dtype
-from tnt_kernels._linear.chunks import LinearScalars, LinearTensors
 from tnt_kernels._linear.operators import WantedGradients, linear_losses
+from tnt_kernels._linear.plan import LinearScalars, LinearTensors, is_same
 from tnt_kernels._rows.checks import (
     check_constant,
     check_row_tensors,
@@ -41,6 +41,7 @@ class _LinearKeywords(RowKeywords, total=False):
     vocab_size: int | None
     chunk_size: int | None
     max_active_rows: int | None
+    logits_dtype: torch.dtype | None
 
 
 @overload
@@ -84,6 +85,7 @@ def linear_tnt_loss(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     method: str | Objective = "tnff",
     alpha: float | Tensor = 1.0,
     negative_ids: Tensor | None = None,
@@ -104,15 +106,21 @@ def linear_tnt_loss(
     Rows of weight 0 are not multiplied, and rows whose loss needs no reference not with ``ref_weight``. The gradients
     of ``hidden``, ``weight`` and ``bias`` are computed in forward, chunk by chunk, each only if it is required; under
     reduction="none", where every row has its own upstream factor, in backward, which computes the chunks once more.
-    The arithmetic between the matmuls is float32 (float64 for float64 hidden states), and so are the sums of gradients.
-    Those of float16 parameters stay float32 until backward, lest they underflow before a GradScaler's factor. Matmuls
-    of 16-bit parameters round the logits to 16 bits, as ``F.linear`` does, which next to p = q is most of the
-    gradient's error; with CUDA and torch 2.8 they do not.
+    Logits are float32 (float64 for float64 hidden states), and so are the arithmetic on them and the sums of gradients;
+    what is rounded to 16-bit parameters' dtype is the gradient of the logits, once, and the results. (Gradients of
+    float16 parameters stay float32 until backward, lest they underflow before a GradScaler's factor.) ``F.linear``
+    rounds logits, which next to p = q is most of a gradient's error. On a CPU, on AMD's GPUs and before torch 2.8,
+    whose libraries have no matmul from 16 bits to float32, this takes a float32 matmul.
 
-    Memory, beyond the arguments and their gradients: 64 MiB on a CPU and 1 GiB elsewhere, for the logits of
-    ``chunk_size`` rows and, with 16-bit parameters, for the gradients of logits that wait, rounded, for a common
-    matmul; and where a bfloat16 weight needs a gradient, 4 bytes an entry for its float32 sum, or for the gradients of
-    all rows' logits, if they fit into both: then one matmul sums them up.
+    Where policy and reference share the head (``ref_weight`` is ``weight`` in memory, as with LoRA or a frozen head;
+    the same for the biases, the same scale, no softcap), the difference of the hidden states is multiplied, which
+    yields that of the logits with all its digits, however close the models are.
+
+    Memory, beyond the arguments and their gradients: 64 MiB on a CPU, and elsewhere 1 GiB and as much as ``weight``
+    has, for the logits of ``chunk_size`` rows and, with 16-bit parameters, for the gradients of logits that wait,
+    rounded, for a common matmul; where a bfloat16 weight needs a gradient, 4 bytes an entry for its float32 sum, or for
+    the gradients of all rows' logits, if they fit into both: then one matmul sums them up; where rows are left out,
+    both models' hidden states of the others; and where the head is shared, the difference of the hidden states.
 
     With a ``group``, ``weight``, ``ref_weight`` and the biases hold this rank's rows of the vocabulary, in rank order,
     at least one; the hidden states and everything else are the same on every rank. A chunk takes two small all-gathers,
@@ -137,11 +145,16 @@ def linear_tnt_loss(
         logit_scale: factor on logits, before softcap (Cohere; Granite: 1 / ``logits_scaling``; T5: ``d_model**-0.5``).
         ref_logit_scale: the same of the reference.
         vocab_size: V, if the parameters are padded to more rows. None: as many as ``weight`` has.
-        chunk_size: rows whose logits exist at once. None: as many as fit into the memory stated above. Results depend
-            on it by rounding only.
+        chunk_size: rows whose logits exist at once. None: as many as fit into the memory stated above. A row's loss
+            does not depend on it; gradients do by the rounding of a float32 sum, and, of 16 bits, of their result.
         max_active_rows: how many rows can have a non-zero weight. Given, this many rows are computed, all with their
             reference, and a GPU is never waited for; with more active rows the loss is NaN (on a CPU an error). None:
-            just the active ones, whose number is read from the device, once.
+            just the active ones, whose number is read from the device, once, before anything is multiplied.
+        logits_dtype: None, or ``torch.bfloat16`` for bfloat16 hidden states and a shared head: hold the reference's
+            logits, and the policy's differences to them, in 16 bits. That is half the memory traffic between the
+            matmuls, and on a CPU a fast matmul in place of a slow one, for an error of the gradient of 1 to 2 % in
+            place of 0.3 %, at any distance of the models: that of rounding the reference's logits, here of some 10, to
+            bfloat16. (Logits of rows whose loss is no KL are rounded, too.)
         method, alpha, negative_ids, eps, smoothing, nl_floor, temperature, ignore_index, reduction, normalizer,
             return_stats, group, shard_sizes, backend: as in :func:`tnt_loss`. ``temperature`` divides softcap's result.
 
@@ -152,7 +165,8 @@ def linear_tnt_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, a wrong device or value, a missing reference or one that requires grad, a
-            label or id out of range (on a CPU; on other devices it makes the row's loss NaN).
+            ``logits_dtype`` without a shared head, a label or id out of range (on a CPU; on other devices it makes the
+            row's loss NaN).
         RuntimeError: a requested backend that is not available, or another rank of ``group`` that has raised.
     """
     shard = shard_of(group, shard_sizes)
@@ -173,12 +187,15 @@ def linear_tnt_loss(
             tensors.weight.size(0) if vocab_size is None else vocab_size,
             None if chunk_size is None else _as_count("chunk_size", chunk_size),
             None if max_active_rows is None else _as_count("max_active_rows", max_active_rows),
+            _rounds_pairs(logits_dtype, states.dtype, objective),
         )
         rows = check_row_tensors(
             "hidden", states, None, labels, weights, alpha, negative_ids, normalizer
         )
-        chunk = states.new_empty((0, linear.vocab_size), dtype=real_dtype(states))
-        name = backends.select(chunk, backend, scalars, shard is not None)
+        rounds = linear.rounds_pairs
+        dtype = states.dtype if rounds else real_dtype(states)
+        chunk = states.new_empty((0, linear.vocab_size), dtype=dtype)
+        name = backends.select(chunk, backend, scalars, shard is not None, differences=rounds)
     except Exception:
         if shard is not None:
             report_error(shard, hidden)
@@ -213,6 +230,11 @@ def _check_heads(
     states, embedding, _ = policy
     reference: tuple[Tensor | None, ...] = (None, None, None)
     if objective.reads_reference:
+        # What both models share is gathered and cast once, and then still shared.
+        if _is_one(ref_weight, weight):
+            ref_weight = embedding.detach()
+        if _is_one(ref_bias, bias) and policy[2] is not None:
+            ref_bias = policy[2].detach()
         reference = _as_reference(
             objective, states, embedding, ref_hidden, ref_weight, ref_bias, vocab_size is None
         )
@@ -297,6 +319,17 @@ def _as_reference(
     return ref_hidden, ref_weight, ref_bias
 
 
+def _is_one(reference: Tensor | None, x: Tensor | None) -> bool:
+    """Whether they are the same in memory; False where one needs a gradient, or a compiler traces."""
+    if not isinstance(reference, Tensor) or not isinstance(x, Tensor) or reference.requires_grad:
+        return False
+    refuse_transforms("ref_weight", reference)
+    if torch.compiler.is_compiling() or reference.shape != x.shape:
+        return False
+    locals_ = (y.to_local() if hasattr(y, "to_local") else y for y in (reference, x))
+    return is_same(*locals_)
+
+
 def _prepared(x: Tensor, device: str) -> Tensor:
     """What ``F.linear`` would multiply."""
     if hasattr(x, "full_tensor"):
@@ -315,6 +348,23 @@ def _gathered(x: Any) -> Tensor:
         ranks = x.device_mesh.size()
         whole.register_hook(lambda gradient: gradient / ranks)
     return whole
+
+
+def _rounds_pairs(
+    logits_dtype: torch.dtype | None, dtype: torch.dtype, objective: Objective
+) -> bool:
+    if logits_dtype is None:
+        return False
+    if not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(
+            f"logits_dtype: {type(logits_dtype).__name__}, expected torch.bfloat16 or None"
+        )
+    if logits_dtype != torch.bfloat16 or dtype != torch.bfloat16 or not objective.reads_reference:
+        raise ValueError(
+            f"logits_dtype is {logits_dtype} with hidden of {dtype} and {objective}, expected None, or "
+            "torch.bfloat16 with hidden of torch.bfloat16 and a loss that reads the reference"
+        )
+    return True
 
 
 def _as_count(name: str, x: int) -> int:

@@ -1,9 +1,9 @@
 """The matmuls of ``linear_tnt_loss``: hidden states to logits (``Head``), their gradient back (``Gradients``).
 
-Logits are float32 (float64 for float64 hidden states), whatever the dtype of the parameters, as CUDA can leave a
-matmul's float32 sums unrounded (:func:`keeps_float32`); rounding them is most of the gradient's error near p = q.
-Elsewhere 16-bit parameters have 16-bit logits, which stay so where nothing but the loss happens to them. The gradient
-is rounded once, by the loss, unless something is yet to happen to it (softcap, float16, a factor for every row).
+Logits are float32 (float64 for float64 hidden states), whatever the dtype of the parameters: rounding them is most of
+the gradient's error near p = q. CUDA can leave a matmul's float32 sums unrounded (:func:`keeps_float32`); elsewhere
+16-bit operands are converted, a part of the weight at a time. The gradient is rounded once, by the loss, unless
+something is yet to happen to it (softcap, float16).
 
 The gradient of 16-bit logits waits until there are rows enough for one large matmul. A matmul of few rows spends its
 time on the (V, H) sum that it adds to: 8 bytes an entry, read and written, are 1.3 ms of an H100 at 128256 x 4096,
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tnt_kernels._call import Shard, real_dtype
 from tnt_kernels._sharded.collectives import all_reduce_
+
+#: Entries of a product below which a GPU has more multiprocessors than it has tiles (of 128 x 256).
+_FEW_ENTRIES = 128 * 128 * 256
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,6 +61,14 @@ def new_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
     return buffer[:, :columns]
 
 
+def difference(hidden: Tensor, ref_hidden: Tensor, logits_dtype: torch.dtype) -> Tensor:
+    """The policy's hidden states less the reference's (n, H), of its first n rows, as matmuls take them."""
+    hidden = hidden[: len(ref_hidden)]
+    if hidden.dtype != logits_dtype and not keeps_float32(hidden.device.type):
+        return hidden.to(logits_dtype).sub_(ref_hidden)
+    return hidden - ref_hidden
+
+
 def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b`` of 16-bit matrices, float32, where ``keeps_float32``."""
     torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
@@ -69,13 +79,24 @@ def _wide_addmm_(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -
     torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=alpha, out=out)
 
 
+def _mm_into(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """``out = scale * a @ b``, whose sums are of a float32 ``out`` of 16-bit matrices where ``keeps_float32``."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    elif scale != 1.0 and adds_to_float32(a.device.type):
+        _wide_addmm_(out, a, b, 0.0, scale)
+    else:
+        _wide_mm(a, b, out)
+        if scale != 1.0:
+            out.mul_(scale)
+
+
 def _mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale * a @ b``, float32 where nothing needs to be rounded."""
-    if a.dtype.itemsize > 2 or not keeps_float32(a.device.type):
-        return a.new_empty((a.size(0), b.size(1))).addmm_(a, b, beta=0, alpha=scale)
-    out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32)
-    _wide_mm(a, b, out)
-    return out if scale == 1.0 else out.mul_(scale)
+    keeps = a.dtype.itemsize == 2 and keeps_float32(a.device.type)
+    out = a.new_empty((a.size(0), b.size(1)), dtype=torch.float32 if keeps else a.dtype)
+    _mm_into(out, a, b, scale)
+    return out
 
 
 def _exp2(exponent: Tensor) -> Tensor:
@@ -84,54 +105,59 @@ def _exp2(exponent: Tensor) -> Tensor:
 
 
 class Head:
-    """``softcap(scale * (hidden @ weight.T + bias))`` of one model, in buffers for a chunk of rows."""
+    """``softcap(scale * (hidden @ weight.T + bias))`` of one model, in buffers for a chunk of rows.
+
+    ``part_bytes``: for parts of the weight in the logits' dtype.
+    """
 
     def __init__(
         self,
-        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         softcap: float | None,
         scale: float,
         vocab: int,
+        part_bytes: int,
     ) -> None:
-        self.hidden, self.weight = hidden, weight[:vocab]
-        self.bias = None if bias is None else bias[:vocab]
-        self.softcap, self.scale = softcap, scale
+        self.weight, self.bias = weight[:vocab], None if bias is None else bias[:vocab]
+        self.softcap, self.scale, self._part_bytes = softcap, scale, part_bytes
 
-    def logits(self, rows: Tensor, out: Tensor, narrow: Tensor | None, tanh: Tensor | None) -> None:
-        """Writes to ``out``, by way of ``narrow`` if the matmul rounds to its dtype. ``tanh`` keeps softcap's."""
+    def logits(self, rows: Tensor, out: Tensor, tanh: Tensor | None = None) -> None:
+        """Of hidden states (n, H), to ``out`` (n, V). ``tanh`` keeps softcap's."""
         scale = self.scale if self.softcap is None else self.scale / self.softcap
-        wide = out if tanh is None else tanh
-        if narrow is None and rows.dtype != wide.dtype:
-            # mm, as addmm's bias would have to be 16-bit in some versions and float32 in others
-            _wide_mm(rows, self.weight.t(), wide)
-            if scale != 1.0:
-                wide.mul_(scale)
-            if self.bias is not None:
-                wide.add_(self.bias, alpha=scale)
+        to = out if tanh is None else tanh
+        if rows.dtype == to.dtype and self.bias is not None:
+            torch.addmm(self.bias, rows, self.weight.t(), beta=scale, alpha=scale, out=to)
         else:
-            raw = wide if narrow is None else narrow
-            beta, addend = (0.0, raw) if self.bias is None else (scale, self.bias)
-            torch.addmm(addend, rows, self.weight.t(), beta=beta, alpha=scale, out=raw)
-            if narrow is not None:
-                wide.copy_(narrow)
+            self._multiply(rows, to, scale)
+            if self.bias is not None:
+                to.add_(self.bias, alpha=scale)
         if self.softcap is not None:
-            torch.mul(wide.tanh_(), self.softcap, out=out)
+            torch.mul(to.tanh_(), self.softcap, out=out)
 
+    def differences(self, rows: Tensor, out: Tensor) -> None:
+        """Of differences of hidden states, those of the logits, of a head without softcap."""
+        self._multiply(rows, out, self.scale)
 
-class Slot(NamedTuple):
-    """Where the n rows of a chunk wait for the matmuls of the gradient."""
-
-    logits: Tensor  # (n, V): the gradient; free for other uses until it is written
-    rows: Tensor  # (n, H): hidden states
+    def _multiply(self, rows: Tensor, out: Tensor, scale: float) -> None:
+        weight, keeps = self.weight, keeps_float32(rows.device.type)
+        if weight.dtype == out.dtype or (weight.dtype.itemsize == 2 and keeps):
+            return _mm_into(out, rows, weight.t(), scale)
+        rows = rows.to(out.dtype)
+        columns, width = weight.shape
+        step = max(64, self._part_bytes // (width * out.element_size()) // 64 * 64)
+        buffer = out.new_empty((min(step, columns), width))
+        for part, to in zip(weight.split(step), out.split(step, 1), strict=True):
+            wide = buffer[: len(part)].copy_(part)
+            torch.addmm(to, rows, wide.t(), beta=0, alpha=scale, out=to)
 
 
 class Gradients:
-    """Of hidden, weight and bias, None where not wanted; chunk after chunk is added.
+    """Of hidden, weight and bias, None where not wanted; chunk after chunk is added, in the order of a plan.
 
     Args:
-        head: the policy's, over flat rows.
+        head: the policy's.
+        hidden: (n, H), all rows of the plan.
         weight, bias: the parameters, which may have more rows than the vocabulary.
         wanted: whether those of hidden, weight and bias are.
         waiting: rows whose gradient waits for a common matmul; 0: none, it is in the parameters' dtype already.
@@ -142,6 +168,7 @@ class Gradients:
     def __init__(
         self,
         head: Head,
+        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         wanted: Sequence[bool],
@@ -150,13 +177,13 @@ class Gradients:
         one_matmul: bool,
         part_bytes: int,
     ) -> None:
-        hidden, real = head.hidden, real_dtype(head.hidden)
+        real = real_dtype(hidden)
         self.head, self.dtype, self.real, self.shard = head, hidden.dtype, real, shard
-        self._part_bytes = part_bytes
+        self._part_bytes, self._rows = part_bytes, hidden
         # A shard's part of the hidden states' gradient is rounded when all parts are summed.
         held = held_dtype(self.dtype)
         to_sum = held if shard is None else real
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=to_sum) if wanted[0] else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=to_sum) if wanted[0] else None
         self._parameter = weight if wanted[1] else None
         self._sum_dtype = held if one_matmul else real
         self._is_first = True  # what self.weight holds is to be overwritten
@@ -165,12 +192,10 @@ class Gradients:
         self.bias = (
             bias.new_zeros(bias.shape, dtype=real) if wanted[2] and bias is not None else None
         )
-        self._logits = self._rows = None
+        self._logits = None
         if waiting:
             self._logits = new_rows(hidden, waiting, len(head.weight), hidden.dtype)
-            self._rows = hidden.new_empty((waiting, hidden.size(1)))
-        self._filled = 0
-        self._indices: list[Tensor] = []
+        self._begin = self._end = 0  # of the rows that wait
         self._exponents: list[Tensor] = []
 
     def _new_weight(self) -> Tensor | None:
@@ -181,23 +206,24 @@ class Gradients:
         weight[len(self.head.weight) :].zero_()
         return weight
 
-    def reserve(self, n: int) -> Slot | None:
-        """For the next chunk, of n rows; None where no rows wait."""
-        if self._logits is None or self._rows is None:
+    def reserve(self, n: int) -> Tensor | None:
+        """Where the gradient of the next chunk's logits (n, V) waits, free for other uses until it is written; None
+        where no rows wait."""
+        if self._logits is None:
             return None
-        if self._filled + n > len(self._logits):
+        if self._end - self._begin + n > len(self._logits):
             self.multiply_waiting()
-        free = slice(self._filled, self._filled + n)
-        return Slot(self._logits[free], self._rows[free])
+        first = self._end - self._begin
+        return self._logits[first : first + n]
 
-    def add(self, index: Tensor, rows: Tensor, gradient: Tensor, slot: Slot | None) -> None:
-        """Adds a chunk: its rows (n, H), and the gradient (n, V) of its logits before softcap, which is overwritten,
-        unless it is ``slot.logits``."""
+    def add(self, begin: int, gradient: Tensor, slot: Tensor | None) -> None:
+        """Adds a chunk from row ``begin`` of the plan on: the gradient (n, V) of its logits before softcap, which is
+        overwritten, unless it is the ``slot`` that was reserved for it."""
         if self.bias is not None:
             vocab = gradient.size(1)
             self.bias[:vocab].add_(gradient.sum(0, dtype=self.real), alpha=self.head.scale)
         if slot is None:
-            self._multiply(index, rows, gradient, None)
+            self._multiply(begin, gradient, None)
             return
         if self.dtype == torch.float16:
             # Each row is brought to a largest entry of 1/2 to 1 by a power of two, which the product with the weight
@@ -208,51 +234,58 @@ class Gradients:
             exponent = exponent.where(largest.isfinite() & (largest > 0), -100)
             gradient.mul_(_exp2(-exponent))
             self._exponents.append(exponent)
-        if gradient is not slot.logits:
-            slot.logits.copy_(gradient)
-        self._indices.append(index)
-        self._filled += len(index)
+        if gradient is not slot:
+            slot.copy_(gradient)
+        self._end += len(gradient)
 
-    def results(self) -> list[Tensor]:
-        """Once nothing waits any more."""
-        self._logits = self._rows = None
+    def results(self, index: Tensor | None, rows: int) -> list[Tensor]:
+        """Once nothing waits any more. ``index``: which of all the ``rows`` the plan has, None for all of them."""
+        self._logits = None
         if self.shard is not None and self.hidden is not None:
             all_reduce_(self.hidden, self.shard.group)
         if self._is_first:  # there was no row
             self.weight = self._new_weight()
             if self.weight is not None:
                 self.weight.zero_()
-        return [
-            x.to(held_dtype(self.dtype))
-            for x in (self.hidden, self.weight, self.bias)
-            if x is not None
-        ]
+        held, hidden = held_dtype(self.dtype), self.hidden
+        if hidden is not None:
+            hidden = hidden.to(held)
+            if index is not None:
+                zeros = hidden.new_zeros((rows, hidden.size(1)))
+                hidden = zeros.index_copy_(0, index, hidden)
+        return [x.to(held) for x in (hidden, self.weight, self.bias) if x is not None]
 
     def multiply_waiting(self) -> None:
-        if self._logits is None or self._rows is None or not self._filled:
+        if self._logits is None or self._end == self._begin:
             return
         exponent = torch.cat(self._exponents) if self._exponents else None
-        rows, logits = self._rows[: self._filled], self._logits[: self._filled]
-        self._multiply(torch.cat(self._indices), rows, logits, exponent)
-        self._filled = 0
-        self._indices, self._exponents = [], []
+        self._multiply(self._begin, self._logits[: self._end - self._begin], exponent)
+        self._begin, self._exponents = self._end, []
 
-    def _multiply(
-        self, index: Tensor, rows: Tensor, gradient: Tensor, exponent: Tensor | None
-    ) -> None:
-        """Rows (n, H) and the gradient (n, V) of their logits, both in the parameters' dtype, the latter times
-        2^-exponent (n, 1)."""
+    def _multiply(self, begin: int, gradient: Tensor, exponent: Tensor | None) -> None:
+        """The gradient (n, V) of the logits of rows from ``begin`` on, in the parameters' dtype, times 2^-exponent
+        (n, 1)."""
+        end = begin + len(gradient)
         if self.hidden is not None:
-            product = _mm(gradient, self.head.weight, self.head.scale)
-            if exponent is not None:
-                product = product.to(self.real).mul_(_exp2(exponent))
-            self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
-            del product
+            self._write_hidden(self.hidden[begin:end], gradient, exponent)
         if self.weight is None:
             self.weight = self._new_weight()
         if self.weight is not None:
-            self._add_to_weight(self.weight[: gradient.size(1)], gradient.t(), rows, exponent)
+            out = self.weight[: gradient.size(1)]
+            self._add_to_weight(out, gradient.t(), self._rows[begin:end], exponent)
             self._is_first = False
+
+    def _write_hidden(self, out: Tensor, gradient: Tensor, exponent: Tensor | None) -> None:
+        head, keeps = self.head, keeps_float32(gradient.device.type)
+        # A product of few tiles is split over the vocabulary, and its parts may be rounded to 16 bits before they are
+        # summed (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction): then it is a float32 one.
+        splits = keeps and gradient.dtype.itemsize == 2 and out.numel() < _FEW_ENTRIES
+        if exponent is None and not splits and (out.dtype == gradient.dtype or keeps):
+            return _mm_into(out, gradient, head.weight, head.scale)
+        product = _mm(gradient, head.weight, head.scale)
+        if exponent is not None:
+            product = product.to(self.real).mul_(_exp2(exponent))
+        out.copy_(product)
 
     def _add_to_weight(self, out: Tensor, a: Tensor, rows: Tensor, exponent: Tensor | None) -> None:
         """``out += scale * a @ (2^exponent * rows)``, or ``=`` for the first; a (V, n)."""

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from tnt_kernels._call import ROW_DIAGNOSTICS, LossCall, real_dtype
-from tnt_kernels._linear.chunks import (
-    Chunks,
+from tnt_kernels._linear.chunks import Chunks
+from tnt_kernels._linear.matmul import held_dtype
+from tnt_kernels._linear.plan import (
     LinearScalars,
     LinearTensors,
     flat_hidden,
-    plan,
+    make_plan,
+    shares_head,
 )
-from tnt_kernels._linear.matmul import held_dtype
 from tnt_kernels._rows.schema import operator
 from tnt_kernels._sharded.agreement import Facts, agree, columns_of, facts_of, report_error
 from tnt_kernels.backends.protocol import check_indices
@@ -76,48 +77,58 @@ def linear_losses(
     with torch.autocast(device.type, enabled=False):  # the dtypes are settled
         vocab_size = linear.vocab_size
         try:
-            groups, count = plan(rows, scalars, linear.max_active_rows)
+            plan = make_plan(rows, scalars, linear.max_active_rows)
+            if linear.rounds_pairs and not shares_head(t, linear):
+                raise ValueError(
+                    f"logits_dtype is {t.hidden.dtype}, expected None, because policy and reference do not share "
+                    "their head: two weights or biases, a softcap, or two scales"
+                )
         except Exception:
             if shard is not None:
                 report_error(shard, t.hidden)
             raise
         if shard is not None:
-            agree(
-                shard,
-                vocab_size,
-                device,
-                lambda: _facts(t, linear, call._replace(tensors=rows), wanted),
-            )
+            agree(shard, vocab_size, device, lambda: _facts(t, linear, call, wanted))
             vocab_size = columns_of(shard, vocab_size).vocab_size
         check_indices(
             rows.labels, rows.weights, rows.negative_ids, vocab_size, scalars.ignore_index
         )
-        given = rows.normalizer is not None or scalars.normalizer_value is not None
-        if scalars.reduction == "mean" and not given:
-            rows = rows._replace(normalizer=count.to(real))
-        per_row = scalars.reduction == "none"
-        loss = t.hidden.new_zeros(len(rows.labels) if per_row else (), dtype=real)
-        diagnostics = None
-        if call.diagnostics:
-            diagnostics = t.hidden.new_full(
-                (ROW_DIAGNOSTICS, len(rows.labels)), torch.nan, dtype=real
-            )
-            diagnostics[0] = 0.0  # the loss of rows that are left out
-        call = call._replace(tensors=rows)
-        chunks = Chunks(t, linear, call, groups, wanted, None)
-        for index, chunk_loss, chunk_diagnostics in chunks.losses():
-            if per_row:
-                loss.index_copy_(0, index, chunk_loss)
-            else:
-                loss += chunk_loss
-            if diagnostics is not None and chunk_diagnostics is not None:
-                diagnostics.index_copy_(1, index, chunk_diagnostics)
+        inverse = _inverse_normalizer(call, plan.active, real)
+        found = Chunks(t, linear, call, plan, wanted, inverse)
+        losses, diagnostics = found.losses()
+        if scalars.reduction == "none":
+            loss = _whole(losses, plan.order, len(rows.labels))
+        elif inverse is None:
+            loss = losses.sum()
+        else:
+            loss = (losses.sum() * inverse[0]).masked_fill(inverse[0] == 0, 0.0)
         if linear.max_active_rows is not None:
-            loss = _nan_beyond(loss, count, linear.max_active_rows)
-        outputs = [loss.view(shape[:-1]) if per_row else loss]
+            loss = _nan_beyond(loss, plan.active, linear.max_active_rows)
+        outputs = [loss.view(shape[:-1]) if scalars.reduction == "none" else loss]
         if diagnostics is not None:
-            outputs.append(diagnostics.view(ROW_DIAGNOSTICS, *shape[:-1]))
-        return outputs + _gradients(chunks, wanted, shape)
+            rest = _whole(diagnostics[1:], plan.order, len(rows.labels), torch.nan)
+            of_loss = _whole(diagnostics[:1], plan.order, len(rows.labels))
+            outputs.append(torch.cat((of_loss, rest)).view(ROW_DIAGNOSTICS, *shape[:-1]))
+        return outputs + _gradients(found, wanted, shape)
+
+
+def _inverse_normalizer(call: LossCall, count: Tensor, real: torch.dtype) -> Tensor | None:
+    """(1,), on the device; None where the loss is not divided. 0 where it is divided by 0."""
+    s, given = call.scalars, call.tensors.normalizer
+    if s.reduction != "mean":
+        return None
+    if given is None and s.normalizer_value is not None:
+        value = 1 / s.normalizer_value if s.normalizer_value else 0.0
+        return count.new_full((1,), value, dtype=real)
+    divisor = (count if given is None else given).to(real)
+    return (1 / divisor).masked_fill(divisor == 0, 0.0).view(1)
+
+
+def _whole(x: Tensor, index: Tensor | None, rows: int, left_out: float = 0.0) -> Tensor:
+    """(..., n) of a plan's rows as (..., N)."""
+    if index is None:
+        return x
+    return x.new_full((*x.shape[:-1], rows), left_out).index_copy_(-1, index, x)
 
 
 def _facts(
@@ -131,6 +142,7 @@ def _facts(
         "ref_hidden.dtype": None if reference is None else reference.dtype,
     }
     settings = {k: v for k, v in linear._asdict().items() if k != "vocab_size"}
+    settings["logits_dtype"] = settings.pop("rounds_pairs")
     names = (f"{name}.requires_grad" for name in ("hidden", "weight", "bias"))
     more = {**inputs, **settings, **dict(zip(names, wanted, strict=True))}
     return facts_of("linear_tnt_loss", "hidden", t.hidden.dtype, call, more)
@@ -158,11 +170,10 @@ def linear_gradients(
     """The gradients that are wanted, of hidden, weight and bias, under reduction "none"; ``upstream`` is (...)."""
     shape, t = t.hidden.shape, flat_hidden(t)
     with torch.autocast(t.hidden.device.type, enabled=False):
-        groups, _ = plan(call.tensors, call.scalars, linear.max_active_rows)
-        chunks = Chunks(t, linear, call, groups, wanted, upstream.reshape(-1))
-        for _ in chunks.losses():
-            pass
-        return _gradients(chunks, wanted, shape)
+        plan = make_plan(call.tensors, call.scalars, linear.max_active_rows)
+        found = Chunks(t, linear, call, plan, wanted, upstream.reshape(-1))
+        found.losses()
+        return _gradients(found, wanted, shape)
 
 
 def _nan_beyond(loss: Tensor, count: Tensor, most: int) -> Tensor:

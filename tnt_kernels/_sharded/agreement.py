@@ -50,7 +50,7 @@ _confirmed: WeakKeyDictionary[Any, dict[tuple[int, ...] | None, tuple[int, ...]]
     WeakKeyDictionary()
 )
 #: Integers of a call that must be the same on every rank, so that different calls exchange as many.
-_FACTS = 32
+_FACTS = 33
 _ARGUMENTS = {
     "positive_loss": "method", "negative_loss": "method", "alpha_value": "alpha", "uniform_smoothing": "smoothing",
     "normalizer_value": "normalizer",

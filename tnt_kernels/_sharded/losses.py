@@ -41,6 +41,8 @@ def write_losses(
     loss: Tensor,
     diagnostics: Tensor | None,
     gradient: Tensor | None,
+    upstream: Tensor | None = None,
+    differences: bool = False,
 ) -> list[Tensor]:
     """Writes what is given, of ranks that have agreed; returns what a later gradient needs, as ``new_saved`` has it.
 
@@ -52,7 +54,7 @@ def write_losses(
     partial_sums = packed.new_empty((n, ROW_PARTIAL_SUMS))
     run, totals = BACKENDS[call.backend].launch, scalars.loss_needs_totals
     try:
-        launch = _launch(Kind.STATISTICS, logits, call, shard)
+        launch = _launch(Kind.STATISTICS, logits, call, shard, differences)
         if gradient is logits:
             check_no_overlap(launch.logits, launch.tensors.ref_logits)
         run(launch._replace(statistics=packed[:n], diagnostics=diagnostics))
@@ -63,7 +65,7 @@ def write_losses(
     all_statistics = all_gather(packed, shard.group)
     if logits.device.type == "cpu":
         raise_if_another_failed(all_statistics[:, n, 0].tolist(), group_rank(shard.group))
-    launch = launch._replace(gathered=all_statistics[:, :n])
+    launch = launch._replace(gathered=all_statistics[:, :n], upstream=upstream)
     if gradient is not None:
         gradient = as_rows(gradient)
     late = scalars.gradient_needs_totals
@@ -89,6 +91,11 @@ def later_gradient(
     return launch._replace(gathered=gathered, total_sums=total_sums, upstream=upstream)
 
 
-def _launch(kind: Kind, logits: Tensor, call: LossCall, shard: Shard) -> RowCall:
+def _launch(
+    kind: Kind, logits: Tensor, call: LossCall, shard: Shard, differences: bool = False
+) -> RowCall:
     columns, rows = columns_of(shard, logits.size(-1)), as_rows(logits)
-    return RowCall(kind, rows, call.tensors, call.scalars, columns.offset, columns.vocab_size)
+    return RowCall(
+        kind, rows, call.tensors, call.scalars, columns.offset, columns.vocab_size,
+        differences=differences,
+    )  # fmt: skip
