@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 import tnt_kernels as tnt
-from benchmarks import accuracy, linear, peers
+from benchmarks import accuracy, linear, linear_accuracy, peers
 from tnt_kernels.backends import BACKENDS, triton
 from tnt_kernels.backends.triton.config import RowConfig, row_config, table_key
 from tnt_kernels.bench.contenders import make_loss, model_output, training_step
@@ -397,7 +397,7 @@ class Stages:
         problem = linear.make_problem(size, self.device).with_active_share(share)
         todo: list[tuple[str, str | None, str, Callable[[], Any]]] = []
         for name in contenders:
-            backend = self.kernel_backend if name == "fused" else None
+            backend = self.kernel_backend if name in linear.FUSED else None
             todo.append((name, backend, "", lambda n=name, b=backend: linear.make_step(n, b)))
         if self.backend is None and share == 1:
             for peer in peers.LINEAR_PEERS:
@@ -426,13 +426,16 @@ class Stages:
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         gradients = step(problem)
+        if isinstance(step, linear.Floor):
+            found["chunking"] = str(step.chunking(problem))
         methods = {p.name: p.method for p in peers.LINEAR_PEERS}
         method = methods.get(name, "tnff")
         if name != "floor" and method is not None:
             # Of a peer's plain LL, too: the library's, on rows of weight 1.
             ones = problem._replace(weights=torch.ones_like(problem.weights))
+            truth = problem.with_shared_head() if name in ("shared", "pairs") else problem
             found["gradient_error"] = linear.check(
-                gradients, ones if name in methods else problem, method
+                gradients, ones if name in methods else truth, method
             )
         elif method is None:
             found["gradient_error"] = _check_linear_jsd(gradients, problem)
@@ -456,7 +459,7 @@ class Stages:
 
     def linear(self) -> None:
         if self.backend:
-            self.run_linear(LINEAR, ("fused",))
+            self.run_linear(LINEAR, linear.FUSED)
             self.run_linear(LINEAR, ("fused",), 0.25)
             return
         self.load_peers()
@@ -465,7 +468,7 @@ class Stages:
 
     def linear_sweeps(self) -> None:
         for size in LINEAR_SIZES:
-            self.run_linear(size, ("fused",) if self.backend else ("floor", "naive"))
+            self.run_linear(size, ("fused", "pairs") if self.backend else ("floor", "naive"))
 
     # --- accuracy, and the host's time ---
 
@@ -485,6 +488,13 @@ class Stages:
         ]
         for record in accuracy.measure(size, self.device, steps=steps):
             self.emit("accuracy", **record)
+        size = linear_accuracy.QUICK_SIZE if self.tiny else linear_accuracy.SIZE
+        kls = linear_accuracy.QUICK_KLS if self.tiny else linear_accuracy.KLS
+        for backend in names:
+            for record in linear_accuracy.measure(
+                size, self.device, dtypes=("bfloat16",), methods=("tnff",), kls=kls, backend=backend
+            ):
+                self.emit("linear_accuracy", **record)
 
     def overhead(self) -> None:
         """What a call costs the host: forward and backward of one row of eight, launches included, waited for once."""

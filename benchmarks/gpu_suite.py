@@ -31,6 +31,7 @@ import torch
 from benchmarks import gpu_stages, peers
 from benchmarks.gpu_summary import summary
 from benchmarks.report import ROOT
+from benchmarks.results import commit
 from tnt_kernels.bench.cli import environment
 
 #: The vocabularies of which a sanitizer sees a row each: more take minutes under it.
@@ -42,7 +43,7 @@ SECTIONS = ("WarpStateStats", "SchedulerStats", "InstructionStats")
 KINDS = {
     "end": "stages", "bandwidth": "bandwidth", "case": "cases", "distance": "distances", "peer": "peers",
     "linear": "linear", "accuracy": "accuracy", "overhead": "overhead", "smoke": "smoke", "setting": "settings",
-    "profile": "profiles",
+    "profile": "profiles", "linear_accuracy": "linear_accuracy",
 }  # fmt: skip
 #: Kinds of which a process measures only what is missing.
 ONE_BY_ONE = ("case", "linear")
@@ -392,7 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prebuilt", action="store_true", help="the extension is built already")
     parser.add_argument("--resume", type=Path, help="gpu.json or records.jsonl of an earlier run")
     parser.add_argument(
-        "--commit", default=_commit(), help="where there is no repository: whose figures these are"
+        "--commit", default=commit(), help="where there is no repository: whose figures these are"
     )
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     a = parser.parse_args(argv)
@@ -407,15 +408,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--device cuda: no GPU that this torch can use; --device cpu --tiny tries the suite without one"
         )
     return a
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.linear import FUSED, LinearSize
+from benchmarks.linear_model import LOSS_SHARE, floor, predicted, step_of
+
 Range = tuple[float, float]
 #: What CUDA_NOTES.md and linear.py's count predict, as (lowest, highest). Fractions of the floor in place, V = 128256:
 PREDICTED: dict[tuple[str, str], Range] = {
@@ -13,7 +16,6 @@ PREDICTED: dict[tuple[str, str], Range] = {
     ("triton", "H100"): (0.65, 0.77),
     ("triton", "H200"): (0.55, 0.58),
 }
-PREDICTED_LINEAR: Range = (1.11, 1.14)
 #: Of the cuda backend's launches with a gradient, for a pair of logits: elements to and from DRAM, instructions.
 PREDICTED_ELEMENTS: Range = (3.0, 3.0)
 PREDICTED_INSTRUCTIONS: Range = (36.0, 39.0)
@@ -37,6 +39,17 @@ class Verdict(NamedTuple):
         target = "" if self.target is None else f"{'≥' if self.at_least else '≤'} {self.target:g}"
         predicted = "–".join(f"{x:g}" for x in dict.fromkeys(self.predicted or ()))
         return f"| {self.figure} | {self.value:.3g} | {target} | {self.met} | {predicted} |"
+
+
+def _predicted_linear(case: dict[str, Any], gpu: str) -> Range | None:
+    """By the lower end of what the loss is predicted to reach; None for a device that the model does not know."""
+    device = next((d for d in LOSS_SHARE if d.name == gpu), None)
+    if device is None or case["dtype"] != "bfloat16":
+        return None
+    size = LinearSize(case["rows"], case["hidden"], case["vocab"], "bfloat16")
+    us = predicted(size, step_of(size, case["contender"] == "pairs"), device, LOSS_SHARE[device])
+    times = us / floor(size, device)
+    return times, times
 
 
 def verdicts(results: dict[str, Any]) -> Iterator[Verdict]:
@@ -100,15 +113,15 @@ def verdicts(results: dict[str, Any]) -> Iterator[Verdict]:
     linear = [c for c in results["linear"] if "failed" not in c and c["active_share"] == 1]
     floors = {_shape(c): c["ms_min"] for c in linear if c["contender"] == "floor"}
     for c in linear:
-        if c["contender"] == "fused" and _shape(c) in floors:
-            predicted = PREDICTED_LINEAR if c["vocab"] == 128256 and c["rows"] == 8192 else None
+        if c["contender"] in FUSED and _shape(c) in floors:
+            of_model = _predicted_linear(c, gpu)
             times = c["ms_min"] / floors[_shape(c)]
             yield Verdict(
-                f"linear, {c['backend']}, {_shape(c)}, times its matmuls",
+                f"linear, {c['contender']}, {c['backend']}, {_shape(c)}, times its matmuls",
                 times,
                 1.15,
                 False,
-                predicted,
+                of_model,
             )
 
     for p in results["profiles"]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import tnt_kernels as tnt
 from benchmarks import THREADS
-from tnt_kernels._linear.chunks import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from tnt_kernels._linear.sizes import budget
 from tnt_kernels.bench.contenders import naive_tnff
+from tnt_kernels.bench.measure import time_calls
 from tnt_kernels.bench.memory import KNOWN, in_process, peak_beyond
 
 
@@ -58,11 +59,9 @@ class LinearProblem(NamedTuple):
         weights[order[round(share * len(order)) :].to(weights.device)] = 0
         return self._replace(weights=weights)
 
-    def chunks(self) -> list[Tensor]:
-        """The active rows' indices, as the floor takes them: two float32 logits of each fill the library's budget."""
-        budget = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES_ELSEWHERE)
-        rows = max(1, budget // (8 * len(self.weight)))
-        return list((self.weights != 0).nonzero()[:, 0].split(rows))
+    def with_shared_head(self) -> LinearProblem:
+        """Both models with the policy's weight, which is trained all the same: as many matmuls."""
+        return self._replace(ref_weight=self.weight.detach())
 
 
 def make_problem(size: LinearSize, device: torch.device | str = "cpu") -> LinearProblem:
@@ -88,20 +87,80 @@ def make_problem(size: LinearSize, device: torch.device | str = "cpu") -> Linear
 Step = Callable[[LinearProblem], tuple[Tensor, ...]]
 
 
+class Chunking(NamedTuple):
+    """In rows."""
+
+    policy: int  # whose logits are multiplied out at once, and back
+    reference: int  # whose logits are
+
+    def __str__(self) -> str:
+        return f"{self.policy} rows at a time, {self.reference} of the reference"
+
+
+def chunkings(p: LinearProblem) -> list[Chunking]:
+    """Ways to go through the active rows with logits that the memory of ``linear_tnt_loss`` holds."""
+    rows, width = int((p.weights != 0).sum()), len(p.weight) * p.weight.element_size()
+    # The library may have a float32 sum of a 16-bit weight's gradient, or other things in its place.
+    allowed = budget(p.hidden, len(p.weight)) + (
+        4 * p.weight.numel() if p.weight.element_size() == 2 else 0
+    )
+    tile = 16 if p.weight.is_cpu else 128
+    found = []
+    for parts in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128):
+        policy = -(-rows // parts) if parts == 1 else -(-rows // parts // tile) * tile
+        for share in (1, 2, 4, 8):
+            reference = -(-policy // share)
+            if (policy + reference) * width <= allowed:
+                found.append(Chunking(policy, reference))
+                break
+        if len(found) == 5:
+            break
+    least = max(1, min(rows, allowed // (2 * width)))
+    return found or [Chunking(least, least)]
+
+
 @torch.no_grad()
-def floor(p: LinearProblem) -> tuple[Tensor, ...]:
-    """The matmuls of a step over the same chunks, with nothing between them: whatever comes out."""
-    chunks = p.chunks()
-    most = max(map(len, chunks))
-    z, r = (p.hidden.new_empty(most, len(p.weight)) for _ in range(2))
-    hidden_gradient, weight_gradient = torch.zeros_like(p.hidden), torch.zeros_like(p.weight)
-    for index in chunks:
-        n, rows = len(index), p.hidden[index]
+def multiply(p: LinearProblem, chunking: Chunking) -> tuple[Tensor, ...]:
+    """The matmuls of a step with nothing between them: whatever comes out."""
+    active = (p.weights != 0).nonzero()[:, 0]
+    whole = len(active) == len(p.weights)
+    hidden, ref_hidden = (x if whole else x[active] for x in (p.hidden, p.ref_hidden))
+    z, r = (p.hidden.new_empty(n, len(p.weight)) for n in chunking)
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(p.weight)
+    for begin in range(0, len(hidden), chunking.policy):
+        rows = hidden[begin : begin + chunking.policy]
+        n = len(rows)
         torch.mm(rows, p.weight.t(), out=z[:n])
-        torch.mm(p.ref_hidden[index], p.ref_weight.t(), out=r[:n])
-        hidden_gradient[index] = torch.mm(z[:n], p.weight)
-        weight_gradient.addmm_(z[:n].t(), rows)
+        for part in ref_hidden[begin : begin + n].split(chunking.reference):
+            torch.mm(part, p.ref_weight.t(), out=r[: len(part)])
+        torch.mm(z[:n], p.weight, out=hidden_gradient[begin : begin + n])
+        weight_gradient.addmm_(z[:n].t(), rows, beta=float(begin > 0))
+    if not whole:
+        hidden_gradient = torch.zeros_like(p.hidden).index_copy_(0, active, hidden_gradient)
     return hidden_gradient, weight_gradient
+
+
+class Floor:
+    """The fastest of the ways to multiply, found by trying, for a problem."""
+
+    def __init__(self) -> None:
+        self._known: tuple[LinearProblem, Chunking] | None = None
+
+    def chunking(self, p: LinearProblem) -> Chunking:
+        if self._known is None or self._known[0] is not p:
+            some = chunkings(p)
+
+            def ms(chunking: Chunking) -> float:
+                timing = time_calls(
+                    lambda: multiply(p, chunking), p.hidden.device, seconds=0.0, least=2
+                )
+                return timing.ms_min
+
+            self._known = p, some[0] if len(some) == 1 else min(some, key=ms)
+        return self._known[1]
+
+    def __call__(self, p: LinearProblem) -> tuple[Tensor, ...]:
+        return multiply(p, self.chunking(p))
 
 
 def _step(loss_function: Callable[[LinearProblem], Tensor]) -> Step:
@@ -120,7 +179,9 @@ def _naive(p: LinearProblem) -> Tensor:
     return naive_tnff(*_logits(p), p.labels, p.weights)
 
 
-CONTENDERS = ("floor", "fused", "unfused", "naive", "compiled")
+#: The library's: heads apart; one head of both models; the same with pairs of logits in 16 bits.
+FUSED = ("fused", "shared", "pairs")
+CONTENDERS = ("floor", *FUSED, "unfused", "naive", "compiled")
 #: Of the sweep over tokens.
 SWEEP_CONTENDERS = ("floor", "fused", "naive", "compiled")
 MEMORY_CONTENDERS = ("fused", "unfused", "naive", "compiled")
@@ -129,9 +190,15 @@ MEMORY_CONTENDERS = ("fused", "unfused", "naive", "compiled")
 def make_step(contender: str, backend: str | None = None) -> Step:
     """``backend`` is the library's, None the one that it selects."""
     if contender == "floor":
-        return floor
-    if contender == "fused":
-        return _step(lambda p: tnt.linear_tnt_loss(*p, backend=backend))
+        return Floor()
+    if contender in FUSED:
+        logits_dtype = torch.bfloat16 if contender == "pairs" else None
+
+        def loss(p: LinearProblem) -> Tensor:
+            p = p if contender == "fused" else p.with_shared_head()
+            return tnt.linear_tnt_loss(*p, logits_dtype=logits_dtype, backend=backend)
+
+        return _step(loss)
     if contender == "compiled":
         return _step(torch.compile(_naive, fullgraph=True, dynamic=False))
     return _step({"unfused": _unfused, "naive": _naive}[contender])

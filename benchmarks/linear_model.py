@@ -8,14 +8,15 @@ prints the table that stands in CUDA_NOTES.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 
-from benchmarks.linear import LinearSize
+from benchmarks.linear import Chunking, LinearProblem, LinearSize, chunkings
 from benchmarks.row_model import H100, H200, Device
-from tnt_kernels._linear import chunks
+from tnt_kernels._linear.plan import LinearScalars, LinearTensors
+from tnt_kernels._linear.sizes import Layout, Sizes, sizes_of
 
 #: Of a matmul of 16-bit matrices, in flop a microsecond: what large ones reached on an H200.
 FLOPS = 700e6
@@ -30,7 +31,7 @@ ROWS = (1024, 8192, 32768)
 class Step(NamedTuple):
     """What is launched for a step, in rows and bytes."""
 
-    sizes: chunks.Sizes
+    sizes: Sizes
     pair_bytes: int  # both logits of a column, between the matmuls
     hidden_bytes: int  # of an entry of the hidden states' gradient, beside its matmul
 
@@ -65,44 +66,72 @@ def predicted(size: LinearSize, step: Step, device: Device, loss_share: float) -
     return found + rows * width * step.hidden_bytes / device.bandwidth
 
 
-def floor(size: LinearSize) -> float:
-    """Microseconds of the arithmetic alone."""
-    return 8.0 * size.rows * size.hidden * size.vocab / FLOPS
+def floor(size: LinearSize, device: Device) -> float:
+    """Microseconds of the matmuls alone, their logits in 16 bits, by the fastest of the benchmark's chunkings."""
+    rows, width, vocab, _ = size
+    entries = float(width) * vocab
+
+    def of(chunking: Chunking) -> float:
+        found = 0.0
+        for i, n in enumerate(_parts(rows, chunking.policy)):
+            for part in (n, *_parts(n, chunking.reference)):
+                found += _matmul(device, 2 * part * entries, 2 * (entries + part * (vocab + width)))
+            operands, total = 2 * n * (vocab + width), (2 + 2 * (i > 0)) * entries
+            found += _matmul(device, 2 * n * entries, operands + 2 * entries)
+            found += _matmul(device, 2 * n * entries, operands + total)
+        return found
+
+    return min(map(of, chunkings(_problem(size))))
 
 
-def step_of(size: LinearSize) -> Step:
-    """As the library takes it on a GPU with 16-bit parameters, heads apart, both gradients wanted."""
+def _problem(size: LinearSize) -> LinearProblem:
+    """16-bit tensors without memory, all rows active."""
     with torch.device("meta"):
         hidden = torch.empty(size.rows, size.hidden, dtype=torch.bfloat16)
         weight = torch.empty(size.vocab, size.hidden, dtype=torch.bfloat16)
-        index = torch.empty(size.rows, dtype=torch.int64)
-    t = chunks.LinearTensors(hidden, weight, None, hidden, weight, None)
-    scalars = chunks.LinearScalars(None, None, 1.0, 1.0, size.vocab, None, None)
-    layout = chunks._Layout({"logits": torch.float32, "ref_logits": torch.float32}, True, True)
-    group = chunks.RowGroup(index, True, True)
-    sizes = chunks.sizes_of(t, scalars, [group], (True, True, False), size.vocab, layout)
-    return Step(sizes, 8, 14)
+        labels = torch.empty(size.rows, dtype=torch.int64)
+    return LinearProblem(hidden, weight, hidden, weight, labels, torch.ones(size.rows))
+
+
+def step_of(size: LinearSize, rounds_pairs: bool = False) -> Step:
+    """As the library takes it on a GPU with 16-bit parameters, both gradients wanted. ``rounds_pairs``: of a shared
+    head, with a ``logits_dtype`` of 16 bits.
+    """
+    p = _problem(size)
+    t = LinearTensors(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None)
+    scalars = LinearScalars(None, None, 1.0, 1.0, size.vocab, None, None, rounds_pairs)
+    names = ("ref_logits",) if rounds_pairs else ("logits", "ref_logits")
+    dtype = torch.bfloat16 if rounds_pairs else torch.float32
+    layout = Layout(dict.fromkeys(names, dtype), rounds_pairs, True, True)
+    sizes = sizes_of(t, scalars, size.rows, (True, True, False), size.vocab, layout)
+    return Step(sizes, 4 if rounds_pairs else 8, 2)
+
+
+def arithmetic(size: LinearSize) -> float:
+    """Microseconds of the matmuls' arithmetic."""
+    return 8.0 * size.rows * size.hidden * size.vocab / FLOPS
 
 
 def table() -> pd.DataFrame:
+    """Multiples of the matmuls, for float32 pairs of logits and, of a shared head, for 16-bit ones."""
     found = []
     for width, vocab in SHAPES:
         for rows in ROWS:
             size = LinearSize(rows, width, vocab, "bfloat16")
-            step = step_of(size)
-            record = {
-                "shape": f"{rows} × {width} × {vocab}",
-                "rows of a chunk": step.sizes.chunk,
-                "of a gradient's matmul": rows if step.sizes.one_matmul else step.sizes.waiting,
-                "matmuls, ms": floor(size) / 1000,
-            }
+            steps = {"float32": step_of(size), "16 bits": step_of(size, rounds_pairs=True)}
+            chunks = ", ".join(str(step.sizes.chunk) for step in steps.values())
+            record: dict[str, Any] = {
+                "tokens × H × V": f"{rows} × {width} × {vocab}", "rows of a chunk": chunks,
+            }  # fmt: skip
             for device in (H100, H200):
-                ms = predicted(size, step, device, LOSS_SHARE[device]) / 1000
-                record[f"{device.name}, ms"] = ms
-                record[f"{device.name}, times its matmuls"] = 1000 * ms / floor(size)
-            found.append(record)
+                matmuls = floor(size, device)
+                record[f"{device.name}: matmuls, ms"] = f"{matmuls / 1000:.3g}"
+                for name, step in steps.items():
+                    us = predicted(size, step, device, LOSS_SHARE[device])
+                    record[f"{device.name}, {name}"] = f"{us / matmuls:.2f}"
+            found.append({**record, "outcome": ""})
     return pd.DataFrame(found)
 
 
 if __name__ == "__main__":
-    print(table().to_markdown(index=False, floatfmt=".3g"))
+    print(table().to_markdown(index=False, disable_numparse=True))

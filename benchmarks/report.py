@@ -1,4 +1,6 @@
-"""From ``results/cpu.json`` and ``gpu.json`` to the tables in the READMEs and the plots; nothing is measured here.
+"""From ``results/cpu.json``, ``gpu.json`` and ``linear_accuracy.json`` to the tables in the READMEs and the plots.
+
+Nothing is measured here.
 
 ``python -m benchmarks.report`` writes them, ``--check`` exits with 1 if they are not up to date.
 """
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from benchmarks.linear_accuracy import CONTENDERS as LINEAR_ACCURACY_CONTENDERS
 from benchmarks.peers import LINEAR_PEERS, PEERS
 from benchmarks.sizes import DISTANCES
 from benchmarks.targets import MIB, targets
@@ -29,6 +32,8 @@ CONTENDERS = {
 }
 LINEAR_CONTENDERS = {
     "fused": "linear_tnt_loss",
+    "shared": "linear_tnt_loss, shared head",
+    "pairs": "linear_tnt_loss, shared head, 16-bit pairs",
     "unfused": "logits, then tnt_loss in place",
     "compiled": "torch.compile of logits and naive loss",
     "naive": "logits, then naive PyTorch",
@@ -226,9 +231,12 @@ def linear_table(results: dict[str, Any]) -> str:
     memory = pd.DataFrame(results["linear"]["memory"])
     cases = cases[cases.active_share == 1]
     on = ["rows", "hidden", "vocab", "dtype", "contender"]
+    if "chunking" not in cases:
+        cases = cases.assign(chunking="")
     frame = memory[[*on, "bytes_beyond_gradients"]].merge(
-        cases[[*on, "ms_min", "times_floor"]], on=on, how="outer"
+        cases[[*on, "ms_min", "times_floor", "chunking"]], on=on, how="outer"
     )
+    frame["chunking"] = frame.chunking.fillna("")
     rows = []
     by_size = frame.groupby(["vocab", "hidden", "dtype", "rows"], sort=False)
     for (vocab, hidden, dtype, tokens), group in by_size:
@@ -236,9 +244,10 @@ def linear_table(results: dict[str, Any]) -> str:
         for contender, label in LINEAR_CONTENDERS.items():
             if contender in group.index:
                 c = group.loc[contender]
+                name = f"{label}, {c.chunking}" if c.chunking else label
                 rows.append(
                     [
-                        f"{tokens} × {hidden} × {vocab}, {dtype}: {label}",
+                        f"{tokens} × {hidden} × {vocab}, {dtype}: {name}",
                         _number(c.ms_min),
                         _number(c.times_floor, "×"),
                         _mebibytes(c.bytes_beyond_gradients),
@@ -260,7 +269,7 @@ def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
         "the matmuls",
         "MiB beyond inputs and gradients",
     ]
-    names = [LINEAR_CONTENDERS[c] for c in ("fused", "compiled", "naive", "floor")]
+    names = [LINEAR_CONTENDERS[c] for c in ("fused", "shared", "pairs", "naive", "floor")]
     names += [f"{p.name} ({p.work})" for p in LINEAR_PEERS]
     if gpu is None or not gpu["linear"]:
         return table(head, [[name, *[NOT_MEASURED] * 3] for name in names])
@@ -272,6 +281,7 @@ def linear_gpu_table(gpu: dict[str, Any] | None) -> str:
     for c in here:
         name = LINEAR_CONTENDERS.get(c["contender"], c["contender"])
         name += f" ({c['backend']})" if c["backend"] else f" ({c['work']})" if c["work"] else ""
+        name += f", {c['chunking']}" if c.get("chunking") else ""
         if "failed" in c:
             rows.append([name, c["failed"], "–", "–"])
         else:
@@ -312,6 +322,53 @@ def accuracy_tables(records: Sequence[dict[str, Any]]) -> str:
             rows.append([f"{dtype}, {method}: {names.get(contender, contender)}", *cells])
         tables.append(table(head, rows))
     return "\n\n".join(tables)
+
+
+def linear_accuracy_table(records: Sequence[dict[str, Any]], method: str = "tnff") -> str:
+    """Relative errors of the fused linear loss and of others, next to p = q; below it, why one has none."""
+    frame = pd.DataFrame(records)
+    frame = frame[frame.method == method]
+    names = [c.name for c in LINEAR_ACCURACY_CONTENDERS if (frame.contender == c.name).any()]
+    rows = []
+    for (heads, dtype, _), group in frame.groupby(["heads", "dtype", "target_kl"], sort=False):
+        cases = {c["contender"]: c for c in group.to_dict("records")}
+        cells = [_errors(cases[name]) if name in cases else "–" for name in names]
+        rows.append([heads, dtype, f"{group.kl.iloc[0]:.1e}", *cells])
+    title = f"{method}, {frame.rows.iloc[0]} × {frame.hidden.iloc[0]} × {frame.vocab.iloc[0]}"
+    head = [f"{title}: output embeddings", "dtype", "KL, nats a row", *names]
+    parts = [table(head, rows, words=2)]
+    if "failed" in frame:
+        failed = frame.dropna(subset="failed").groupby(["contender", "failed"], sort=False)
+        parts += [
+            f"- {name}, {' and '.join(dict.fromkeys(group.dtype))}, failed with {why}"
+            for (name, why), group in failed
+        ]
+    return "\n\n".join(parts)
+
+
+def _errors(case: dict[str, Any]) -> str:
+    if isinstance(case.get("failed"), str):
+        return "failed"
+    return f"{_two_digits(case['loss_error'])} / {_two_digits(case['hidden_gradient_error'])}"
+
+
+def _two_digits(error: float) -> str:
+    """In percent."""
+    return f"{float(f'{100 * error:.2g}'):g}"
+
+
+def linear_accuracy_block(results: dict[str, Any] | None) -> str:
+    if results is None:
+        return f"Accuracy of the fused linear loss: {NOT_MEASURED}."
+    versions, commit = results["versions"], str(results["commit"])
+    changes = " with changes" if commit.endswith("-dirty") else ""
+    return (
+        f"{linear_accuracy_table(results['records'])}\n\n"
+        f"Measured on {results['date'][:10]}, commit {commit[:10]}{changes}, with "
+        f"`python -m benchmarks.linear_accuracy`: {results['machine']['device']}, {versions['instruction_set']}; "
+        f"torch {versions['torch']}, Triton {versions['triton']}, Liger-Kernel {versions['liger-kernel']}, "
+        f"tnt_kernels {versions['tnt_kernels']}, Python {versions['python']}."
+    )
 
 
 def case_table(results: dict[str, Any]) -> str:
@@ -477,15 +534,15 @@ def facts(results: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in [*lines, call_line(results)])
 
 
-def _gpu(path: Path) -> dict[str, Any] | None:
-    """``gpu.json`` beside ``cpu.json``, where there is one."""
-    gpu = path.with_name("gpu.json")
-    return load(gpu) if gpu.exists() else None
+def _beside(path: Path, name: str) -> dict[str, Any] | None:
+    """Another results file in the folder of ``cpu.json``, where there is one."""
+    other = path.with_name(name)
+    return load(other) if other.exists() else None
 
 
 def blocks(path: Path) -> dict[Path, dict[str, str]]:
     """What stands between the markers, for each file of the repository that has them, by the markers' name."""
-    results, gpu = load(path), _gpu(path)
+    results, gpu = load(path), _beside(path, "gpu.json")
     quick = ["**A quick run: these figures mean nothing.**"] if results["quick"] else []
     linear = [linear_table(results)] if "linear" in results else []
     linear.append(linear_gpu_table(gpu))
@@ -527,7 +584,10 @@ def blocks(path: Path) -> dict[Path, dict[str, str]]:
             "benchmark": "\n\n".join(short),
             "benchmark-linear": "\n\n".join([*linear, plot]),
         },
-        ROOT / "benchmarks" / "README.md": {"benchmark": "\n\n".join(full)},
+        ROOT / "benchmarks" / "README.md": {
+            "benchmark": "\n\n".join(full),
+            "linear-accuracy": linear_accuracy_block(_beside(path, "linear_accuracy.json")),
+        },
     }
 
 
@@ -611,7 +671,7 @@ def _linear_panels(cases: pd.DataFrame, memory: pd.DataFrame) -> list[Panel]:
 
 def _plots(path: Path) -> dict[str, tuple[Path, list[Panel]]]:
     """File name to the results that it shows and its panels."""
-    results, gpu = load(path), _gpu(path)
+    results, gpu = load(path), _beside(path, "gpu.json")
     found = {"cpu.svg": (path, _step_panels(pd.DataFrame(results["cases"])))}
     if "linear" in results:
         linear = results["linear"]
@@ -699,7 +759,7 @@ def write(path: Path) -> None:
 
 
 def stale(path: Path) -> list[str]:
-    """What does not show the figures in ``path`` and in ``gpu.json`` beside it."""
+    """What does not show the figures in ``path`` and in the other files beside it."""
     if not path.exists():
         return [f"{path} is missing: run python -m benchmarks.run"]
     found = ["cpu.json is from a quick run"] if load(path)["quick"] else []

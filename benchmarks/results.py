@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,17 @@ def environment(report: dict[str, Any]) -> dict[str, Any]:
             **native,
         },
     }  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit that is checked out, "-dirty" where files differ from it; None where there is no repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    root = Path(__file__).parent.parent
+    try:
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
 
 
 def huge_pages(t: pd.DataFrame, huge: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks import THREADS, linear
 from benchmarks.sizes import DISTANCES, QUICK_SWEEP, SPARSE, SWEEP
-from tnt_kernels._linear.chunks import CHUNK_BYTES
+from tnt_kernels._linear.sizes import CHUNK_BYTES
 
 MIB = 1 << 20
 #: In place, at the usual distance: with the smaller vocabulary, with the larger one.

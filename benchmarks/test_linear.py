@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from benchmarks.linear import (
     CONTENDERS,
@@ -14,6 +15,7 @@ from benchmarks.linear import (
     SPARSE,
     SWEEP,
     SWEEP_CONTENDERS,
+    Floor,
     LinearProblem,
     check,
     make_problem,
@@ -32,8 +34,9 @@ def linear_problem(request: pytest.FixtureRequest) -> LinearProblem:
 def measure_step(measure: Measure, p: LinearProblem, contender: str, share: float) -> None:
     step = make_step(contender)
     gradients = step(p)
+    chunking = str(step.chunking(p)) if isinstance(step, Floor) else ""
     if contender != "floor":
-        check(gradients, p)
+        check(gradients, p.with_shared_head() if contender in ("shared", "pairs") else p)
     del gradients
     measure(
         lambda: step(p),
@@ -45,11 +48,14 @@ def measure_step(measure: Measure, p: LinearProblem, contender: str, share: floa
         hidden=p.weight.size(1),
         vocab=p.weight.size(0),
         dtype=str(p.weight.dtype).removeprefix("torch."),
+        chunking=chunking,
     )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_linear(measure: Measure, linear_problem: LinearProblem, contender: str) -> None:
+    if contender == "pairs" and linear_problem.weight.dtype != torch.bfloat16:
+        pytest.skip("of bfloat16 alone")
     measure_step(measure, linear_problem, contender, 1.0)
 
 
