@@ -95,6 +95,7 @@ KL_VARIANTS = (
     Variant(method="tnrf", dtype="fp32", gradient_dtype="bf16", ids=1, aligned=False),
     *(Variant(method="tnrf", vocab=vocab) for vocab in (100, 4000, 16000)),
     Variant(method="tnrf", ids=1, differences=True),
+    Variant(method="tnrf", gradient=False, differences=True),
 )
 KL_EVERYWHERE = (Variant(method="tnrf"), Variant(method="tnrf", ids=1, few=True))
 KL_CASES = [(a, v) for a in ARCHITECTURES for v in (KL_VARIANTS if a == "sm_90" else KL_EVERYWHERE)]
@@ -190,8 +191,8 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
     objective, logits = METHODS[variant.method], f"*{variant.dtype}"
     itemsize = 4 if variant.dtype == "fp32" else 2
     config = row_config(
-        variant.vocab, itemsize, kind="KL", gradient=variant.gradient, ids=variant.ids > 0,
-        architecture=architecture,
+        variant.vocab, itemsize, kind="KL", gradient=variant.gradient,
+        ids=variant.ids > 0 or variant.differences, architecture=architecture,
     )  # fmt: skip
     constants: dict[str, Any] = {
         "POSITIVE": int(objective.positive_loss),
@@ -215,7 +216,7 @@ def compiled_kl(architecture: str, variant: Variant) -> tuple[Any, RowConfig]:
         "diagnostics": variant.diagnostics,
         "coefficients": variant.saved,
         "gradient": variant.gradient,
-        "upstream": variant.differences,
+        "upstream": variant.differences and variant.gradient,
         "statistics": variant.kind == Kind.STATISTICS,
     }
     constants |= {name: None for name, there in present.items() if not there}

@@ -237,7 +237,7 @@ def _launch_rows(
     columns, itemsize = call.logits.size(1), call.logits.element_size()
     if config is None:
         config = row_config(
-            columns, itemsize, kind=kind, gradient=gradient, ids=ids.length > 0,
+            columns, itemsize, kind=kind, gradient=gradient, ids=ids.length > 0 or call.differences,
             architecture=architecture(call.logits.device),
         )  # fmt: skip
     left = None

@@ -48,7 +48,8 @@ LEFT = 8, 8
 KL_WITH_GRADIENT = ((8 << 10, 4, 1, 0), (math.inf, 16, 2, 64))
 #: That 128 KiB divide them is a guess: rows of 64 KiB are fastest one way, rows of 256 KiB the other.
 KL_FORWARD_ALONE = ((8 << 10, 4, 1, 0), (128 << 10, 8, 1, 64), (math.inf, 16, 1, 40))
-#: Where registers are limited, rows with ids get as many, or they would spill in the loops over tiles.
+#: Where registers are limited, rows with ids get as many, or they would spill in the loops over tiles. So would
+#: differences, which have the settings of rows with ids.
 KL_REGISTERS_WITH_IDS = 64
 
 
@@ -102,7 +103,7 @@ def row_config(
     Args:
         kind: the kernel, and what it reads.
         gradient: it is written.
-        ids: there are negative ids.
+        ids: there are negative ids, or the logits are differences to the reference's.
         architecture: of the GPU, as ``tnt_kernels.backends.triton.architecture`` names it.
     """
     path = os.environ.get("TNT_KERNELS_TUNING")

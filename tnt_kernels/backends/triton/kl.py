@@ -64,8 +64,8 @@ BIAS = tl.constexpr(48.0)
 UNBIAS = tl.constexpr(2.0**-48)
 #: Levels are whole numbers of powers of two, so that the bias is added without rounding. Larger ones are not served.
 HIGHEST_LEVEL = tl.constexpr(2.0**22)
-#: Of a removed entry: beyond that of a mask of -1e30, and its product with a factor is still a number.
-LOWEST_EXPONENT = tl.constexpr(-1e31)
+#: Removed logits below are not served: beyond a mask of -1e30, and exponents times factors are numbers yet.
+LOWEST_REMOVED = tl.constexpr(-1e31)
 
 # φ(y)/y² for |y| < 1/4, relative error 5e-6: coefficients of csrc/cuda/kl_math.cuh (of Y = 2y) for y in units of log 2.
 _MIDDLE = ("0x1.ffffd2p-4", "0x1.55557cp-6", "0x1.560b70p-9", "0x1.1133b0p-12")
@@ -716,13 +716,14 @@ def _removed(row, at, level, LOSS: tl.constexpr, CHUNK: tl.constexpr, IDS: tl.co
             v += row.begin
             x = gather(row.x.elements, row.x.origin, v, here, AWAY)
             o = gather(row.o.elements, row.o.origin, v, here, AWAY)
-            exponents = tl.fma(x if LOSS == REVERSE_KL else o, row.scale, -level)
+            z = x if LOSS == REVERSE_KL else o
+            exponents = tl.fma(z, row.scale, -level)
             weights = tl.where(here, tl.exp2(exponents), 0.0)
             totals += weights
             moments += tl.where(weights == 0.0, 0.0, weights * exponents)
             numbers += tl.where(here, 1.0, 0.0)
-            # An infinite exponent, times its weight of 0, would be NaN in the second pass.
-            fine = (x < INF) & (o < INF) & (exponents > LOWEST_EXPONENT)
+            # An infinite exponent of the policy, times its weight of 0, would be NaN in the second pass.
+            fine = (x < INF) & (o < INF) & (z > LOWEST_REMOVED)
             worst += tl.where(here & (fine == 0), 1.0, 0.0)
         total += tl.sum(totals, 0)
         moment += tl.sum(moments, 0)
