@@ -105,7 +105,10 @@ def _variants() -> tuple[tuple[str, Any], ...]:
     # Whatever else there is in the table launches the same kernels.
     sizes = (MAIN, *(MAIN._replace(vocab=vocab) for vocab in (32000, 50257)))
     cases = [("case", c) for c in TABLE if c.size in sizes and c.active_share == 1]
-    return (*smoke, *cases)
+    # Of the fused linear loss V counts alone.
+    even, odd = (x._replace(rows=16, hidden=16) for x in (LINEAR, LINEAR_SIZES[-1]))
+    fused = [("linear", (name, size)) for size in (even, odd) for name in linear.FUSED]
+    return (*smoke, *cases, *fused)
 
 
 WARM = _variants()
@@ -278,6 +281,11 @@ class Stages:
         if kind == "smoke":
             for vocab in SMOKE_VOCABULARIES[: 2 if self.tiny else None]:
                 self.row(self.kernel_backend, what[0], what[1], vocab)
+            return
+        if kind == "linear":
+            name, size = what
+            size = size._replace(vocab=2000) if self.tiny else size
+            linear.make_step(name, self.kernel_backend)(linear.make_problem(size, self.device))
             return
         problem = make_problem(self.size(what.size)._replace(rows=16), self.device)
         problem = problem.with_negatives(what.negatives)

@@ -44,11 +44,11 @@ class Verdict(NamedTuple):
 def _predicted_linear(case: dict[str, Any], gpu: str) -> Range | None:
     """By the lower end of what the loss is predicted to reach; None for a device that the model does not know."""
     device = next((d for d in LOSS_SHARE if d.name == gpu), None)
-    if device is None or case["dtype"] != "bfloat16":
+    if device is None or case.get("dtype") != "bfloat16":
         return None
     size = LinearSize(case["rows"], case["hidden"], case["vocab"], "bfloat16")
     us = predicted(size, step_of(size, case["contender"] == "pairs"), device, LOSS_SHARE[device])
-    times = us / floor(size, device)
+    times = round(us / floor(size, device), 2)
     return times, times
 
 

@@ -545,6 +545,8 @@ def blocks(path: Path) -> dict[Path, dict[str, str]]:
     results, gpu = load(path), _beside(path, "gpu.json")
     quick = ["**A quick run: these figures mean nothing.**"] if results["quick"] else []
     linear = [linear_table(results)] if "linear" in results else []
+    if "date" in results.get("linear", {}):
+        linear.append(provenance(results["linear"]))
     linear.append(linear_gpu_table(gpu))
     names = _plots(path)
     short = [

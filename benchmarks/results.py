@@ -212,8 +212,13 @@ def assemble(
         "distances": distances(t),
         "memory": _records(m),
         "accuracy": _records(pd.DataFrame(accuracy or [])),
-        **({} if linear_memory is None else {"linear": linear(t, pd.DataFrame(linear_memory))}),
+        **({} if linear_memory is None else {"linear": linear_part(report, linear_memory)}),
     }
+
+
+def linear_part(report: dict[str, Any], memory: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``cpu.json`` has under "linear", with its own commit and date, as it may be measured alone."""
+    return {**environment(report), **linear(timings(report), pd.DataFrame(memory))}
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import THREADS, accuracy, linear, report, scale
-from benchmarks.results import assemble
+from benchmarks.results import assemble, linear_part
 from benchmarks.sizes import QUICK_SIZES, QUICK_SWEEP, ROWS, SIZES, SWEEP
 from tnt_kernels.bench.memory import measure_in_process
 
@@ -102,19 +102,31 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results (default: {report.RESULTS})"
     )
+    parser.add_argument(
+        "--only-linear",
+        action="store_true",
+        help="the fused linear loss alone; the other figures stay as they are in the results",
+    )
     a = parser.parse_args()
     out: Path = a.out or (report.ROOT / "build" / "benchmarks" if a.quick else report.RESULTS)
 
-    results = assemble(
-        measure_times(a.quick),
-        measure_huge_pages(a.quick),
-        measure_memory(a.quick),
-        a.quick,
-        measure_linear_memory(a.quick),
-        accuracy.measure(accuracy.QUICK_SIZE if a.quick else accuracy.SIZE),
-    )
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "cpu.json"
+    if a.only_linear:
+        times = measure_times(a.quick, (LINEAR_TESTS,))
+        results = {
+            **report.load(path),
+            "linear": linear_part(times, measure_linear_memory(a.quick)),
+        }
+    else:
+        results = assemble(
+            measure_times(a.quick),
+            measure_huge_pages(a.quick),
+            measure_memory(a.quick),
+            a.quick,
+            measure_linear_memory(a.quick),
+            accuracy.measure(accuracy.QUICK_SIZE if a.quick else accuracy.SIZE),
+        )
+    out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path}")
     print(report.target_table(results))
