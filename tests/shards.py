@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels._call import (
+    ROW_COEFFICIENTS,
     ROW_DIAGNOSTICS,
     ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
@@ -20,7 +21,7 @@ from tnt_kernels._call import (
     RowCall,
     real_dtype,
 )
-from tnt_kernels._operators import new_losses, write_losses_of_rows
+from tnt_kernels._operators import new_losses, write_rows
 from tnt_kernels._rows.checks import check_row_tensors
 from tnt_kernels._scalars import check_scalars
 from tnt_kernels.backends import BACKENDS
@@ -57,8 +58,40 @@ def losses_into(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and diagnostics of (N, V) logits; the gradient, if one is given, in its own dtype."""
     loss, diagnostics = new_losses(logits, call)
-    write_losses_of_rows(logits, call, loss, diagnostics, gradient, None, False)
+    write_rows(logits, call, loss, diagnostics, gradient)
     return loss, diagnostics
+
+
+def launched(
+    backend: str,
+    batch: Batch,
+    *,
+    reduction: str,
+    upstream: Tensor | None = None,
+    inplace: bool = False,
+    later: bool = False,
+    stats: bool = False,
+    gradient_dtype: torch.dtype | None = None,
+    differences: bool = False,
+) -> Result:
+    """Of (N, V) logits, or with ``differences`` of these to the reference, by one launch; with a ``later`` gradient by
+    two."""
+    x, call, rows = batch.logits, prepared(batch, backend, reduction), len(batch.labels)
+    real = real_dtype(x)
+    loss = x.new_empty(rows if reduction == "none" else (), dtype=real)
+    diagnostics = x.new_empty((ROW_DIAGNOSTICS, rows), dtype=real) if stats else None
+    coefficients = x.new_empty((rows, ROW_COEFFICIENTS), dtype=real) if later else None
+    gradient = x if inplace else x.new_empty(x.shape, dtype=gradient_dtype or x.dtype)
+    first = RowCall(
+        Kind.FUSED, x, call.tensors, call.scalars, 0, x.size(1), loss, diagnostics, coefficients,
+        differences=differences,
+    )  # fmt: skip
+    last = first._replace(gradient=gradient, upstream=upstream)
+    if later:
+        BACKENDS[backend].launch(first)
+        last = last._replace(kind=Kind.BACKWARD, loss=None, diagnostics=None)
+    BACKENDS[backend].launch(last)
+    return Result(loss, gradient, None if diagnostics is None else tnt.RowStats(*diagnostics))
 
 
 def assert_rounds_its_gradient(batch: Batch, backend: str, rounding: float = 0.0) -> None:

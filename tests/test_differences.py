@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from differences import check_close_models, check_differences, launched, pair
+from differences import check_close_models, check_differences, pair
 from oracle import DTYPES, OBJECTIVES
+from shards import launched
 
 import tnt_kernels as tnt
 
@@ -26,20 +28,21 @@ def test_every_loss(vocab: int, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_difference_is_no_loss(dtype: torch.dtype, backend: str) -> None:
-    batch, differences = pair(2500, dtype)
-    batch = batch.with_options(method="tnff", negative_ids=None)
-    weights = torch.ones(len(batch.labels))
-    batch = type(batch)(
-        batch.ref_logits, batch.ref_logits, batch.labels.clamp(0, 2499), weights, batch.options
-    )
+    _, batch = pair(2500, dtype)
+    batch = replace(
+        batch,
+        logits=torch.zeros_like(batch.logits),
+        labels=batch.labels.clamp(0, 2499),
+        weights=torch.ones(len(batch.labels)),
+    ).with_options(negative_ids=None)
     for method in ("tnff", "tnrr"):
-        loss, _, gradient = launched(
-            batch.with_options(method=method), backend, torch.zeros_like(differences), None, False
+        result = launched(
+            backend, batch.with_options(method=method), reduction="none", differences=True
         )
         active = batch.ref_logits.isfinite().all(1)
         assert active.sum() > 5
-        assert (loss[active] == 0).all()
-        assert (gradient[active] == 0).all()
+        assert (result.loss[active] == 0).all()
+        assert (result.gradient[active] == 0).all()
 
 
 @pytest.mark.parametrize("method", ["tnff", "tnrr"])

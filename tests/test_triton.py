@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import hard_rows
@@ -33,12 +34,12 @@ from oracle import (
     run,
     truth,
 )  # fmt: skip
-from shards import assert_rounds_its_gradient, prepared, run_shards
+from shards import assert_rounds_its_gradient, run_shards
+from shards import launched as launched_by
 from torch import Tensor
 
 import tnt_kernels as tnt
 from tnt_kernels._call import (
-    ROW_COEFFICIENTS,
     ROW_DIAGNOSTICS,
     ROW_PARTIAL_SUMS,
     ROW_STATISTICS,
@@ -490,36 +491,7 @@ def test_backends_understand_each_other(smoothing: str) -> None:
 # --- differences to the reference, and a gradient's upstream factors ----------------------------------------------
 
 
-def launched(
-    batch: Batch,
-    *,
-    reduction: str,
-    upstream: Tensor | None = None,
-    inplace: bool = False,
-    later: bool = False,
-    stats: bool = False,
-    gradient_dtype: torch.dtype | None = None,
-    differences: bool = True,
-) -> Result:
-    """By one launch, or with a ``later`` gradient by two."""
-    x, call, rows = batch.logits, prepared(batch, "triton", reduction), len(batch.labels)
-    make = {"dtype": F32, "device": DEVICE}
-    loss = torch.empty(rows if reduction == "none" else (), **make)
-    diagnostics = torch.empty(ROW_DIAGNOSTICS, rows, **make) if stats else None
-    coefficients = torch.empty(rows, ROW_COEFFICIENTS, **make) if later else None
-    gradient = (
-        x if inplace else torch.empty(x.shape, dtype=gradient_dtype or x.dtype, device=DEVICE)
-    )
-    first = RowCall(
-        Kind.FUSED, x, call.tensors, call.scalars, 0, x.size(1), loss, diagnostics, coefficients,
-        differences=differences,
-    )  # fmt: skip
-    last = first._replace(gradient=gradient, upstream=upstream)
-    if later:
-        BACKENDS["triton"].launch(first)
-        last = last._replace(kind=Kind.BACKWARD, loss=None, diagnostics=None)
-    BACKENDS["triton"].launch(last)
-    return Result(loss, gradient, None if diagnostics is None else tnt.RowStats(*diagnostics))
+launched = partial(launched_by, "triton", differences=True)
 
 
 def at_odd_addresses(batch: Batch, dtype: torch.dtype) -> Batch:

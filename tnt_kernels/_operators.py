@@ -64,7 +64,7 @@ def row_losses(logits: Tensor, call: LossCall, now: bool, later: bool) -> list[T
     gradient, coefficients = outputs[-1] if now else None, outputs[-1] if later and whole else None
     if call.shard is not None:
         _agree(logits, call, call.shard)
-    saved = _write(logits, call, outputs[0], diagnostics, gradient, coefficients)
+    saved = write_rows(logits, call, outputs[0], diagnostics, gradient, coefficients)
     return [*outputs, *saved] if later else outputs
 
 
@@ -75,7 +75,7 @@ def row_losses_(
     """Writes to what ``new_losses`` made; the gradient lies where the logits were."""
     if call.shard is not None:
         _agree(logits, call, call.shard)
-    _write(logits, call, loss, row_diagnostics, logits)
+    write_rows(logits, call, loss, row_diagnostics, logits)
 
 
 def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
@@ -85,23 +85,7 @@ def _agree(logits: Tensor, call: LossCall, shard: Shard) -> None:
     agree(shard, logits.size(-1), logits.device, facts)
 
 
-def write_losses_of_rows(
-    logits: Tensor,
-    call: LossCall,
-    loss: Tensor,
-    diagnostics: Tensor | None,
-    gradient: Tensor | None,
-    upstream: Tensor | None,
-    differences: bool,
-) -> None:
-    """Of logits (N, V), as ``RowCall`` has all of these; the gradient may lie over them or elsewhere.
-
-    No operator, because no compiler gets to see this. Ranks of a sharded vocabulary have agreed.
-    """
-    _write(logits, call, loss, diagnostics, gradient, None, upstream, differences)
-
-
-def _write(
+def write_rows(
     logits: Tensor,
     call: LossCall,
     loss: Tensor,
@@ -111,7 +95,10 @@ def _write(
     upstream: Tensor | None = None,
     differences: bool = False,
 ) -> list[Tensor]:
-    """Writes what is given. Returns what a later gradient of a sharded vocabulary needs."""
+    """Writes what is given, as ``RowCall`` has it; the gradient may lie over the logits or elsewhere.
+
+    Ranks of a sharded vocabulary have agreed. Returns what a later gradient of theirs needs.
+    """
     if call.shard is not None:
         return write_losses(
             logits, call, call.shard, loss, diagnostics, gradient, upstream, differences

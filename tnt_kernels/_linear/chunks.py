@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnt_kernels._call import ROW_DIAGNOSTICS, LossCall, RowTensors, Shard, real_dtype
+from tnt_kernels._call import ROW_DIAGNOSTICS, LossCall, Shard, real_dtype
 from tnt_kernels._linear.matmul import Gradients, Head, difference, new_rows
 from tnt_kernels._linear.plan import (
     LinearScalars,
@@ -23,10 +23,12 @@ from tnt_kernels._linear.plan import (
     Plan,
     RowGroup,
     in_order,
+    per_row,
+    rows_at,
     shares_head,
 )
 from tnt_kernels._linear.sizes import make_layout, part_bytes, sizes_of
-from tnt_kernels._operators import write_losses_of_rows
+from tnt_kernels._operators import write_rows
 from tnt_kernels._scalars import Scalars
 from tnt_kernels._sharded.agreement import columns_of, join_as_failed
 from tnt_kernels._sharded.collectives import all_reduce_
@@ -150,15 +152,12 @@ class Chunks:
             ref_logits, differences = self._multiply(chunk, buffers)
         logits, tanh = buffers["logits"], buffers.get("tanh")
         gradient = slot if slot is not None and self._layout.gradient_in_slot else logits
-        rows, upstream = self._rows, self._rows.upstream
-        if upstream is not None and len(upstream) != 1:
-            upstream = upstream[begin : chunk.end]
-        call = self._call._replace(
-            tensors=_part(rows.tensors, chunk, ref_logits), scalars=self._scalars(chunk)
-        )
-        write_losses_of_rows(
-            logits, call, loss, diagnostics, None if gradients is None else gradient, upstream,
-            differences,
+        here = slice(begin, chunk.end)
+        tensors = rows_at(self._rows.tensors, here)._replace(ref_logits=ref_logits)
+        write_rows(
+            logits, self._call._replace(tensors=tensors, scalars=self._scalars(chunk)), loss, diagnostics,
+            None if gradients is None else gradient, upstream=per_row(self._rows.upstream, here),
+            differences=differences,
         )  # fmt: skip
         if gradients is None:
             return
@@ -189,16 +188,3 @@ class Chunks:
         with self._joins([]):
             self._gradients.multiply_waiting()
         return self._gradients.results(self._plan.order, len(self._hidden))
-
-
-def _part(rows: RowTensors, chunk: RowGroup, ref_logits: Tensor | None) -> RowTensors:
-    here = slice(chunk.begin, chunk.end)
-    weights, alpha, ids = rows.weights, rows.alpha, rows.negative_ids
-    return RowTensors(
-        ref_logits,
-        rows.labels[here],
-        None if weights is None else weights[here],
-        alpha if alpha is None or len(alpha) == 1 else alpha[here],
-        ids if ids is None or ids.dim() == 1 else ids[here],
-        None,
-    )

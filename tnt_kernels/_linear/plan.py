@@ -138,6 +138,24 @@ class OrderedRows(NamedTuple):
     upstream: Tensor | None  # (n,) or (1,)
 
 
+def per_row(x: Tensor | None, at: Tensor | slice) -> Tensor | None:
+    """Of (N,), the rows ``at``; of (1,), which holds for all rows, that."""
+    return x if x is None or len(x) == 1 else x[at]
+
+
+def rows_at(rows: RowTensors, at: Tensor | slice) -> RowTensors:
+    """The tensors of these rows, without the reference's logits and the normaliser."""
+    weights, ids = rows.weights, rows.negative_ids
+    return RowTensors(
+        None,
+        rows.labels[at],
+        None if weights is None else weights[at],
+        per_row(rows.alpha, at),
+        ids if ids is None or ids.dim() == 1 else ids[at],
+        None,
+    )
+
+
 def in_order(
     plan: Plan,
     t: LinearTensors,
@@ -148,18 +166,12 @@ def in_order(
 ) -> OrderedRows:
     """``masks``: hidden states of inactive rows are to be 0, because a sum over rows has 0 · NaN of these."""
     index, hidden, ref_hidden = plan.order, t.hidden, t.ref_hidden
-    labels, weights, alpha, ids = rows.labels, rows.weights, rows.alpha, rows.negative_ids
     if index is not None:
-        hidden, labels = hidden.index_select(0, index), labels[index]
-        weights = None if weights is None else weights[index]
-        alpha, upstream = (x if x is None or len(x) == 1 else x[index] for x in (alpha, upstream))
-        ids = ids if ids is None or ids.dim() == 1 else ids[index]
+        hidden, rows, upstream = hidden[index], rows_at(rows, index), per_row(upstream, index)
         if ref_hidden is not None:
             reading = max((x.end for x in plan.groups if x.reads_reference), default=0)
-            ref_hidden = ref_hidden.index_select(0, index[:reading])
+            ref_hidden = ref_hidden[index[:reading]]
     if masks and not plan.all_active:
-        inactive = ~active_rows(labels, weights, ignore_index)
+        inactive = ~active_rows(rows.labels, rows.weights, ignore_index)
         hidden = hidden.masked_fill(inactive[:, None], 0.0)
-    return OrderedRows(
-        hidden, ref_hidden, RowTensors(None, labels, weights, alpha, ids, None), upstream
-    )
+    return OrderedRows(hidden, ref_hidden, rows, upstream)
