@@ -441,10 +441,8 @@ class Stages:
         if name != "floor" and method is not None:
             # Of a peer's plain LL, too: the library's, on rows of weight 1.
             ones = problem._replace(weights=torch.ones_like(problem.weights))
-            truth = problem.with_shared_head() if name in ("shared", "pairs") else problem
-            found["gradient_error"] = linear.check(
-                gradients, ones if name in methods else truth, method
-            )
+            truth = ones if name in methods else linear.posed(problem, name)
+            found["gradient_error"] = linear.check(gradients, truth, method)
         elif method is None:
             found["gradient_error"] = _check_linear_jsd(gradients, problem)
         bytes_ = sum(g.numel() * g.element_size() for g in gradients)
@@ -499,9 +497,13 @@ class Stages:
         size = linear_accuracy.QUICK_SIZE if self.tiny else linear_accuracy.SIZE
         kls = linear_accuracy.QUICK_KLS if self.tiny else linear_accuracy.KLS
         for backend in names:
+            contenders = [
+                c for c in linear_accuracy.CONTENDERS if c.has_backend or backend == names[0]
+            ]
             for record in linear_accuracy.measure(
-                size, self.device, dtypes=("bfloat16",), methods=("tnff",), kls=kls, backend=backend
-            ):
+                size, self.device, dtypes=("bfloat16",), methods=("tnff",), kls=kls,
+                contenders=contenders, backend=backend,
+            ):  # fmt: skip
                 self.emit("linear_accuracy", **record)
 
     def overhead(self) -> None:

@@ -187,6 +187,11 @@ SWEEP_CONTENDERS = ("floor", "fused", "naive", "compiled")
 MEMORY_CONTENDERS = ("fused", "unfused", "naive", "compiled")
 
 
+def posed(p: LinearProblem, contender: str) -> LinearProblem:
+    """The problem as a contender computes it."""
+    return p.with_shared_head() if contender in ("shared", "pairs") else p
+
+
 def make_step(contender: str, backend: str | None = None) -> Step:
     """``backend`` is the library's, None the one that it selects."""
     if contender == "floor":
@@ -195,8 +200,9 @@ def make_step(contender: str, backend: str | None = None) -> Step:
         logits_dtype = torch.bfloat16 if contender == "pairs" else None
 
         def loss(p: LinearProblem) -> Tensor:
-            p = p if contender == "fused" else p.with_shared_head()
-            return tnt.linear_tnt_loss(*p, logits_dtype=logits_dtype, backend=backend)
+            return tnt.linear_tnt_loss(
+                *posed(p, contender), logits_dtype=logits_dtype, backend=backend
+            )
 
         return _step(loss)
     if contender == "compiled":

@@ -167,6 +167,7 @@ class Contender(NamedTuple):
     methods: tuple[str, ...] = METHODS
     heads: tuple[str, ...] = HEADS
     dtypes: tuple[str, ...] = DTYPES
+    has_backend: bool = True  # whether it is computed by one of the library's
 
 
 CONTENDERS = (
@@ -176,8 +177,8 @@ CONTENDERS = (
         heads=("shared",), dtypes=("bfloat16",),
     ),
     Contender("F.linear + tnt_loss", _unfused),
-    Contender("eager", _eager, methods=("tnff",)),
-    Contender("Liger fused linear JSD", _liger),
+    Contender("eager", _eager, methods=("tnff",), has_backend=False),
+    Contender("Liger fused linear JSD", _liger, has_backend=False),
 )  # fmt: skip
 
 
@@ -266,7 +267,11 @@ def measure(
                     for c in contenders:
                         if method in c.methods and head in c.heads and dtype in c.dtypes:
                             records.append(
-                                {"contender": c.name, "backend": backend, **case}
+                                {
+                                    "contender": c.name,
+                                    "backend": backend if c.has_backend else None,
+                                    **case,
+                                }
                                 | _measured(c, problem, method, backend, expected)
                             )
     return records

@@ -16,7 +16,7 @@ import torch
 from benchmarks.linear import Chunking, LinearProblem, LinearSize, chunkings
 from benchmarks.row_model import H100, H200, Device
 from tnt_kernels._linear.plan import LinearScalars, LinearTensors
-from tnt_kernels._linear.sizes import Layout, Sizes, sizes_of
+from tnt_kernels._linear.sizes import Sizes, make_layout, sizes_of
 
 #: Of a matmul of 16-bit matrices, in flop a microsecond: what large ones reached on an H200.
 FLOPS = 700e6
@@ -100,10 +100,9 @@ def step_of(size: LinearSize, rounds_pairs: bool = False) -> Step:
     p = _problem(size)
     t = LinearTensors(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None)
     scalars = LinearScalars(None, None, 1.0, 1.0, size.vocab, None, None, rounds_pairs)
-    names = ("ref_logits",) if rounds_pairs else ("logits", "ref_logits")
-    dtype = torch.bfloat16 if rounds_pairs else torch.float32
-    layout = Layout(dict.fromkeys(names, dtype), rounds_pairs, True, True)
-    sizes = sizes_of(t, scalars, size.rows, (True, True, False), size.vocab, layout)
+    wanted = (True, True, False)
+    layout = make_layout(t, scalars, True, rounds_pairs, wanted)
+    sizes = sizes_of(t, scalars, size.rows, wanted, size.vocab, layout)
     return Step(sizes, 4 if rounds_pairs else 8, 2)
 
 

@@ -20,6 +20,7 @@ from benchmarks.linear import (
     check,
     make_problem,
     make_step,
+    posed,
 )
 
 Measure = Callable[..., None]
@@ -36,7 +37,7 @@ def measure_step(measure: Measure, p: LinearProblem, contender: str, share: floa
     gradients = step(p)
     chunking = str(step.chunking(p)) if isinstance(step, Floor) else ""
     if contender != "floor":
-        check(gradients, p.with_shared_head() if contender in ("shared", "pairs") else p)
+        check(gradients, posed(p, contender))
     del gradients
     measure(
         lambda: step(p),
